@@ -1,0 +1,274 @@
+"""`tallystick`: ask, embed, look at the network, publish a model, fund a channel."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tallystick.client import Answer, AsyncClient, Retracted, Settings, Token
+from tallystick.publishing import cut, register, serve_content
+from tallystick.sampling import Sampling
+from tallystick_protocol.chain.book import load_book
+from tallystick_protocol.chain.reads import Chain
+from tallystick_protocol.chain.writes import Wallet
+from tallystick_protocol.content.ipfs import DaemonStore
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import ConfigError, TallystickError
+from tallystick_protocol.keystore import open_keystore, read_password
+from tallystick_protocol.signing import Key
+from tallystick_protocol.types import Address, Wei
+
+ENVIRONMENT = {
+    "TALLYSTICK_RPC": "JSON-RPC of the chain",
+    "TALLYSTICK_BOOK": "address book that scripts/deploy.js wrote",
+    "TALLYSTICK_KEY": "keystore V3 file of the key that pays",
+    "TALLYSTICK_PASSWORD_FILE": "file whose first line opens the keystore",
+    "TALLYSTICK_SOURCES": "gateways to fetch manifests and tokenizers from, separated by commas",
+    "TALLYSTICK_STORE": "folder of the content store that `publish` fills",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 1 for an error that is told in one sentence, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(message)s", stream=sys.stderr)
+    try:
+        status: int = asyncio.run(options.command(options))
+        return status
+    except TallystickError as error:
+        print(f"tallystick: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tallystick",
+        description="Language models served by strangers, verified and paid for.",
+        epilog="environment: " + "; ".join(f"{name}: {text}" for name, text in ENVIRONMENT.items()),
+    )
+    parser.add_argument("--verbose", action="store_true", help="tell what happens")
+    parser.add_argument("--rpc", default=os.environ.get("TALLYSTICK_RPC", "http://127.0.0.1:8545"))
+    parser.add_argument("--book", type=Path, default=os.environ.get("TALLYSTICK_BOOK", "deployments/31337.json"))
+    parser.add_argument("--key", type=Path, default=os.environ.get("TALLYSTICK_KEY"))
+    parser.add_argument("--password-file", type=Path, default=os.environ.get("TALLYSTICK_PASSWORD_FILE"))
+    parser.add_argument("--source", action="append", default=[], help="a gateway to fetch content from")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("prompt")
+    generate.add_argument("--model", default="", help="id, part of an id or name; default: the only one")
+    generate.add_argument("--tokens", type=int, default=64, help="new tokens at most")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    generate.add_argument("--json", action="store_true", help="end with one JSON object")
+    generate.set_defaults(command=_generate)
+
+    embed = commands.add_parser("embed", help="a sentence's vector")
+    embed.add_argument("text", nargs="+")
+    embed.add_argument("--model", default="")
+    embed.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    embed.set_defaults(command=_embed)
+
+    network = commands.add_parser("network", help="which nodes serve which layers")
+    network.add_argument("--model", default="")
+    network.add_argument("--json", action="store_true")
+    network.set_defaults(command=_network)
+
+    models = commands.add_parser("models", help="models on chain")
+    models.set_defaults(command=_models)
+
+    publish = commands.add_parser(
+        "publish", help="cut a local Hugging Face checkpoint into pieces and record it on chain"
+    )
+    publish.add_argument("path", type=Path)
+    publish.add_argument("--name")
+    publish.add_argument("--licence")
+    publish.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
+    publish.add_argument(
+        "--ipfs", help="put the pieces into an IPFS daemon instead, for example /ip4/127.0.0.1/tcp/5001"
+    )
+    publish.add_argument("--no-register", action="store_true", help="do not record it on chain")
+    publish.set_defaults(command=_publish)
+
+    content = commands.add_parser("content", help="serve what `publish` put into a store, so that nodes can fetch it")
+    content.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
+    content.add_argument("--host", default="127.0.0.1")
+    content.add_argument("--port", type=int, default=8180)
+    content.set_defaults(command=_content)
+
+    fund = commands.add_parser("fund", help="put tokens into the channel to a node")
+    fund.add_argument("--node", required=True)
+    fund.add_argument("--amount", type=int, required=True, help="token base units (1e-18)")
+    fund.set_defaults(command=_fund)
+    return parser
+
+
+def _key(options: argparse.Namespace) -> Key:
+    if options.key is None or options.password_file is None:
+        raise ConfigError("which key pays? set --key and --password-file (or TALLYSTICK_KEY, TALLYSTICK_PASSWORD_FILE)")
+    return open_keystore(Path(options.key), read_password(Path(options.password_file)))
+
+
+def _client(options: argparse.Namespace) -> AsyncClient:
+    sources = [*options.source, *filter(None, os.environ.get("TALLYSTICK_SOURCES", "").split(","))]
+    return AsyncClient(_key(options), Settings(rpc=options.rpc, book=Path(options.book), sources=sources))
+
+
+async def _generate(options: argparse.Namespace) -> int:
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    async with _client(options) as client:
+        stream = client.stream(
+            options.prompt, model=options.model, max_tokens=options.tokens, sampling=sampling, verify=options.verify
+        )
+        print(options.prompt, end="", flush=True)
+        async for event in stream:
+            show(event)
+        print()
+        answer = stream.answer
+    summary = summarise(answer)
+    print(json.dumps(summary) if options.json else _told(summary), file=sys.stdout if options.json else sys.stderr)
+    return 0
+
+
+def show(event: Token | Retracted) -> None:
+    """Print a stream event as it comes."""
+    if isinstance(event, Token):
+        print(event.text, end="", flush=True)
+    else:
+        print(
+            f"\n[the last {event.num_tokens} tokens came from a node that was caught; going on from before them]",
+            flush=True,
+        )
+
+
+def summarise(answer: Answer) -> dict[str, Any]:
+    """What a person wants to know of an answer, as plain values."""
+    verdict = answer.verdict
+    return {
+        "tokens": len(answer.ids),
+        "tokens_per_s": round(answer.tokens_per_s, 1),
+        "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answer.route],
+        "verify": verdict.policy,
+        "receipts": verdict.receipts,
+        "checks": {"passed": verdict.passed, "failed": verdict.failed},
+        "caught": [accusation.node for accusation in verdict.accusations],
+        "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in verdict.replaced],
+        "paid_wei": sum(verdict.paid.values()),
+    }
+
+
+def _told(summary: dict[str, Any]) -> str:
+    checks = summary["checks"]
+    hops = " -> ".join(f"{hop['node'][:8]}{hop['layers']}" for hop in summary["route"])
+    return (
+        f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops}; {summary['receipts']} receipts,"
+        f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens"
+    )
+
+
+async def _embed(options: argparse.Namespace) -> int:
+    async with _client(options) as client:
+        for text in options.text:
+            embedding = await client.embed(text, model=options.model, verify=options.verify)
+            print(json.dumps([float(value) for value in embedding.vector]))
+    return 0
+
+
+async def _network(options: argparse.Namespace) -> int:
+    async with _client(options) as client:
+        record, manifest = await client.model(options.model)
+        survey = await client.network.survey(record)
+    rows = [
+        {
+            "node": c.node,
+            "operator": c.operator,
+            "layers": [c.span.start, c.span.end],
+            "price_wei": c.offer.price,
+            "stake_wei": c.stake,
+            "class": c.offer.numeric_class.hex()[:12] if any(c.offer.numeric_class) else "stock",
+            "rtt_ms": round(c.rtt_s * 1e3, 1),
+            "url": c.url,
+        }
+        for c in sorted(survey.candidates, key=lambda c: (c.span, c.node))
+    ]
+    if options.json:
+        silent = [{"node": node, "why": why} for node, why in survey.silent]
+        print(
+            json.dumps({"model": "0x" + record.id.hex(), "nodes": rows, "silent": silent, "complete": survey.complete})
+        )
+        return 0
+    table = Table(title=f"{manifest.name}: {manifest.layers} layers, 0x{record.id.hex()[:12]}")
+    for column in ("layers", "node", "price", "stake", "class", "ms", "url"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            str(row["layers"]),
+            str(row["node"]),
+            str(row["price_wei"]),
+            f"{int(str(row['stake_wei'])) / 1e18:g}",
+            str(row["class"]),
+            str(row["rtt_ms"]),
+            str(row["url"]),
+        )
+    Console().print(table)
+    for node, why in survey.silent:
+        print(f"{node} does not answer: {why}")
+    return 0
+
+
+async def _models(options: argparse.Namespace) -> int:
+    chain = Chain(options.rpc, load_book(Path(options.book)))
+    for record in await asyncio.to_thread(chain.all_models):
+        print(f"0x{record.id.hex()}  {record.layers} layers  manifest sha2-256 {record.manifest.hex()}")
+    return 0
+
+
+async def _publish(options: argparse.Namespace) -> int:
+    store = DaemonStore(options.ipfs) if options.ipfs else LocalStore(Path(options.store))
+    say = Console(stderr=True).print
+    manifest = await asyncio.to_thread(cut, options.path, store, options.name, options.licence, say)
+    print(f"manifest {manifest.cid}")
+    if not options.no_register:
+        chain = Chain(options.rpc, load_book(Path(options.book)))
+        await asyncio.to_thread(register, chain, _key(options), manifest)
+    print(f"model 0x{manifest.model_id.hex()}")
+    return 0
+
+
+async def _content(options: argparse.Namespace) -> int:
+    runner, url = await serve_content(LocalStore(Path(options.store)), options.host, options.port)
+    print(f"serving at {url}", flush=True)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
+    return 0
+
+
+async def _fund(options: argparse.Namespace) -> int:
+    chain = Chain(options.rpc, load_book(Path(options.book)))
+    wallet = Wallet(chain, _key(options))
+    node = Address(options.node)
+    await asyncio.to_thread(wallet.fund, wallet.address, [(node, Wei(options.amount))])
+    funds = await asyncio.to_thread(chain.funds, wallet.address, node)
+    print(f"the channel to {node} holds {funds.latest - funds.paid} not yet paid out")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

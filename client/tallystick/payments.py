@@ -1,0 +1,87 @@
+"""The purse: channels that hold enough, and vouchers for work that checked out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from tallystick_protocol.chain.reads import Chain
+from tallystick_protocol.chain.writes import Wallet
+from tallystick_protocol.errors import BadSignature, ConfigError, Rejected
+from tallystick_protocol.signing import Key, seal, unseal
+from tallystick_protocol.types import Address, Wei
+from tallystick_protocol.vouchers import Voucher
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """A channel to a node that should hold `amount` beyond what was spent already."""
+
+    node: Address
+    amount: Wei
+
+
+class Purse:
+    """One client's money. Blocking where it touches the chain: call from a thread."""
+
+    def __init__(self, chain: Chain, key: Key, max_funding: Wei) -> None:
+        """max_funding: what this process may put into channels in all; funding beyond it is refused."""
+        self._chain = chain
+        self._key = key
+        self._wallet = Wallet(chain, key)
+        self._left = max_funding
+        self._lock = threading.Lock()
+        self._totals: dict[Address, Wei] = {}
+
+    @property
+    def client(self) -> Address:
+        return self._key.address
+
+    def ensure(self, needs: list[Need]) -> Wei:
+        """Fund every channel that does not hold what is needed, all in one transaction; returns what that put in.
+
+        Raises ConfigError beyond max_funding, ChainError without tokens.
+        """
+        with self._lock:
+            deposits = []
+            for need in needs:
+                funds = self._chain.funds(self.client, need.node)
+                spent = max(funds.paid, self._totals.get(need.node, Wei(0)))
+                if (missing := need.amount - (funds.latest - spent)) > 0:
+                    deposits.append((need.node, Wei(missing)))
+            total = Wei(sum(amount for _, amount in deposits))
+            if total > self._left:
+                raise ConfigError(
+                    f"channels need {total} more token units, this client may spend {self._left}; raise max_cost"
+                )
+            if deposits:
+                self._wallet.fund(self.client, deposits)
+                self._left = Wei(self._left - total)
+                log.info("funded %d channels with %d", len(deposits), total)
+            return total
+
+    def recall(self, node: Address, owed: Wei, sealed: bytes, max_debt: Wei) -> Wei:
+        """Start from what a node says at `opened`; returns the total that earlier sessions have come to.
+
+        A client that lost its state recovers it from its own last voucher. Earlier rows without a voucher (an
+        interrupted session) are accepted up to max_debt. Raises BadSignature, Rejected.
+        """
+        known = self._totals.get(node, Wei(0))
+        if sealed:
+            voucher, signer = unseal(self._chain.book.escrow_domain, Voucher, sealed)
+            if signer != self.client or voucher.node != node or voucher.client != self.client:
+                raise BadSignature(f"{node} shows a voucher that this client did not sign", hop=node)
+            known = max(known, Wei(voucher.total))
+        debt = Wei(owed - known)
+        if debt > max_debt:
+            raise Rejected(f"{node} claims {debt} for earlier sessions, more than was ever at stake", hop=node)
+        self._totals[node] = max(known, owed)
+        return self._totals[node]
+
+    def promise(self, node: Address, total: Wei) -> bytes:
+        """A sealed voucher; a total never goes down."""
+        self._totals[node] = max(total, self._totals.get(node, Wei(0)))
+        return seal(self._chain.book.escrow_domain, Voucher(self.client, node, self._totals[node]), self._key)

@@ -1,0 +1,131 @@
+"""Planning: which nodes carry a session. A pure function of what is offered; no clock, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from tallystick_protocol.errors import NoRoute
+from tallystick_protocol.messages import Offer
+from tallystick_protocol.types import Address, Digest, Span, Wei
+
+HOP_COST = 1e-3
+"""What one more hop is worth avoiding, in the planner's unit: seconds of expected time per token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that could serve: its signed offer, who runs it, how far away it is."""
+
+    offer: Offer
+    offer_digest: Digest
+    operator: Address
+    payee: Address
+    signer: Address
+    stake: Wei
+    url: str
+    rtt_s: float
+
+    @property
+    def node(self) -> Address:
+        return self.offer.node
+
+    @property
+    def span(self) -> Span:
+        return self.offer.span
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How the planner weighs money against time: seconds that one token base unit per position is worth."""
+
+    seconds_per_wei: float = 1e-18
+
+
+def plan(
+    candidates: Iterable[Candidate],
+    layers: int,
+    avoid: Collection[Address] = (),
+    numeric_class: Digest | None = None,
+    weights: Weights = Weights(),
+) -> list[Candidate]:
+    """The cheapest chain of spans that covers [0, layers), first hop first; cost = time + price, spans used whole.
+
+    All hops are of one numeric class where that is possible, so that failovers are exact and audits sharp; with
+    `numeric_class`, of that one or none. Raises NoRoute naming the layers that nobody serves.
+    """
+    usable = [c for c in candidates if c.node not in avoid and c.span.end <= layers]
+    classes = {Digest(c.offer.numeric_class) for c in usable} if numeric_class is None else {numeric_class}
+    found = [
+        route
+        for one in sorted(classes)
+        if (route := _cheapest([c for c in usable if c.offer.numeric_class == one], layers, weights)) is not None
+    ]
+    if not found and numeric_class is None:
+        mixed = _cheapest(usable, layers, weights)
+        found = [mixed] if mixed is not None else []
+    if not found:
+        raise no_route(usable, layers)
+    return min(found, key=lambda route: sum(_cost(hop, layers, weights) for hop in route))
+
+
+def no_route(usable: list[Candidate], layers: int) -> NoRoute:
+    """The error that names the first gap and the command that would fill it."""
+    reachable = _reach(usable)
+    start = max(reachable)
+    onward = [c.span.start for c in usable if c.span.start > start]
+    end = min(onward, default=layers)
+    return NoRoute(
+        f"nobody serves layers [{start}, {end}) of {layers}; to serve them: tallystick-node run --join --span {start}:{end}",
+        start=start,
+        end=end,
+    )
+
+
+def stand_ins(candidates: Iterable[Candidate], hop: Candidate, avoid: Collection[Address]) -> list[Candidate]:
+    """Nodes that could take a hop's place in mid-session: the same span and class, cheapest first."""
+    same = [
+        c
+        for c in candidates
+        if c.span == hop.span and c.offer.numeric_class == hop.offer.numeric_class and c.node not in avoid
+    ]
+    return sorted(same, key=lambda c: (c.offer.price, c.rtt_s, c.node))
+
+
+def auditors(
+    candidates: Iterable[Candidate], route: list[Candidate], index: int, avoid: Collection[Address]
+) -> list[Candidate]:
+    """Nodes that may check hop `index`: its span and class, of another operator and payee than it and the hop before."""
+    judged = route[max(0, index - 1) : index + 1]
+    operators = {c.operator for c in judged} | {c.payee for c in judged}
+    return [
+        c
+        for c in stand_ins(candidates, route[index], avoid)
+        if c.operator not in operators and c.payee not in operators
+    ]
+
+
+def _cost(candidate: Candidate, layers: int, weights: Weights) -> float:
+    price = candidate.offer.price * candidate.span.units(layers)
+    return HOP_COST + candidate.rtt_s / 2 + price * weights.seconds_per_wei
+
+
+def _cheapest(candidates: list[Candidate], layers: int, weights: Weights) -> list[Candidate] | None:
+    """Shortest path over layer boundaries; spans only go forward, so one pass in order of their start is enough."""
+    best: dict[int, tuple[float, list[Candidate]]] = {0: (0.0, [])}
+    for candidate in sorted(candidates, key=lambda c: (c.span.start, c.span.end, c.offer.price, c.node)):
+        reached = best.get(candidate.span.start)
+        if reached is None:
+            continue
+        cost = reached[0] + _cost(candidate, layers, weights)
+        if cost < best.get(candidate.span.end, (float("inf"), []))[0]:
+            best[candidate.span.end] = (cost, [*reached[1], candidate])
+    return best[layers][1] if layers in best else None
+
+
+def _reach(candidates: list[Candidate]) -> set[int]:
+    reached = {0}
+    for candidate in sorted(candidates, key=lambda c: c.span.start):
+        if candidate.span.start in reached:
+            reached.add(candidate.span.end)
+    return reached

@@ -1,0 +1,67 @@
+"""Choosing a token from top-k logits: greedy, temperature, top-k, top-p, with a seed. Pure.
+
+The network returns the k largest logits of a position; sampling with top_p near 1 is therefore over those k, not over the
+whole vocabulary. The generator is NumPy's Philox, so a seed gives the same tokens on every machine and over failovers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tallystick_protocol.errors import ConfigError
+
+_PAIR = np.dtype([("id", "<u4"), ("value", "<f4")])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 are off. Raises ConfigError outside these ranges."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"temperature {self.temperature} is not from 0 to 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p {self.top_p} is not above 0 and at most 1")
+        if not 0 <= self.top_k <= 1 << 20 or not 0 <= self.seed < 1 << 64:
+            raise ConfigError("top_k and seed are not negative (seed below 2^64)")
+
+
+def parse_top_k(row: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (k,) u32 and logits (k,) f32 of a top-k row, by value descending."""
+    pairs = np.frombuffer(row, dtype=_PAIR)
+    return pairs["id"], pairs["value"]
+
+
+def pick(row: bytes, sampling: Sampling, position: int) -> int:
+    """The token id that follows `position`.
+
+    Each position draws from a generator of its own, (seed, position): what was drawn before does not matter, so a
+    position that is decided again after a failover is decided alike.
+    """
+    ids, logits = parse_top_k(row)
+    if sampling.temperature == 0.0:
+        return int(ids[0])
+    probabilities = distribution(logits, sampling)
+    draw = np.random.Generator(np.random.Philox(key=np.array([sampling.seed, position], dtype=np.uint64))).random()
+    chosen = int(np.searchsorted(np.cumsum(probabilities), draw, side="right"))
+    return int(ids[min(chosen, len(probabilities) - 1)])
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities (n,) f64 of the n first logits that top_k and top_p leave; logits descend."""
+    kept = logits[: sampling.top_k or None].astype(np.float64) / sampling.temperature
+    weights = np.exp(kept - kept[0])
+    probabilities = weights / weights.sum()
+    if sampling.top_p < 1.0:
+        before = np.cumsum(probabilities) - probabilities
+        probabilities = probabilities[before < sampling.top_p]
+        probabilities /= probabilities.sum()
+    result: np.ndarray = probabilities
+    return result

@@ -1,0 +1,530 @@
+"""One generation over several hops: rows in at the first, results out of the last, receipts and vouchers beside.
+
+A hop that is lost is replaced: the hop before sends the new one the rows it kept, and the stream goes on where it was.
+A hop that is caught lying is expelled: everybody rolls back to the last window that was true.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tallystick.auditing import Audit, Disagreement, arbitrate
+from tallystick.checks import check_input, check_output, check_terms
+from tallystick.payments import Need, Purse
+from tallystick.remote import Opening, Remote, fresh_nonce
+from tallystick.route import Candidate, auditors, no_route, stand_ins
+from tallystick.verdict import Accusation, Check, Verdict
+from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
+from tallystick_protocol.frames import Frame, Kind, take
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.peer import Peers
+from tallystick_protocol.receipts import Context, Receipt
+from tallystick_protocol.signing import Domain, Key
+from tallystick_protocol.types import WINDOW, ZERO_ADDRESS, Address, Wei, window_of
+from tallystick_protocol.vouchers import charge
+
+log = logging.getLogger(__name__)
+
+STEP_ROWS = 64
+STEP_TIMEOUT_S = 60.0
+SETTLE_TIMEOUT_S = 60.0
+
+
+class RolledBack(Exception):
+    """Rows from `position` on were wrong and are forgotten; everything before is true. Feed on from there."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(position)
+        self.position = position
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a session needs of its client."""
+
+    peers: Peers
+    key: Key
+    domain: Domain
+    purse: Purse
+    manifest: Manifest
+    candidates: list[Candidate]
+    max_length: int
+    top_k: int
+    on_replaced: Callable[[Address, Address, str], None]
+
+
+class Session:
+    """An open route. Use `open`, then `feed` and `result`, then `finish`; always `close`."""
+
+    def __init__(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> None:
+        self.setting = setting
+        self.route = route
+        self.hops: list[Remote] = []
+        self.verdict = verdict
+        self.avoid: set[Address] = set()
+        self.ids: list[int] = []
+        self._want: list[bool] = []
+        self._results: dict[int, bytes] = {}
+        self._pending: dict[Remote, dict[int, Receipt]] = {}
+        self._audits: list[Audit] = []
+        self._disputes: dict[int, Disagreement] = {}
+        self._settled: dict[Address, tuple[Remote, int]] = {}
+        self._nonce = fresh_nonce()
+        self._attempt = 0
+        self._work = asyncio.Event()
+        self._news = asyncio.Event()
+        self._tender: asyncio.Task[None] | None = None
+        self._arbitration: asyncio.Task[None] | None = None
+
+    @property
+    def one_shot(self) -> bool:
+        return not self.setting.manifest.causal
+
+    @property
+    def has_audits(self) -> bool:
+        return bool(self._audits)
+
+    # -- opening
+
+    async def open(self, audited: list[int]) -> None:
+        """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor, Unreachable…"""
+        for index in reversed(range(len(self.route))):
+            await self._open_hop(index)
+        for index in audited:
+            await self._open_audit(index)
+        self._tender = asyncio.create_task(self._tend())
+
+    async def _open_hop(self, index: int) -> None:
+        """Open hop `index` on the candidate that the route names, or on one that can stand in for it."""
+        while True:
+            candidate = self.route[index]
+            try:
+                remote = await self._connect(candidate, self._opening(index))
+            except TallystickError as error:
+                await self._substitute(index, error)
+                continue
+            if len(self.hops) < len(self.route):
+                self.hops.insert(0, remote)
+            else:
+                self.hops[index] = remote
+            self._pending[remote] = {}
+            remote.listen(self._on_receipt, self._on_result, self._wake)
+            return
+
+    async def _substitute(self, index: int, error: TallystickError) -> None:
+        """Put another node of the span into the route. Raises NoRoute when there is none."""
+        lost = self.route[index]
+        self.avoid.add(lost.node)
+        others = self.avoid | {c.node for c in self.route}
+        spare = stand_ins(self.setting.candidates, lost, others)
+        if not spare:
+            log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
+            raise no_route(
+                [c for c in self.setting.candidates if c.node not in self.avoid], self.setting.manifest.layers
+            )
+        self.route[index] = spare[0]
+        self.verdict.replaced.append((lost.node, spare[0].node, error.code))
+        self.setting.on_replaced(lost.node, spare[0].node, error.code)
+        log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
+
+    def _opening(self, index: int) -> Opening:
+        return Opening(
+            nonce=self._nonce,
+            model=self.setting.manifest.model_id,
+            num_layers=self.setting.manifest.layers,
+            attempt=self._attempt,
+            previous=self.route[index - 1].node if index else ZERO_ADDRESS,
+            next=self.route[index + 1].node if index + 1 < len(self.route) else ZERO_ADDRESS,
+            max_length=self.setting.max_length,
+            top_k=self.setting.top_k,
+            one_shot=self.one_shot,
+        )
+
+    async def _connect(self, candidate: Candidate, opening: Opening) -> Remote:
+        setting = self.setting
+        cost = charge(candidate.span, opening.num_layers, Wei(candidate.offer.price), opening.max_length)
+        await asyncio.to_thread(setting.purse.ensure, [Need(candidate.node, cost)])
+        return await Remote.open(setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
+
+    async def _open_audit(self, index: int) -> None:
+        """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
+        possible = auditors(self.setting.candidates, self.route, index, self.avoid)
+        for candidate in possible:
+            try:
+                remote = await self.open_witness(candidate, index)
+            except TallystickError as error:
+                log.info("%s cannot audit (%s)", candidate.node, error)
+                self.avoid.add(candidate.node)
+                continue
+            audit = Audit(self, index, remote)
+            self._audits.append(audit)
+            remote.listen(audit.on_receipt, lambda _remote, _frame: None, self._wake)
+            audit.start()
+            return
+        span = self.route[index].span
+        raise NoAuditor(
+            f'nobody of another operator and the same class can recompute layers {span}; use verify="audit" or "off"',
+            start=span.start,
+            end=span.end,
+        )
+
+    async def open_witness(self, candidate: Candidate, index: int) -> Remote:
+        """A session of its own at another node of hop `index`'s span, to recompute what that hop did."""
+        opening = Opening(
+            nonce=fresh_nonce(),
+            model=self.setting.manifest.model_id,
+            num_layers=self.setting.manifest.layers,
+            attempt=0,
+            previous=self.route[index - 1].node if index else ZERO_ADDRESS,
+            next=ZERO_ADDRESS,
+            max_length=self.setting.max_length,
+            top_k=self.setting.top_k,
+            one_shot=self.one_shot,
+        )
+        return await self._connect(candidate, opening)
+
+    # -- rows
+
+    async def feed(self, ids: list[int], want_last: bool = True) -> None:
+        """Append token ids to the session, in steps that fit into credit; the last one's result is wanted.
+
+        A one-shot session takes one feed, and every row of it is wanted.
+        """
+        start = len(self.ids)
+        self.ids += ids
+        self._want += [self.one_shot or (want_last and i == len(ids) - 1) for i in range(len(ids))]
+        await self._send_ids(start)
+
+    async def _send_ids(self, start: int) -> None:
+        rows = self.input_rows(start, len(self.ids))
+        step = len(rows) if self.one_shot else STEP_ROWS
+        for begin in range(0, len(rows), step):
+            at = start + begin
+            part = rows[begin : begin + step]
+            try:
+                await self.hops[0].send_rows(part, at, self._want[at : at + len(part)])
+            except Unreachable:
+                return  # `result` sees the failure and feeds whoever takes the place
+
+    def wanted(self, first: int, last: int) -> list[bool]:
+        """Which of positions [first, last) the client asked results for."""
+        return self._want[first:last]
+
+    def input_rows(self, first: int, last: int) -> list[bytes]:
+        """What the client sends for positions [first, last): u32 little-endian ids."""
+        return [token.to_bytes(4, "little") for token in self.ids[first:last]]
+
+    async def result(self, position: int) -> bytes:
+        """The row that left the model at a position. Raises RolledBack, NoRoute, Unreachable after STEP_TIMEOUT_S."""
+        await self._until(lambda: position in self._results, STEP_TIMEOUT_S, f"position {position}")
+        return self._results[position]
+
+    async def finish(self) -> None:
+        """Have every row signed, checked as the policy says, and paid. Raises RolledBack."""
+        if not self.ids:
+            return
+        for hop in [*self.hops, *(audit.remote for audit in self._audits)]:
+            try:
+                await hop.send(Frame(Kind.FLUSH))
+            except Unreachable:
+                continue
+        await self._until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
+
+    def _all_settled(self) -> bool:
+        length = len(self.ids)
+        signed = all(hop.standing.covered == length for hop in self.hops)
+        return signed and not self._disputes and all(audit.judged_to() == length for audit in self._audits)
+
+    async def audit_at_end(self, index: int) -> None:
+        """Audit one hop over the whole session after it was signed."""
+        await self._open_audit(index)
+        await self._until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
+
+    async def close(self) -> None:
+        """Close every hop. What is signed and checked has been paid before."""
+        for task in (self._tender, self._arbitration, *(audit.task for audit in self._audits)):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        for remote in [*self.hops, *(audit.remote for audit in self._audits)]:
+            self.note_payment(remote)
+            await remote.close()
+
+    # -- what arrives
+
+    def _wake(self) -> None:
+        self._work.set()
+        self._news.set()
+
+    def _on_receipt(self, remote: Remote, receipt: Receipt) -> None:
+        self._pending[remote][self.window_index(receipt)] = receipt
+
+    def window_index(self, receipt: Receipt) -> int:
+        return 0 if self.one_shot else window_of(receipt.first)
+
+    def _on_result(self, remote: Remote, frame: Frame) -> None:
+        if remote is not self.hops[-1]:
+            return
+        positions = [frame.position + offset for offset in _set_bits(take(frame.body, "want", bytes))]
+        rows = frame.rows()
+        if len(positions) != len(rows):
+            raise CorruptResult(
+                f"{remote.node} returned {len(rows)} rows for {len(positions)} positions", hop=remote.node
+            )
+        for position, row in zip(positions, rows, strict=True):
+            if position >= len(self.ids) or not self._want[position]:
+                continue  # cropped meanwhile
+            before = self._results.setdefault(position, row)
+            if before != row:
+                log.warning("%s gives another result for position %d than its predecessor", remote.node, position)
+
+    async def _tend(self) -> None:
+        """Check receipts as they come, in order of hops and windows; pay; compare audits."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            for index, hop in enumerate(self.hops):
+                try:
+                    self._check_hop(index, hop)
+                    await self._pay_hop(index, hop)
+                except TallystickError as error:
+                    hop.failure = hop.failure or error
+            for audit in self._audits:
+                await self._tend_audit(audit)
+            self._news.set()
+
+    def _check_hop(self, index: int, hop: Remote) -> None:
+        """Every pending receipt that can be checked: in order of windows, after the hop before. Raises CorruptResult…"""
+        pending = self._pending.get(hop, {})
+        while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
+            receipt := _extension(hop, pending)
+        ) is not None:
+            window = self.window_index(receipt)
+            upstream = None
+            if index:
+                above = self.hops[index - 1].standing.receipts
+                if len(above) <= window or above[window].last < receipt.last:
+                    return
+                upstream = above[window]
+                if upstream.positions != receipt.positions:
+                    return
+            del pending[window]
+            self.check_receipt(hop, receipt, window)
+            check_input(receipt, upstream, self.input_rows(receipt.first, receipt.last))
+            if hop is self.hops[-1]:
+                check_output(receipt, self._result_rows(receipt))
+            hop.owe(receipt, window)
+            self.verdict.receipts += 1
+            self._work.set()
+
+    def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
+        """Raises CorruptResult unless the receipt says what was agreed for this window."""
+        if receipt.last > len(self.ids) or (not self.one_shot and receipt.first != window * WINDOW):
+            raise CorruptResult(f"{remote.node} signed positions {receipt.positions}", hop=remote.node)
+        want = tuple(self._want[receipt.first : receipt.last])
+        context = Context(self.setting.manifest.numerics, "f32", self.setting.top_k, want)
+        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, int(time.time()))
+
+    def _result_rows(self, receipt: Receipt) -> list[bytes]:
+        return [self._results.get(position, b"") if self._want[position] else b"" for position in receipt.positions]
+
+    async def _pay_hop(self, index: int, hop: Remote) -> None:
+        """Everything due, unless this hop is being audited: then what the audit has passed."""
+        audit = next((audit for audit in self._audits if audit.index == index), None)
+        if audit is None:
+            await hop.pay(hop.rows_due, self.setting.purse)
+        elif audit.approved and index not in self._disputes:
+            await hop.pay(hop.due_after.get(audit.approved - 1, 0), self.setting.purse)
+
+    # -- audits
+
+    async def _tend_audit(self, audit: Audit) -> None:
+        hop = self.hops[audit.index]
+        try:
+            for check in audit.compare(hop):
+                self.verdict.checks.append(check)
+        except Disagreement as disagreement:
+            if audit.index not in self._disputes:
+                self._disputes[audit.index] = disagreement
+                self._arbitration = asyncio.create_task(self._settle_dispute(audit, disagreement))
+        except TallystickError as error:
+            audit.remote.failure = audit.remote.failure or error
+        if audit.approved:
+            try:
+                await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), self.setting.purse)
+            except Unreachable as error:
+                log.info("the auditor %s is gone (%s)", audit.remote.node, error)
+
+    async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
+        """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
+        try:
+            disagreement.ruling = await arbitrate(self, audit, disagreement)
+        except TallystickError as error:
+            disagreement.failure = error
+        self._wake()
+
+    async def _resolve(self, index: int, disagreement: Disagreement) -> None:
+        """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
+        audit = next(audit for audit in self._audits if audit.index == index)
+        hop, ruling = self.hops[index], disagreement.ruling
+        del self._disputes[index]
+        window = disagreement.window
+        liar = ruling.liar if ruling is not None else None
+        passed = False if liar is not None else None
+        self.verdict.checks.append(
+            Check(
+                hop.candidate.span,
+                disagreement.hop.positions,
+                hop.node,
+                audit.remote.node,
+                passed if liar != audit.remote.node else None,
+            )
+        )
+        if ruling is not None:
+            self.verdict.accusations.append(
+                Accusation(ruling.liar, hop.candidate.span, disagreement.hop.positions, ruling.witnesses)
+            )
+            self.avoid.add(ruling.liar)
+        else:
+            self.avoid |= {hop.node, audit.remote.node}
+        if liar != hop.node:
+            await self._change_auditor(audit)
+        if liar != audit.remote.node:
+            await self._expel(index, 0 if self.one_shot else window * WINDOW)
+
+    async def _change_auditor(self, audit: Audit) -> None:
+        audit.stop()
+        self._audits.remove(audit)
+        self.note_payment(audit.remote)
+        await audit.remote.close()
+        await self._open_audit(audit.index)
+
+    async def _expel(self, index: int, position: int) -> None:
+        """Replace a hop that lied and roll everybody back to `position`. Raises RolledBack."""
+        log.warning("%s is expelled; rolling back to position %d", self.hops[index].node, position)
+        liar = self.hops[index]
+        others = [hop for hop in self.hops if hop is not liar]
+        await self._until(lambda: all(hop.standing.covered >= position for hop in others), SETTLE_TIMEOUT_S, "receipts")
+        for hop in others:
+            await self._crop(hop, position, len(self.ids))
+        for audit in self._audits:
+            await audit.crop(position)
+        del self.ids[position:], self._want[position:]
+        self._results = {p: row for p, row in self._results.items() if p < position}
+        await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
+        raise RolledBack(position)
+
+    async def _crop(self, hop: Remote, position: int, computed: int) -> None:
+        await hop.command(Frame(Kind.CROP, position=position), "crop")
+        hop.crop(position, computed)
+        self._pending[hop] = {}
+
+    # -- failures
+
+    async def _until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait for something while repairing what breaks. Raises RolledBack, NoRoute, Unreachable."""
+        deadline = time.monotonic() + timeout_s
+        while not done():
+            self._news.clear()
+            if await self._repair():
+                deadline = time.monotonic() + timeout_s
+                continue
+            if done():
+                return
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Unreachable(f"nothing came for {timeout_s:g} s while waiting for {what}")
+            try:
+                async with asyncio.timeout(min(left, 1.0)):
+                    await self._news.wait()
+            except TimeoutError:
+                self._work.set()
+
+    async def _repair(self) -> bool:
+        """Mend the first thing that is broken; False when nothing is."""
+        for index, disagreement in list(self._disputes.items()):
+            if disagreement.ruling is not None or disagreement.failure is not None:
+                await self._resolve(index, disagreement)
+                return True
+        for index, hop in enumerate(self.hops):
+            if hop.failure is not None:
+                await self._mend(index, hop.failure)
+                return True
+            if hop.told:
+                error = hop.told.pop()
+                named = next((i for i, other in enumerate(self.hops) if other.node == error.fields.get("hop")), None)
+                if named is not None:  # else it has been replaced meanwhile
+                    await self._replace(named, error)
+                return True
+        for audit in list(self._audits):
+            if audit.remote.failure is not None:
+                self.avoid.add(audit.remote.node)
+                await self._change_auditor(audit)
+                return True
+        return False
+
+    async def _mend(self, index: int, failure: TallystickError) -> None:
+        """A hop failed: replace it, unless another one would fail alike."""
+        if failure.code in ("insufficient_funds", "context_length_exceeded"):
+            raise failure
+        await self._replace(index, failure)
+
+    async def _replace(self, index: int, failure: TallystickError) -> None:
+        """Put another node in hop `index`'s place and have it filled by the hop before."""
+        lost = self.hops[index]
+        self.note_payment(lost)
+        await lost.close()
+        self._pending.pop(lost, None)
+        await self._substitute(index, failure)
+        self._attempt += 1
+        while True:
+            candidate = self.route[index]
+            try:
+                if index + 1 < len(self.hops):
+                    await self._route(index + 1, {"previous": candidate.node})
+                remote = await self._connect(candidate, self._opening(index))
+            except TallystickError as error:
+                if error.fields.get("hop") not in (None, candidate.node):
+                    raise
+                await self._substitute(index, error)
+                continue
+            break
+        self.hops[index] = remote
+        self._pending[remote] = {}
+        remote.listen(self._on_receipt, self._on_result, self._wake)
+        if index:
+            await self._route(index - 1, {"next": candidate.node})
+        else:
+            await self._send_ids(0)
+
+    async def _route(self, index: int, body: dict[str, str]) -> None:
+        """Tell a hop of its new neighbour; a hop that is gone as well is repaired in its turn."""
+        try:
+            await self.hops[index].command(Frame(Kind.ROUTE, dict(body)), "route")
+        except TallystickError as error:
+            self.hops[index].failure = self.hops[index].failure or error
+
+    def note_payment(self, remote: Remote) -> None:
+        paid, due = remote.rows_paid, remote.rows_due
+        for book, rows in ((self.verdict.paid, paid), (self.verdict.withheld, due - paid)):
+            wei = charge(
+                remote.candidate.span, remote.opening.num_layers, Wei(remote.candidate.offer.price), max(rows, 0)
+            )
+            if wei or book is self.verdict.paid:
+                book[remote.node] = Wei(book.get(remote.node, Wei(0)) + wei)
+
+
+def _extension(hop: Remote, pending: dict[int, Receipt]) -> Receipt | None:
+    """A pending receipt that extends the last window, which stands partially."""
+    last = len(hop.standing.receipts) - 1
+    found = pending.get(last) if last >= 0 else None
+    return found if found is not None and found.last > hop.standing.covered else None
+
+
+def _set_bits(packed: bytes) -> list[int]:
+    """The indices of set bits, least significant first."""
+    return [8 * i + bit for i, byte in enumerate(packed) for bit in range(8) if byte >> bit & 1]

@@ -1,0 +1,60 @@
+"""What was checked about an answer, by whom and how, and what was paid: the part of an answer that says how far to trust it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tallystick_protocol.types import Address, Positions, Span, Wei
+
+Policy = Literal["off", "audit", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One window of one span, recomputed elsewhere. passed: None when nobody could say who was wrong."""
+
+    span: Span
+    positions: Positions
+    node: Address
+    auditor: Address
+    passed: bool | None
+    how: str = "hash"
+
+
+@dataclass(frozen=True, slots=True)
+class Accusation:
+    """A node whose signed work two others contradict, alike."""
+
+    node: Address
+    span: Span
+    positions: Positions
+    witnesses: tuple[Address, ...]
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The verdict on one answer. worst_error and tolerance are 0: within a class, results are equal or wrong."""
+
+    policy: Policy
+    receipts: int = 0
+    checks: list[Check] = field(default_factory=list)
+    accusations: list[Accusation] = field(default_factory=list)
+    replaced: list[tuple[Address, Address, str]] = field(default_factory=list)
+    paid: dict[Address, Wei] = field(default_factory=dict)
+    withheld: dict[Address, Wei] = field(default_factory=dict)
+    worst_error: float = 0.0
+    tolerance: float = 0.0
+
+    @property
+    def passed(self) -> int:
+        return sum(check.passed is True for check in self.checks)
+
+    @property
+    def failed(self) -> int:
+        return sum(check.passed is not True for check in self.checks)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The spans of which every window was checked at least once, or some were."""
+        return sorted({check.span for check in self.checks})

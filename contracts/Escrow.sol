@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
+import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
+import {Channel, Deposit, Exit, IEscrow, Row} from "./interfaces/IEscrow.sol";
+import {IStaking} from "./interfaces/IStaking.sol";
+import {IToken} from "./interfaces/IToken.sol";
+
+/// @dev Invariants:
+/// (E1) the token balance is the sum of funded - paid over all channels (plus what strangers send here by mistake);
+/// (E2) paid <= min(funded, the highest total that an authorized key signed);
+/// (E3) a redemption pays exactly what is due, to the payee and the fire, and nothing when repeated;
+/// (E4) `funded` falls only by the client's withdrawal, EXIT_DELAY after its exit, or by the node's own refund;
+/// (E5) `available` is never more than a redemption in the same block would pay.
+///
+/// TOKEN is our own and calls nobody, so there is no reentrancy to guard against. There is no closed state: a channel
+/// without money is empty, an old voucher stays a debt.
+contract Escrow is IEscrow, EIP712 {
+    bytes32 private constant VOUCHER_TYPEHASH = keccak256("Voucher(address client,address node,uint256 total)");
+    uint256 private constant BPS = 10_000;
+
+    IToken public immutable TOKEN;
+    IStaking public immutable STAKING;
+    uint256 public immutable FEE_BPS;
+    uint256 public immutable EXIT_DELAY;
+    uint256 public immutable EPOCH;
+
+    mapping(address client => mapping(address node => Channel)) private _channels;
+    mapping(address client => mapping(address node => Exit)) private _exits;
+    mapping(address client => mapping(address signer => uint256 validUntil)) public signers;
+    mapping(uint256 epoch => uint256) public burned;
+    mapping(uint256 epoch => mapping(address node => uint256)) public burnedBy;
+
+    constructor(IStaking staking, uint256 feeBps, uint256 exitDelay) EIP712("Tallystick Escrow", "1") {
+        require(feeBps <= BPS, BadFee(feeBps, BPS));
+        TOKEN = staking.TOKEN();
+        STAKING = staking;
+        FEE_BPS = feeBps;
+        EXIT_DELAY = exitDelay;
+        EPOCH = staking.EPOCH();
+    }
+
+    // Paying
+
+    /// @inheritdoc IEscrow
+    function fund(address client, Deposit[] calldata deposits) external {
+        uint256 sum;
+        for (uint256 i = 0; i < deposits.length; i++) {
+            Deposit calldata deposit = deposits[i];
+            _channels[client][deposit.node].funded += deposit.amount;
+            sum += deposit.amount;
+            emit Funded(client, deposit.node, deposit.amount, msg.sender);
+        }
+        TOKEN.transferFrom(msg.sender, address(this), sum);
+    }
+
+    /// @inheritdoc IEscrow
+    function redeem(address node, Row[] calldata rows) external returns (uint256[] memory amounts) {
+        amounts = new uint256[](rows.length);
+        uint256 sum;
+        for (uint256 i = 0; i < rows.length; i++) {
+            sum += amounts[i] = _settle(node, rows[i]);
+        }
+        if (sum == 0) return amounts;
+
+        uint256 fee = sum * FEE_BPS / BPS;
+        uint256 epoch = block.timestamp / EPOCH;
+        burned[epoch] += fee;
+        burnedBy[epoch][node] += fee;
+        TOKEN.burn(fee);
+        TOKEN.transfer(STAKING.payeeOf(node), sum - fee);
+    }
+
+    // Taking back
+
+    /// @inheritdoc IEscrow
+    function exit(address node, uint128 amount) external {
+        uint256 unpaid = _unpaid(msg.sender, node);
+        require(amount <= unpaid, TooMuch(amount, unpaid));
+        uint64 readyAt = amount == 0 ? 0 : uint64(block.timestamp + EXIT_DELAY);
+        _exits[msg.sender][node] = Exit(amount, readyAt);
+        emit Exiting(msg.sender, node, amount, readyAt);
+    }
+
+    /// @inheritdoc IEscrow
+    function withdraw(address node) external {
+        Exit memory leaving = _exits[msg.sender][node];
+        require(leaving.amount != 0, NotExiting(msg.sender, node));
+        require(block.timestamp >= leaving.readyAt, NotReady(block.timestamp, leaving.readyAt));
+        uint256 unpaid = _unpaid(msg.sender, node);
+        uint256 amount = leaving.amount < unpaid ? leaving.amount : unpaid;
+        delete _exits[msg.sender][node];
+        _channels[msg.sender][node].funded -= uint128(amount);
+        emit Withdrawn(msg.sender, node, amount);
+        TOKEN.transfer(msg.sender, amount);
+    }
+
+    /// @inheritdoc IEscrow
+    function refund(address client, uint128 amount) external {
+        uint256 unpaid = _unpaid(client, msg.sender);
+        require(amount <= unpaid, TooMuch(amount, unpaid));
+        _channels[client][msg.sender].funded -= amount;
+        emit Refunded(client, msg.sender, amount);
+        TOKEN.transfer(client, amount);
+    }
+
+    // Signers
+
+    /// @inheritdoc IEscrow
+    function setSigner(address signer, bool on) external {
+        uint256 validUntil = signers[msg.sender][signer];
+        uint256 end = block.timestamp + EXIT_DELAY;
+        if (on) validUntil = type(uint256).max;
+        // A second revocation does not lengthen the first.
+        else if (validUntil > end) validUntil = end;
+        signers[msg.sender][signer] = validUntil;
+        emit SignerSet(msg.sender, signer, validUntil);
+    }
+
+    // Views
+
+    /// @inheritdoc IEscrow
+    function channels(address client, address node) external view returns (Channel memory) {
+        return _channels[client][node];
+    }
+
+    /// @inheritdoc IEscrow
+    function exits(address client, address node) external view returns (Exit memory) {
+        return _exits[client][node];
+    }
+
+    /// @inheritdoc IEscrow
+    function available(address client, address node) external view returns (uint256) {
+        uint256 unpaid = _unpaid(client, node);
+        uint256 leaving = _exits[client][node].amount;
+        return unpaid > leaving ? unpaid - leaving : 0;
+    }
+
+    function _unpaid(address client, address node) private view returns (uint256) {
+        Channel storage channel = _channels[client][node];
+        return channel.funded - channel.paid;
+    }
+
+    /// Books what a row has due; 0 if nothing is or if the signature is not the client's.
+    function _settle(address node, Row calldata row) private returns (uint256 due) {
+        Channel storage channel = _channels[row.client][node];
+        (uint256 funded, uint256 paid) = (channel.funded, channel.paid);
+        uint256 owed = row.total < funded ? row.total : funded;
+        if (owed <= paid || !_isSigned(node, row)) return 0;
+        channel.paid = uint128(owed);
+        due = owed - paid;
+        emit Redeemed(row.client, node, due);
+    }
+
+    function _isSigned(address node, Row calldata row) private view returns (bool) {
+        bytes32 digest = _hashTypedDataV4(keccak256(abi.encode(VOUCHER_TYPEHASH, row.client, node, row.total)));
+        (address signer, ECDSA.RecoverError err,) = ECDSA.tryRecover(digest, row.r, row.vs);
+        if (err != ECDSA.RecoverError.NoError) return false;
+        return signer == row.client || block.timestamp < signers[row.client][signer];
+    }
+}

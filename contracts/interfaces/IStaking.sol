@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {IModels} from "./IModels.sol";
+import {IToken} from "./IToken.sol";
+
+/// @notice One address = one stake = one model = one span of layers. The address is the owner's cold key.
+/// @param stake all that lies here for the node, in token base units.
+/// @param leaving the part of `stake` that is unbonding: slashable, but no security. leaving <= stake.
+/// @param since the last epoch in which the node's weight changed; `past` is the weight at that epoch's beginning.
+/// @param leaveAt when `leaving` may be withdrawn, in seconds.
+/// @param holds number of open cases; while it is not zero nothing can be withdrawn.
+/// @param start first layer served; [start, end) is half-open.
+struct Node {
+    uint104 stake;
+    uint104 leaving;
+    uint48 since;
+    uint104 past;
+    uint48 leaveAt;
+    uint32 holds;
+    uint16 start;
+    uint16 end;
+    bytes32 model;
+    address payee;
+}
+
+/// @title The registry of nodes and their stake
+/// @notice A node's owner stakes, binds hot keys and says what the node serves. Only the slasher (the Court) can hold or slash.
+/// A node's weight is its active stake, `stake - leaving`, while it serves a model.
+interface IStaking {
+    event Staked(address indexed node, address indexed by, uint256 amount, uint256 stake);
+    event SignerBound(address indexed node, address indexed signer);
+    event PayeeSet(address indexed node, address indexed payee);
+    /// @notice The node's latest word on what it serves. Price and endpoint are hints: a signed offer is binding.
+    /// @param operator whom the node declares to belong to; auditors are chosen of another one. Self-declared, proves nothing.
+    /// @param price token base units per position and layer.
+    event Serving(
+        address indexed node,
+        bytes32 indexed model,
+        uint16 start,
+        uint16 end,
+        address operator,
+        uint256 price,
+        bytes endpoint
+    );
+    event Unbonding(address indexed node, uint256 amount, uint256 leaving, uint256 leaveAt);
+    event Withdrawn(address indexed node, uint256 amount);
+    event HoldSet(address indexed node, uint256 holds);
+    event Slashed(address indexed node, uint256 amount, uint256 bounty, address indexed to);
+
+    error NotSlasher(address caller, address slasher);
+    error NotReady(uint256 time, uint256 readyAt);
+    error TooMuch(uint256 amount, uint256 available);
+    error TooLittle(uint256 active, uint256 minimum);
+    error BadRange(uint256 start, uint256 end, uint256 layers);
+    error EndpointTooLong(uint256 length, uint256 maximum);
+    error Held(uint256 holds);
+    error NotHeld(address node);
+    error KeyTaken(address signer, address node);
+    error Expired(uint256 time, uint256 deadline);
+    error BadProof(address recovered, address signer);
+    error UnknownEpoch(uint256 epoch, uint256 oldest, uint256 newest);
+
+    function TOKEN() external view returns (IToken);
+
+    function MODELS() external view returns (IModels);
+
+    /// @notice The one address that may hold and slash.
+    function SLASHER() external view returns (address);
+
+    /// @notice The least active stake of a serving node, in token base units.
+    function MIN_STAKE() external view returns (uint256);
+
+    /// @notice Seconds between `unbond` and `withdraw`. At least the time in which a fault can be proved and ruled on.
+    function UNBONDING() external view returns (uint256);
+
+    /// @notice Seconds per epoch. Epoch e is [e * EPOCH, (e + 1) * EPOCH).
+    function EPOCH() external view returns (uint256);
+
+    /// @notice Adds `amount` of the caller's tokens to `node`'s stake. Anybody may; it cannot be taken back by the giver.
+    function stake(address node, uint256 amount) external;
+
+    /// @notice Binds a hot key to the caller, for good: what it signs stays the node's even after other keys are bound.
+    /// A node may have several.
+    /// @param signature the signer's, 65 bytes (r, s, v), over `Bind(address node,uint256 deadline)` in this contract's
+    /// EIP-712 domain ("Tallystick", "1"): proof that the key is its own, so that nobody can squat a rival's.
+    function bind(address signer, uint256 deadline, bytes calldata signature) external;
+
+    /// @notice Where the node's earnings go; zero for the node's own address.
+    function setPayee(address payee) external;
+
+    /// @notice Declares what the caller's node serves, replacing what it declared before.
+    /// @param price token base units per position and layer; only in the event.
+    /// @param endpoint how to reach the node, at most 256 bytes; only in the event.
+    /// @param operator see the event.
+    function serve(
+        bytes32 model,
+        uint16 start,
+        uint16 end,
+        uint256 price,
+        bytes calldata endpoint,
+        address operator
+    ) external;
+
+    /// @notice Begins to take out `amount` of the caller's stake. Every call restarts the delay for all that is leaving.
+    /// What stays must be nothing or at least `MIN_STAKE`.
+    function unbond(uint256 amount) external;
+
+    /// @notice Pays out what is leaving to the caller, from `leaveAt` on and while no case is open.
+    function withdraw() external;
+
+    /// @notice Blocks (`on`) withdrawal for one more open case, or releases one. Only the slasher.
+    function hold(address node, bool on) external;
+
+    /// @notice Takes `min(amount, stake)`: pays `min(bounty, half of it)` to `to`, burns the rest. Only the slasher.
+    /// @return taken what the stake lost.
+    function slash(address node, uint256 amount, uint256 bounty, address to) external returns (uint256 taken);
+
+    /// @notice The whole state of a node, all zero when unknown.
+    function nodes(address node) external view returns (Node memory);
+
+    /// @notice The node that a hot key signs for, zero when unbound.
+    function nodeOf(address signer) external view returns (address node);
+
+    /// @notice Where to pay the node's earnings.
+    function payeeOf(address node) external view returns (address);
+
+    /// @notice The node's weight now: its stake that is not leaving; 0 while it serves no model.
+    function active(address node) external view returns (uint256);
+
+    /// @notice The sum of the weights of all nodes of a model, now. A client checks that the nodes it found add up to it.
+    function weights(bytes32 model) external view returns (uint256);
+
+    /// @notice The weight that counts for a decision at `time`: the lower of the weight now and the weight in the same
+    /// model at the beginning of that epoch. Stake that came within the epoch does not count, stake that left neither.
+    /// @dev One boundary is remembered: reverts with UnknownEpoch before the node's last change, and in the future.
+    function weightAt(address node, uint256 time) external view returns (uint256);
+
+    /// @notice The model's total weight at the beginning of `time`'s epoch; at least the sum of its nodes' `weightAt`.
+    /// @dev Reverts like `weightAt`.
+    function totalAt(bytes32 model, uint256 time) external view returns (uint256);
+}

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {Deposit, IEscrow, Row} from "../interfaces/IEscrow.sol";
+import {IModels} from "../interfaces/IModels.sol";
+import {IStaking} from "../interfaces/IStaking.sol";
+import {IToken} from "../interfaces/IToken.sol";
+import {Vm} from "./Vm.sol";
+
+Vm constant vm = Vm(address(uint160(uint256(keccak256("hevm cheat code")))));
+
+/// What invariant tests leave out, in the form that the runner asks for.
+struct FuzzSelector {
+    address addr;
+    bytes4[] selectors;
+}
+
+abstract contract Assertions {
+    function assertEq(uint256 actual, uint256 expected) internal pure {
+        require(actual == expected, string.concat(vm.toString(actual), " is not ", vm.toString(expected)));
+    }
+
+    function assertEq(address actual, address expected) internal pure {
+        require(actual == expected, "another address");
+    }
+
+    function assertEq(bytes32 actual, bytes32 expected) internal pure {
+        require(actual == expected, "other bytes");
+    }
+
+    function assertLe(uint256 a, uint256 b, string memory what) internal pure {
+        require(a <= b, string.concat(what, ": ", vm.toString(a), " > ", vm.toString(b)));
+    }
+
+    function within(uint256 x, uint256 low, uint256 high) internal pure returns (uint256) {
+        return low + x % (high - low + 1);
+    }
+}
+
+/// All contracts as built for deployment, with the production parameters. This contract is minter, slasher and treasury.
+/// The tests take the contracts from the artifacts: it is the deployed bytecode that is tested, and it is compiled once.
+abstract contract World is Assertions {
+    uint256 internal constant START = 1_800_000_000; // 20833 days and 8 hours: the middle of an epoch
+    uint256 internal constant NODE_KEY = 0xA11CE;
+    uint256 internal constant CLIENT_KEY = 0xC11E;
+    uint256 internal constant SESSION_KEY = 0x5E55;
+    uint256 internal constant STRANGER_KEY = 0xBAD;
+
+    IToken internal token;
+    IModels internal models;
+    IStaking internal staking;
+    IEscrow internal escrow;
+
+    uint256 internal minStake;
+    uint256 internal unbonding;
+    uint256 internal epoch;
+    uint256 internal feeBps;
+    uint256 internal exitDelay;
+
+    address internal node = vm.addr(NODE_KEY);
+    address internal client = vm.addr(CLIENT_KEY);
+    address internal session = vm.addr(SESSION_KEY);
+    address internal stranger = vm.addr(STRANGER_KEY);
+    bytes32 internal llama; // 8 layers
+    bytes32 internal bert; // 4 layers
+
+    function setUp() public virtual {
+        vm.warp(START);
+        uint256 genesis = parameter("GENESIS");
+        minStake = parameter("MIN_STAKE");
+        unbonding = parameter("UNBONDING");
+        epoch = parameter("EPOCH");
+        feeBps = parameter("FEE_BPS");
+        exitDelay = parameter("EXIT_DELAY");
+        token = IToken(deploy("Token", abi.encode(this, this, genesis)));
+        models = IModels(deploy("Models", ""));
+        staking = IStaking(deploy("Staking", abi.encode(token, models, this, minStake, unbonding, epoch)));
+        escrow = IEscrow(deploy("Escrow", abi.encode(staking, feeBps, exitDelay)));
+        llama = models.add("llama", "pieces", 8);
+        bert = models.add("bert", "pieces", 4);
+        token.approve(address(staking), type(uint256).max);
+        token.approve(address(escrow), type(uint256).max);
+    }
+
+    function initcode(string memory name, bytes memory args) internal view returns (bytes memory) {
+        string memory artifact = vm.readFile(string.concat("artifacts/contracts/", name, ".sol/", name, ".json"));
+        return bytes.concat(vm.parseJsonBytes(artifact, ".bytecode"), args);
+    }
+
+    function deploy(string memory name, bytes memory args) internal returns (address) {
+        return create(initcode(name, args));
+    }
+
+    function create(bytes memory code) internal returns (address made) {
+        assembly {
+            made := create(0, add(code, 32), mload(code))
+        }
+        require(made != address(0), "the constructor reverted");
+    }
+
+    function parameter(string memory name) internal view returns (uint256) {
+        return vm.parseJsonUint(vm.readFile("contracts/parameters.json"), string.concat(".", name));
+    }
+
+    /// `who` serves `model` with `amount` staked.
+    function serving(address who, bytes32 model, uint256 amount) internal {
+        staking.stake(who, amount);
+        vm.prank(who);
+        staking.serve(model, 0, 4, 1 gwei, "tcp:1.2.3.4:5", who);
+    }
+
+    function fund(address who, address to, uint256 amount) internal {
+        Deposit[] memory deposits = new Deposit[](1);
+        deposits[0] = Deposit(to, uint128(amount));
+        escrow.fund(who, deposits);
+    }
+
+    function separator(string memory name, address verifier) internal view returns (bytes32) {
+        bytes32 domain = keccak256("EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)");
+        return keccak256(abi.encode(domain, keccak256(bytes(name)), keccak256("1"), block.chainid, verifier));
+    }
+
+    function voucherDigest(address who, address to, uint256 total) internal view returns (bytes32) {
+        bytes32 structHash =
+            keccak256(abi.encode(keccak256("Voucher(address client,address node,uint256 total)"), who, to, total));
+        return keccak256(abi.encodePacked("\x19\x01", separator("Tallystick Escrow", address(escrow)), structHash));
+    }
+
+    function row(uint256 key, address who, address to, uint256 total) internal view returns (Row memory) {
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(key, voucherDigest(who, to, total));
+        return Row(who, total, r, bytes32(uint256(s) | (uint256(v - 27) << 255)));
+    }
+
+    /// One row for `client` and `node`, signed by `key`.
+    function rows(uint256 key, uint256 total) internal view returns (Row[] memory list) {
+        list = new Row[](1);
+        list[0] = row(key, client, node, total);
+    }
+
+    function bindDigest(address who, uint256 deadline) internal view returns (bytes32) {
+        bytes32 structHash = keccak256(abi.encode(keccak256("Bind(address node,uint256 deadline)"), who, deadline));
+        return keccak256(abi.encodePacked("\x19\x01", separator("Tallystick", address(staking)), structHash));
+    }
+
+    function proof(uint256 key, address who, uint256 deadline) internal view returns (bytes memory) {
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(key, bindDigest(who, deadline));
+        return abi.encodePacked(r, s, v);
+    }
+}

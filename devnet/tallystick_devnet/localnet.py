@@ -1,0 +1,173 @@
+"""The local network: a chain, a content store with a published model, node processes with keys, stake and a span each."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tallystick.client import Settings
+from tallystick.publishing import cut, register, serve_content
+from tallystick_devnet.localchain import ETHER, LocalChain, rich_key, start_chain
+from tallystick_devnet.processes import Process, stop_all
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.keystore import create_keystore, open_keystore
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.signing import Key
+from tallystick_protocol.types import Address, ModelId, Span, Wei
+
+PASSWORD = "only for the local network"
+STAKE = Wei(2000 * ETHER)
+CLIENT_TOKENS = Wei(1000 * ETHER)
+NODE_COMMAND = (sys.executable, "-m", "tallystick_node.cli")
+READY_TIMEOUT_S = 120.0
+READY = r"serving at (http://\S+)"
+
+
+@dataclass(slots=True)
+class LocalNode:
+    """One node process, with keys of its own."""
+
+    name: str
+    address: Address
+    span: Span
+    folder: Path
+    process: Process
+    url: str = ""
+
+    def wait(self) -> None:
+        """Until it serves. Raises ProcessFailed."""
+        self.url = self.process.wait_for(READY, READY_TIMEOUT_S)
+
+
+class LocalNet:
+    """Use as a context manager: everything it has started is stopped at the end."""
+
+    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None, rpc_port: int = 0) -> None:
+        self.folder = folder
+        self._say = say
+        self._rpc_port = rpc_port
+        self._store = LocalStore(folder / "content")
+        self._content = _ContentThread(self._store)
+        self.nodes: list[LocalNode] = []
+        self.local: LocalChain | None = None
+
+    def __enter__(self) -> LocalNet:
+        try:
+            self.local = start_chain(self.folder, self._rpc_port)
+            self._say(f"chain at {self.local.rpc}, contracts deployed")
+            self._content.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        stop_all([node.process for node in self.nodes])
+        self._content.stop()
+        if self.local is not None:
+            self.local.process.stop()
+
+    @property
+    def chain(self) -> LocalChain:
+        assert self.local is not None, "the network is not started"
+        return self.local
+
+    @property
+    def source(self) -> str:
+        """The base URL of the content store."""
+        return self._content.url
+
+    def publish(self, checkpoint: Path, name: str | None = None) -> tuple[ModelId, Manifest]:
+        """Cut a checkpoint into pieces, put them into the content store, record the model on chain."""
+        manifest = cut(checkpoint, self._store, name, _licence(checkpoint), self._say)
+        model = register(self.chain.chain(), rich_key(), manifest)
+        self._say(f"published {manifest.name}: {manifest.layers} layers, manifest {manifest.cid}")
+        return model, manifest
+
+    def add_node(
+        self, model: ModelId, span: Span, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()
+    ) -> LocalNode:
+        """Start a node that joins with keys of its own; wait for it with `node.wait()`."""
+        number = len(self.nodes)
+        folder = self.folder / f"node{number}"
+        folder.mkdir(parents=True)
+        secret = folder / "password"
+        secret.write_text(PASSWORD + "\n")
+        cold = create_keystore(folder / "cold.json", PASSWORD, fast=True)
+        create_keystore(folder / "hot.json", PASSWORD, fast=True)
+        self.chain.give(cold, STAKE)
+        return self._start(LocalNode(f"node{number}", cold, span, folder, None), model, command, settings)  # type: ignore[arg-type]
+
+    def restart(self, node: LocalNode, model: ModelId, settings: Sequence[str] = ()) -> None:
+        """Start a node's process again, with the keys and the state it had."""
+        self.nodes.remove(node)
+        self._start(node, model, NODE_COMMAND, settings)
+
+    def client_key(self, name: str = "client") -> tuple[Key, Path]:
+        """A new key with ether and tokens, and its keystore."""
+        path = self.folder / name / "key.json"
+        address = create_keystore(path, PASSWORD, fast=True)
+        (path.parent / "password").write_text(PASSWORD + "\n")
+        self.chain.give(address, CLIENT_TOKENS)
+        return open_keystore(path, PASSWORD), path
+
+    def settings(self) -> Settings:
+        """What a client of this network needs to know."""
+        return Settings(rpc=self.chain.rpc, book=self.chain.book, cache=self.folder / "cache", sources=[self.source])
+
+    def _start(self, node: LocalNode, model: ModelId, command: Sequence[str], settings: Sequence[str]) -> LocalNode:
+        arguments = [
+            *command, "run", "--join",
+            "--rpc", self.chain.rpc, "--book", str(self.chain.book), "--state", str(node.folder / "state"),
+            "--model", "0x" + model.hex(), "--span", f"{node.span.start}:{node.span.end}", "--sources", self.source,
+            "--hot-key", str(node.folder / "hot.json"), "--cold-key", str(node.folder / "cold.json"),
+            "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
+            *settings,
+        ]  # fmt: skip
+        node.process = Process(
+            node.name, arguments, node.folder / f"log.{int(time.time() * 1e3)}", {"OMP_NUM_THREADS": "1"}
+        )
+        self.nodes.append(node)
+        return node
+
+
+class _ContentThread:
+    """The content store's gateway, served by a thread of this process."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self._store = store
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="content", daemon=True)
+        self._runner: object | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        self._thread.start()
+        serving = serve_content(self._store, "127.0.0.1", 0)
+        self._runner, self.url = asyncio.run_coroutine_threadsafe(serving, self._loop).result(30)
+
+    def stop(self) -> None:
+        if not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(30)  # type: ignore[union-attr]
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+
+def _licence(checkpoint: Path) -> str | None:
+    """A checkpoint that states no licence may be tried out here; `tallystick publish` asks for one."""
+    stated = any((checkpoint / name).exists() for name in ("LICENSE", "LICENSE.txt", "README.md"))
+    return None if stated else "not stated; for a local network only"
+
+
+def thirds(layers: int) -> list[Span]:
+    """Three spans of nearly equal length. Raises ValueError for fewer than three layers."""
+    if layers < 3:
+        raise ValueError(f"{layers} layers do not make three spans")
+    cuts = [0, layers // 3, 2 * layers // 3, layers]
+    return [Span(cuts[i], cuts[i + 1]) for i in range(3)]

@@ -1,0 +1,99 @@
+"""Child processes that are waited for by readiness, logged to files, and always stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tallystick_protocol.errors import TallystickError
+
+STOP_TIMEOUT_S = 15.0
+
+
+class ProcessFailed(TallystickError):
+    """A child process ended, or did not become ready."""
+
+    code = "process_failed"
+
+
+class Process:
+    """A running child. Its output goes to a log file; a line that matches `ready` says that it is up."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = log.open("wb")
+        self._popen = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=self._handle,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def wait_for(self, ready: str, timeout_s: float) -> str:
+        """The first group of the first line that matches. Raises ProcessFailed with the log's last lines."""
+        pattern = re.compile(ready)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = pattern.search(self.log.read_text("utf-8", "replace"))
+            if found:
+                return found.group(1) if found.groups() else found.group()
+            if not self.alive:
+                raise ProcessFailed(f"{self.name} ended with status {self._popen.returncode}: {self.tail()}")
+            if time.monotonic() > deadline:
+                raise ProcessFailed(f"{self.name} was not ready within {timeout_s:g} s: {self.tail()}")
+            time.sleep(0.02)
+
+    def tail(self, lines: int = 8) -> str:
+        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-lines:])
+
+    def kill(self) -> None:
+        """SIGKILL, as a power cut would."""
+        self._signal(signal.SIGKILL)
+        self._popen.wait()
+
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """SIGTERM, then SIGKILL. Does nothing when it has ended."""
+        self.ask_to_stop()
+        try:
+            self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._handle.close()
+
+    def ask_to_stop(self) -> None:
+        if self.alive:
+            self._signal(signal.SIGTERM)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._popen.pid, number)
+
+
+def stop_all(processes: Sequence[Process]) -> None:
+    """Stop children in parallel: all are asked, then each is waited for."""
+    for process in processes:
+        process.ask_to_stop()
+    threads = [threading.Thread(target=process.stop) for process in processes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,30 @@
+import { createRequire } from "node:module";
+
+const require = createRequire(import.meta.url);
+
+// The npm compiler: no download.
+const solc = { version: "0.8.37", path: require.resolve("solc/soljson.js") };
+const production = {
+  ...solc,
+  settings: { optimizer: { enabled: true, runs: 999999 }, viaIR: true, evmVersion: "cancun" },
+};
+// The tests run the contracts' production artifacts; they themselves are compiled quickly.
+const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
+const tests = ["Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
+
+export default {
+  solidity: {
+    compilers: [production],
+    overrides: Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),
+  },
+  test: {
+    solidity: {
+      fsPermissions: {
+        readFile: ["tests/vectors/eip712.json", "contracts/parameters.json"],
+        readDirectory: ["artifacts/contracts"],
+      },
+      fuzz: { runs: 256, seed: process.env.TALLYSTICK_FUZZ_SEED },
+      invariant: { runs: 64, depth: 64, failOnRevert: true },
+    },
+  },
+};

@@ -1,0 +1,66 @@
+"""The canary: rows that every span must reproduce before it is served, whatever its class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tallystick_protocol.content.cid import Cid
+from tallystick_protocol.errors import CorruptResult, ManifestError
+from tallystick_protocol.manifest import Manifest
+
+from tallystick_model.span import Segment, SpanModel
+
+TOLERANCE = 1e-4
+"""Relative error that another class may show; the measured noise between fp32 classes is below 1e-5."""
+
+
+def check_canary(model: SpanModel, manifest: Manifest, get_block: Callable[[Cid], bytes]) -> float:
+    """Run the span over the canary; returns the worst relative error |y - y'| / |y' - x| (rms over all rows).
+
+    get_block: the bytes of a raw block, checked against its CID. Raises CorruptResult when a span computes something
+    else or something that is not finite, ManifestError when the canary's own blocks are malformed.
+    """
+    ids = torch.tensor(manifest.canary.ids)
+    expected_in = read_rows(get_block(manifest.canary.rows[model.span.start]), len(ids), manifest.width)
+    expected_out = read_rows(get_block(manifest.canary.rows[model.span.end]), len(ids), manifest.width)
+    rows = ids if model.is_first else expected_in
+    entered, left = model.rows_between(Segment(model.new_cache(manifest.max_length), 0, rows))
+    errors = [relative_error(left, expected_out, expected_in)]
+    if model.is_first:
+        errors.append(relative_error(entered, expected_in, torch.zeros_like(expected_in)))
+    if model.is_last:
+        errors.append(_output_error(model, manifest, rows, get_block))
+    if not all(error <= TOLERANCE for error in errors):  # also when one is NaN
+        raise CorruptResult(
+            f"span {model.span} of {manifest.name} differs from its canary by {max(errors):.1e} ({TOLERANCE:.0e} is "
+            "allowed): its pieces are not what was published, or this machine computes wrongly; fetch them again"
+        )
+    return max(errors)
+
+
+def read_rows(block: bytes, count: int, width: int) -> torch.Tensor:
+    """A block of fp32 little-endian rows (count, width). Raises ManifestError unless it is that, and finite."""
+    if len(block) != 4 * count * width:
+        raise ManifestError(f"a canary block has {len(block)} bytes, not {count} rows of {width} fp32 values")
+    rows = torch.frombuffer(bytearray(block), dtype=torch.float32).view(count, width)
+    if not bool(torch.isfinite(rows).all()):
+        raise ManifestError("a canary block holds NaN or infinity")
+    return rows
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> float:
+    """rms(found - expected) / rms(expected - before): the error relative to what the span contributes. NaN stays NaN."""
+    contribution = float((expected.double() - before.double()).square().mean().sqrt())
+    error = float((found.double() - expected.double()).square().mean().sqrt())
+    return error / contribution if contribution > 0 else (0.0 if error == 0 else float("nan"))
+
+
+def _output_error(
+    model: SpanModel, manifest: Manifest, rows: torch.Tensor, get_block: Callable[[Cid], bytes]
+) -> float:
+    segment = Segment(model.new_cache(manifest.max_length), 0, rows, wanted=[len(rows) - 1])
+    found = model.forward([segment])[0]
+    count, width = (1, manifest.vocab) if manifest.output == "logits" else (len(rows), manifest.width)
+    expected = read_rows(get_block(manifest.canary.output), count, width)
+    return relative_error(found, expected, expected.mean(dim=1, keepdim=True))

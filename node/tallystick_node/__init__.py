@@ -1,0 +1,1 @@
+"""The staking node: pieces -> model span -> engine -> sessions -> server; till, journal, stake."""

@@ -1,0 +1,148 @@
+"""`tallystick-node`: keys, settings, joining and serving, for the person who runs a node."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import getpass
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tallystick_node.config import NodeConfig, load_config
+from tallystick_node.engine import Engine
+from tallystick_node.node import Keys, MakeEngine, Node
+from tallystick_protocol.errors import ConfigError, TallystickError
+from tallystick_protocol.keystore import create_keystore, open_keystore, read_password
+from tallystick_protocol.types import Address
+
+_LIST_SETTINGS = {"sources"}
+
+
+def main(arguments: Sequence[str] | None = None, make_engine: MakeEngine = Engine) -> int:
+    """Run a command; the exit status is 0, 1 for an error that is told in one sentence, 2 for wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.command(options, make_engine)
+        return status
+    except TallystickError as error:
+        print(f"tallystick-node: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tallystick-node", description="Serve layers of a model and earn tokens.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="fetch the pieces of a span and serve it")
+    run.add_argument("--join", action="store_true", help="stake, bind the hot key and register first (cold key)")
+    run.set_defaults(command=_run)
+    _add_settings(run)
+    show = commands.add_parser("config", help="show every setting, its value and what it means")
+    show.add_argument("what", choices=["show"])
+    show.set_defaults(command=_show)
+    _add_settings(show)
+    keys = commands.add_parser("keys", help="make a keystore for a new key")
+    keys.add_argument("what", choices=["new"])
+    keys.add_argument("path", type=Path)
+    keys.add_argument("--password-file", type=Path, help="file whose first line is the password; else it is asked for")
+    keys.set_defaults(command=_new_key)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, help="TOML file with settings")
+    for name, field in NodeConfig.model_fields.items():
+        flag = "--" + name.replace("_", "-")
+        if name in _LIST_SETTINGS:
+            parser.add_argument(flag, action="append", dest=name, help=field.description)
+        else:
+            parser.add_argument(flag, dest=name, help=field.description)
+
+
+def _settings(options: argparse.Namespace) -> NodeConfig:
+    flags: dict[str, Any] = {
+        name: value for name in NodeConfig.model_fields if (value := getattr(options, name)) is not None
+    }
+    return load_config(options.config, flags)
+
+
+def _run(options: argparse.Namespace, make_engine: MakeEngine) -> int:
+    config = _settings(options)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+    )
+    node = Node(config, _open_keys(config, options.join), make_engine, options.join)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(node))
+
+
+async def _serve(node: Node) -> int:
+    """Serve until SIGTERM or SIGINT; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        await node.run(lambda url: print(f"serving at {url}", flush=True))
+    except asyncio.CancelledError:
+        return 0
+    except ExceptionGroup as group:
+        expected, rest = group.split(TallystickError)
+        if rest is not None or expected is None:
+            raise
+        raise expected.exceptions[0] from None
+    return 0
+
+
+def _open_keys(config: NodeConfig, join: bool) -> Keys:
+    password = read_password(config.password_file) if config.password_file else getpass.getpass("keystore password: ")
+    hot = open_keystore(config.hot_key, password)
+    cold = open_keystore(config.cold_key, password) if config.cold_key and join else None
+    if join and cold is None:
+        raise ConfigError("--join takes the cold key: set cold_key")
+    node = cold.address if cold else Address(config.node)
+    if not node:
+        raise ConfigError("node is not set: which node (cold address) does the hot key sign for?")
+    return Keys(hot, cold, node)
+
+
+def _show(options: argparse.Namespace, _: MakeEngine) -> int:
+    config = _settings(options)
+    for name, field in NodeConfig.model_fields.items():
+        print(f"{name} = {getattr(config, name)!s:40}  # {field.description}")
+    return 0
+
+
+def _new_key(options: argparse.Namespace, _: MakeEngine) -> int:
+    if options.password_file:
+        password = read_password(options.password_file)
+    else:
+        password = getpass.getpass("new password: ")
+        if getpass.getpass("again: ") != password:
+            raise ConfigError("the passwords differ; nothing was written")
+    print(create_keystore(options.path, password))
+    return 0
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The node's settings: one TOML file, the environment (TALLYSTICK_NODE_…) and flags, the later ones first.
+
+A key that does not exist is an error wherever it stands, so that a typo never means "default".
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from tallystick_protocol.errors import ConfigError
+from tallystick_protocol.types import Span
+
+ENV_PREFIX = "TALLYSTICK_NODE_"
+
+
+class NodeConfig(BaseSettings):
+    """Every setting. Money in token base units (1e-18), times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    rpc: str = Field("http://127.0.0.1:8545", description="JSON-RPC of the chain")
+    book: Path = Field(Path("deployments/31337.json"), description="address book that scripts/deploy.js wrote")
+    state: Path = Field(Path("~/.local/state/tallystick-node"), description="folder for databases and pieces")
+    host: str = Field("127.0.0.1", description="address to serve on; loopback only in this version")
+    port: int = Field(0, ge=0, le=65535, description="port to serve on; 0 takes a free one")
+    model: str = Field("", description="model id (0x…) to serve; empty: the only one on chain")
+    span: str = Field(..., description="layers to serve, start:end, for example 0:3")
+    sources: list[str] = Field(default_factory=list, description="gateways to fetch pieces from, besides other nodes")
+    hot_key: Path = Field(..., description="keystore V3 file of the hot key, which signs receipts")
+    cold_key: Path | None = Field(None, description="keystore V3 file of the cold key; only needed by `join`")
+    password_file: Path | None = Field(None, description="file whose first line opens the keystores")
+    node: str = Field("", description="this node's address (its cold key); empty: read from the cold keystore")
+    payee: str = Field("", description="address that earnings go to; empty: the node")
+    operator: str = Field("", description="who runs this node, self-declared; empty: the node")
+    stake: int = Field(10**21, ge=0, description="stake to have when joining")
+    price: int = Field(10**12, ge=0, description="price per position and layer")
+    credit_positions: int = Field(256, ge=128, le=1 << 20, description="positions served before a voucher is due")
+    unconfirmed_pool: int = Field(10**16, ge=0, description="credit to all clients against unconfirmed funding")
+    max_length: int = Field(4096, ge=32, le=1 << 22, description="positions of one session at most")
+    cache_bytes: int = Field(1 << 30, ge=1 << 20, description="memory for all sessions' caches and kept rows")
+    max_sessions: int = Field(64, ge=1, le=4096, description="sessions open at once")
+    threads: int = Field(1, ge=1, le=256, description="threads for matrix products")
+    redeem_after_s: float = Field(24 * 3600.0, ge=0.5, description="age at which vouchers are redeemed")
+    offer_lifetime_s: int = Field(3600, ge=60, le=86400, description="how long an offer holds")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="what is logged")
+
+    @property
+    def layers(self) -> Span:
+        """The span. Raises ConfigError."""
+        start, colon, end = self.span.partition(":")
+        if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
+            raise ConfigError(f"span = {self.span!r} is not start:end with start < end, for example 0:3")
+        return Span(int(start), int(end))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+
+def load_config(path: Path | None, flags: dict[str, Any]) -> NodeConfig:
+    """Flags over environment over file over defaults. Raises ConfigError naming the key and where it stands."""
+    known = NodeConfig.model_fields
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and name[len(ENV_PREFIX) :].lower() not in known:
+            raise ConfigError(f"the environment sets {name}, which is no setting; see `tallystick-node config show`")
+    if path is not None:
+        _check_file(path, set(known))
+    bound = type("BoundConfig", (NodeConfig,), {"model_config": {**NodeConfig.model_config, "toml_file": path}})
+    try:
+        config = bound(**flags)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"setting {name}: {first['msg']}; see `tallystick-node config show`") from None
+    assert isinstance(config, NodeConfig)
+    return config
+
+
+def _check_file(path: Path, known: set[str]) -> None:
+    try:
+        text = path.read_text("utf-8")
+        value = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    for key in value:
+        if key not in known:
+            line = next((n for n, row in enumerate(text.splitlines(), 1) if row.strip().startswith(key)), 0)
+            raise ConfigError(f"{path}:{line}: {key!r} is no setting; see `tallystick-node config show`")

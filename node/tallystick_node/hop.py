@@ -1,0 +1,453 @@
+"""One session at this node: rows in, rows out, receipts to the client, one step after the other.
+
+Frames from the client and from the previous hop go into one inbox and are handled in order; vouchers are taken at once.
+The rows leave before anything is signed, and nothing a token waits for touches the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tallystick_node.engine import Engine
+from tallystick_node.journal import Journal
+from tallystick_node.links import Dialler, Link
+from tallystick_node.record import Record
+from tallystick_node.rows import RowFormat
+from tallystick_node.till import Funds, Till
+from tallystick_node.windows import Terms, Windows
+from tallystick_protocol.errors import (
+    BadFrame,
+    BadPosition,
+    BadSignature,
+    ContextLengthExceeded,
+    PaymentRequired,
+    TallystickError,
+    Unauthorized,
+    Unreachable,
+)
+from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame, take
+from tallystick_protocol.messages import SessionOpen
+from tallystick_protocol.peer import Channel, error_frame, sealed_field
+from tallystick_protocol.receipts import Receipt, pack_flags, unpack_flags
+from tallystick_protocol.signing import Domain, unseal
+from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
+from tallystick_protocol.vouchers import charge
+
+log = logging.getLogger(__name__)
+
+PAYMENT_TIMEOUT_S = 60.0
+INBOX_FRAMES = 64
+CLOSE_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shop:
+    """What all sessions of a node share."""
+
+    node: Address
+    model: ModelId
+    numeric_class: Digest
+    price: Wei
+    domain: Domain
+    engine: Engine
+    journal: Journal
+    till: Till
+    dialler: Dialler
+    funds: Callable[[Address], Funds]
+    signer_of: Callable[[Address], Address | None]
+    clock: Callable[[], float]
+
+
+class Hop:
+    """A session. `run` serves it until the client closes or is gone."""
+
+    def __init__(self, shop: Shop, opened: SessionOpen, session: SessionId, control: Channel) -> None:
+        model = shop.engine.model
+        manifest = model.manifest
+        self.id = session
+        self.client = opened.client
+        self._shop = shop
+        self._open = opened
+        self._control = control
+        self._rows = RowFormat(manifest, model.span, opened.top_k)
+        self._cache = model.new_cache(opened.max_length)
+        self._one_shot = not manifest.causal
+        self._record = Record(self._one_shot)
+        terms = Terms(
+            shop.node,
+            shop.model,
+            shop.numeric_class,
+            session,
+            opened.attempt,
+            model.span,
+            opened.previous,
+            opened.top_k,
+            manifest.numerics,
+        )
+        self._windows = Windows(terms, self._record)
+        self._inbox: asyncio.Queue[tuple[Channel, Frame]] = asyncio.Queue(INBOX_FRAMES)
+        self._paid = asyncio.Event()
+        self._sign = asyncio.Event()
+        self._signing = asyncio.Lock()
+        self._next = opened.next
+        self._link: Link | None = None
+        self._side: dict[SessionId, Link] = {}
+        self._sealed: dict[int, bytes] = {}
+        self._push: Channel | None = None
+        self._crops = 0
+        self._link_crops = 0
+        self._crop_moved = asyncio.Condition()
+        self._held: list[bytes] = []
+
+    @property
+    def previous(self) -> Address:
+        return self._windows.terms.previous
+
+    @property
+    def position(self) -> int:
+        return len(self._record)
+
+    @property
+    def size_bytes(self) -> int:
+        cache = 0 if self._cache is None else self._cache.size_bytes
+        return cache + self._record.size_bytes
+
+    async def run(self) -> None:
+        """Serve the session until its client is gone. Everything it started has ended when this returns."""
+        tasks = [
+            asyncio.create_task(self._read_control()),
+            asyncio.create_task(self._work()),
+            asyncio.create_task(self._sign_windows()),
+        ]
+        if self._next != ZERO_ADDRESS:
+            tasks.append(asyncio.create_task(self._first_link()))
+        try:
+            done, _ = await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (error := task.exception()) is not None and not isinstance(error, TallystickError):
+                    raise error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._disconnect()
+
+    async def serve_push(self, channel: Channel) -> None:
+        """Take rows and receipts from the previous hop until its connection ends or another one takes its place."""
+        self._push = channel
+        self._link_crops = self._crops
+        await channel.send(Frame(Kind.PUSH_OPENED, {"position": self.position}))
+        while self._push is channel:
+            frame = await channel.receive()
+            if frame.kind not in (Kind.STEP, Kind.RECEIPT, Kind.CROP):
+                raise BadFrame(f"{frame.kind.name} does not belong on a push connection")
+            if frame.kind is Kind.CROP:
+                async with self._crop_moved:
+                    self._link_crops += 1
+                    await self._crop_moved.wait_for(lambda: self._crops >= self._link_crops)
+                continue
+            if self._link_crops < self._crops:
+                continue  # sent before the previous hop had heard of the crop
+            await self._inbox.put((channel, frame))
+
+    # -- tasks
+
+    async def _read_control(self) -> None:
+        while True:
+            frame = await self._control.receive()
+            if frame.kind is Kind.VOUCHER:
+                await self._report(self._take_voucher(sealed_field(frame, "voucher")))
+            else:
+                await self._inbox.put((self._control, frame))
+
+    async def _work(self) -> None:
+        handlers = {
+            Kind.STEP: self._on_step,
+            Kind.RECEIPT: self._on_receipt,
+            Kind.FLUSH: self._on_flush,
+            Kind.CROP: self._on_crop,
+            Kind.ROUTE: self._on_route,
+            Kind.REPLAY: self._on_replay,
+            Kind.CLOSE: self._on_close,
+        }
+        while True:
+            channel, frame = await self._inbox.get()
+            if channel is not self._control and channel is not self._push:
+                continue  # a hop that was replaced
+            handler = handlers.get(frame.kind)
+            if handler is None:
+                await self._tell(BadFrame(f"{frame.kind.name} does not belong into a session"))
+                continue
+            await self._report(handler(channel, frame))
+
+    async def _report(self, work: object) -> None:
+        """Run a handler; an expected failure is told to the client and the session goes on where it was."""
+        try:
+            await work  # type: ignore[misc]
+        except TallystickError as error:
+            await self._tell(error)
+
+    async def _tell(self, error: TallystickError) -> None:
+        await self._control.send(error_frame(error.code, error.message, {**error.fields, "at": self.position}))
+
+    async def _first_link(self) -> None:
+        await self._report(self._connect_next())
+
+    # -- rows
+
+    async def _on_step(self, channel: Channel, frame: Frame) -> None:
+        if (channel is self._control) != (self.previous == ZERO_ADDRESS):
+            raise Unauthorized("rows come from the hop that the session names as the previous one")
+        rows = self._rows.parse(frame)
+        want = self._flags(frame)
+        if self._one_shot:
+            await self._one_shot_step(rows, want, more=take(frame.body, "more", bool, False))
+            return
+        known = self._record.new_rows(frame.position, rows)
+        if known:
+            await self._deliver(Positions(frame.position, frame.position + known))
+        if known < len(rows):
+            await self._compute(rows[known:], want[known:])
+
+    async def _one_shot_step(self, rows: list[bytes], want: list[bool], more: bool) -> None:
+        """A bidirectional span takes the whole sequence at once, however many frames it came in."""
+        if len(self._record):
+            raise BadPosition("this model is bidirectional: a session takes one step", expected=len(self._record))
+        self._held += rows
+        self._check_length(len(self._held))
+        if not more:
+            held, self._held = self._held, []
+            await self._compute(held, [True] * len(held))
+
+    def _flags(self, frame: Frame) -> list[bool]:
+        if "want" not in frame.body:
+            return [False] * frame.num_rows
+        try:
+            return list(unpack_flags(take(frame.body, "want", bytes), frame.num_rows))
+        except ValueError as error:
+            raise BadFrame(str(error)) from None
+
+    def _check_length(self, length: int) -> None:
+        if length > self._open.max_length:
+            raise ContextLengthExceeded(
+                f"the session was opened for {self._open.max_length} positions, {length} were asked for",
+                limit=self._open.max_length,
+            )
+
+    async def _compute(self, rows: list[bytes], want: list[bool]) -> None:
+        start = len(self._record)
+        self._check_length(start + len(rows))
+        shop, model = self._shop, self._shop.engine.model
+        cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
+        await self._until_paid(cost)
+        result = await shop.engine.forward(self._rows.segment(self._cache, start, rows, want))
+        outputs = self._rows.outputs(result, want)
+        shop.till.charge(self.client, cost)
+        self._record.append(rows, outputs, want)
+        await self._deliver(Positions(start, len(self._record)))
+        self._sign.set()
+
+    async def _deliver(self, positions: Positions) -> None:
+        """Send output rows on: to the next hop, or from the model's end to the client."""
+        if self._link is not None:
+            await self._send_rows(self._link, positions)
+        elif self._next == ZERO_ADDRESS and self._rows.is_last:
+            outputs, want = self._record.outputs(positions)
+            wanted = [row for row, asked in zip(outputs, want, strict=True) if asked]
+            await self._send(self._control, Kind.RESULT, self._rows.result_dtype, positions.first, wanted, want)
+
+    async def _send_rows(self, link: Link, positions: Positions) -> None:
+        outputs, want = self._record.outputs(positions)
+        try:
+            await self._send(link, Kind.STEP, DType.F32, positions.first, outputs, want)
+        except Unreachable:
+            if link is self._link:
+                self._link = None  # the rows are kept; whoever takes the next hop's place gets them
+            raise
+
+    async def _send(
+        self, to: Channel | Link, kind: Kind, dtype: DType, position: int, rows: list[bytes], want: list[bool]
+    ) -> None:
+        """Rows in frames of at most 1 MiB. For results, `rows` holds the wanted ones only."""
+        if not rows:
+            return
+        limit = rows_per_frame(len(rows[0]))
+        if kind is Kind.RESULT and len(rows) <= limit:
+            await to.send(rows_frame(kind, dtype, rows, position, {"want": pack_flags(want)}))
+            return
+        for begin in range(0, len(rows), limit):
+            part = rows[begin : begin + limit]
+            flags = pack_flags([True] * len(part) if kind is Kind.RESULT else want[begin : begin + limit])
+            more = begin + limit < len(rows)
+            await to.send(rows_frame(kind, dtype, part, position + begin, {"want": flags, "more": more}))
+
+    # -- money
+
+    async def _until_paid(self, cost: Wei) -> None:
+        """Wait until a step of this cost is within credit. Raises PaymentRequired, InsufficientFunds."""
+        till = self._shop.till
+        self._paid.clear()
+        if not till.has_credit(self.client, cost):
+            account = till.account(self.client)
+            due = PaymentRequired(
+                f"{account.unsigned} is owed and not yet signed for: send a voucher",
+                owed=str(account.owed),
+                signed=str(account.signed),
+            )
+            await self._tell(due)
+            try:
+                async with asyncio.timeout(PAYMENT_TIMEOUT_S):
+                    while not till.has_credit(self.client, cost):
+                        await self._paid.wait()
+                        self._paid.clear()
+            except TimeoutError:
+                raise due from None
+        funds = await asyncio.to_thread(self._shop.funds, self.client)
+        till.check_funds(self.client, cost, funds)
+
+    async def _take_voucher(self, sealed: bytes) -> None:
+        funds = await asyncio.to_thread(self._shop.funds, self.client)
+        now = int(self._shop.clock())
+        await asyncio.to_thread(self._shop.till.accept, sealed, self.client, funds, now)
+        self._paid.set()
+
+    # -- receipts
+
+    async def _on_receipt(self, channel: Channel, frame: Frame) -> None:
+        """The previous hop's receipt: it signed what it sent, or we do not sign what we got."""
+        if channel is not self._push:
+            raise Unauthorized("receipts come from the previous hop")
+        receipt, signer = unseal(self._shop.domain, Receipt, sealed_field(frame, "receipt"))
+        node = await asyncio.to_thread(self._shop.signer_of, signer)
+        if node != self.previous or receipt.node != self.previous:
+            raise BadSignature("the receipt is not signed by the previous hop", hop=self.previous)
+        if receipt.model != self._shop.model or receipt.end != self._shop.engine.model.span.start:
+            raise BadSignature("the receipt is for another model or other layers", hop=self.previous)
+        self._windows.hear(receipt, 0 if self._one_shot else window_of(receipt.first))
+        self._sign.set()
+
+    async def _sign_windows(self) -> None:
+        while True:
+            await self._sign.wait()
+            self._sign.clear()
+            async with self._signing:
+                await self._report(self._sign_due())
+
+    async def _sign_due(self) -> None:
+        shop = self._shop
+        while (receipt := self._windows.next_unsigned(int(shop.clock()))) is not None:
+            index = 0 if self._one_shot else window_of(receipt.first)
+            sealed = await asyncio.to_thread(shop.journal.sign, receipt)
+            self._windows.signed(receipt, index, shop.journal.digest_of(receipt))
+            self._sealed[index] = sealed
+            await asyncio.to_thread(shop.till.settle, self.client, int(shop.clock()))
+            await self._control.send(Frame(Kind.RECEIPT, {"receipt": sealed}))
+            if self._link is not None:
+                await self._link.send(Frame(Kind.RECEIPT, {"receipt": sealed}))
+
+    async def _on_flush(self, channel: Channel, _: Frame) -> None:
+        self._require_client(channel)
+        self._windows.flush()
+        self._sign.set()
+
+    # -- the client's other commands
+
+    async def _on_crop(self, channel: Channel, frame: Frame) -> None:
+        """Forget positions from frame.position on; the next hop hears of it in the order of the rows."""
+        self._require_client(channel)
+        if frame.position > len(self._record):
+            raise BadPosition(f"there are {len(self._record)} positions to crop", expected=len(self._record))
+        async with self._signing:
+            self._record.crop(frame.position)
+            self._windows.crop()
+            if self._cache is not None:
+                self._cache.crop(frame.position)
+            self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
+        if self._link is not None:
+            try:
+                await self._link.send(Frame(Kind.CROP, position=frame.position))
+            except Unreachable:
+                self._link = None
+        async with self._crop_moved:
+            self._crops += 1
+            self._crop_moved.notify_all()
+        await self._done("crop")
+
+    async def _on_route(self, channel: Channel, frame: Frame) -> None:
+        """Another node takes the place of a neighbour: the one that pushes to us, or the one that we push to."""
+        self._require_client(channel)
+        if "previous" in frame.body:
+            self._push = None
+            async with self._signing:
+                self._windows.replace_previous(_address(frame, "previous"))
+        if "next" in frame.body:
+            self._next = _address(frame, "next")
+            await self._connect_next()
+        await self._done("route")
+
+    async def _on_replay(self, channel: Channel, frame: Frame) -> None:
+        """Send kept outputs [first, last) to a node where the client has opened a session of its own."""
+        self._require_client(channel)
+        positions = Positions(take(frame.body, "first", int), take(frame.body, "last", int))
+        session = SessionId(take(frame.body, "session", bytes))
+        self._record.outputs(positions)
+        link = self._side.get(session)
+        if link is None:
+            link = await self._shop.dialler.dial(_address(frame, "to"), session, self._open.attempt)
+            self._side[session] = link
+        await self._send_rows(link, positions)
+        for index in range(self._record.num_windows):
+            at = self._record.window(index)
+            if index in self._sealed and positions.first < at.last and at.first < positions.last:
+                await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
+        await self._done("replay")
+
+    async def _on_close(self, channel: Channel, _: Frame) -> None:
+        """Sign what is left; the last voucher may follow until the client hangs up."""
+        self._require_client(channel)
+        self._windows.flush()
+        async with self._signing:
+            await self._sign_due()
+        account = self._shop.till.account(self.client)
+        await self._control.send(Frame(Kind.CLOSED, {"owed": str(account.owed)}))
+
+    def _require_client(self, channel: Channel) -> None:
+        if channel is not self._control:
+            raise Unauthorized("only the client's own connection may say that")
+
+    async def _done(self, what: str) -> None:
+        await self._control.send(Frame(Kind.DONE, {"of": what}))
+
+    # -- the next hop
+
+    async def _connect_next(self) -> None:
+        """Dial the next hop and send it what it has not got, receipts included."""
+        if self._link is not None:
+            await self._link.channel.close()
+            self._link = None
+        if self._next == ZERO_ADDRESS:
+            return
+        link = await self._shop.dialler.dial(self._next, self.id, self._open.attempt)
+        async with self._signing:
+            self._link = link
+            if link.position < len(self._record):
+                await self._send_rows(link, Positions(link.position, len(self._record)))
+            for index in sorted(self._sealed):
+                await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
+
+    async def _disconnect(self) -> None:
+        links = [link for link in (self._link, *self._side.values()) if link is not None]
+        for channel in [link.channel for link in links]:
+            try:
+                async with asyncio.timeout(1.0):
+                    await channel.close()
+            except (TimeoutError, Unreachable):
+                log.debug("a push connection did not close in time")
+        self._push = None
+
+
+def _address(frame: Frame, key: str) -> Address:
+    return Address(take(frame.body, key, str))

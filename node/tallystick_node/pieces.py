@@ -1,0 +1,73 @@
+"""Fetching what a span needs, and nothing else: the manifest, its pieces and its canary, by CID, verified."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from tallystick_protocol.chain.reads import ModelRecord
+from tallystick_protocol.content.cid import Cid, Codec
+from tallystick_protocol.content.fetch import fetch_file
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import BlockMissing, ContentError, ManifestError
+from tallystick_protocol.manifest import MAX_BYTES, Manifest, Piece
+from tallystick_protocol.types import Span
+
+log = logging.getLogger(__name__)
+
+CANARY_BYTES = 1 << 26
+
+
+class Pieces:
+    """One model's files in this node's store, and where to get the missing ones."""
+
+    def __init__(self, store: LocalStore, folder: Path, sources: Sequence[str]) -> None:
+        """sources: base URLs of gateways and of other nodes, best first. folder: where the files are linked to."""
+        self._store = store
+        self._folder = folder
+        self._sources = list(sources)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    async def manifest(self, record: ModelRecord) -> Manifest:
+        """The manifest that the chain names. Raises ManifestError when it is not what the chain says of it."""
+        cid = Cid(Codec.RAW, record.manifest)
+        path = await self._fetch("the manifest", cid, MAX_BYTES)
+        manifest = Manifest.from_bytes(path.read_bytes())
+        if manifest.weights != record.weights or manifest.layers != record.layers:
+            raise ManifestError(
+                "the manifest's pieces are not the ones that the chain records: do not serve this model"
+            )
+        return manifest
+
+    async def fetch(self, manifest: Manifest, span: Span) -> None:
+        """Bring every piece of a span and its canary; the first span brings the tokenizer, too, for clients. Raises BlockMissing naming the layer that nobody has."""
+        pieces = manifest.span_pieces(span)
+        total = sum(piece.bytes for piece in pieces)
+        log.info("fetching %d pieces of %s, %.1f MB", len(pieces), manifest.name, total / 1e6)
+        for piece in pieces:
+            await self._fetch(piece.name, piece.cid, piece.bytes)
+        canary = manifest.canary
+        for cid in (canary.rows[span.start], canary.rows[span.end], canary.output):
+            await self._fetch("the canary", cid, CANARY_BYTES)
+        for name, file in manifest.tokenizer.items() if span.start == 0 else ():
+            await self._fetch(f"the tokenizer's {name}", file.cid, file.bytes)
+
+    def path(self, piece: Piece) -> Path:
+        """The file of a fetched piece."""
+        return self._folder / str(piece.cid)
+
+    async def _fetch(self, what: str, cid: Cid, max_bytes: int) -> Path:
+        path = self._folder / str(cid)
+        if path.exists() and self._store.has(cid):
+            return path
+        try:
+            await fetch_file(cid, path, self._sources, store=self._store, max_bytes=max_bytes)
+        except BlockMissing as error:
+            missing = BlockMissing(error.cid, error.tried)
+            missing.message = f"nobody asked holds {what}: {error.message}; add a source that does"
+            missing.args = (missing.message,)
+            raise missing from None
+        except ContentError as error:
+            raise type(error)(f"{what}: {error.message}") from None
+        return path

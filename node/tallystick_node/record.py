@@ -1,0 +1,101 @@
+"""What one hop knows of a session's rows: pure bookkeeping, from which receipts are claimed and lost hops are refilled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tallystick_protocol.errors import BadPosition
+from tallystick_protocol.receipts import leaf, merkle_root
+from tallystick_protocol.types import WINDOW, Digest, Positions
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a receipt will say about a window: roots over its rows and which positions' results were wanted."""
+
+    positions: Positions
+    input: Digest
+    output: Digest
+    want: tuple[bool, ...]
+
+
+class Record:
+    """Rows in order of position: hashes of what came in, the bytes of what left, and what was wanted of each.
+
+    one_shot: the session is a single window, whatever its length (bidirectional models).
+    """
+
+    def __init__(self, one_shot: bool) -> None:
+        self._one_shot = one_shot
+        self._inputs: list[Digest] = []
+        self._outputs: list[bytes] = []
+        self._leaves: list[Digest] = []
+        self._want: list[bool] = []
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of the kept output rows."""
+        return sum(map(len, self._outputs))
+
+    def new_rows(self, position: int, rows: Sequence[bytes]) -> int:
+        """How many of these rows were seen before, with the same bytes: they are answered from memory.
+
+        Raises BadPosition when they skip ahead, or repeat a position with other bytes.
+        """
+        if position > len(self):
+            raise BadPosition(
+                f"rows start at position {position}, the next one here is {len(self)}", expected=len(self)
+            )
+        known = min(len(self) - position, len(rows))
+        for offset in range(known):
+            if leaf(rows[offset]) != self._inputs[position + offset]:
+                raise BadPosition(f"position {position + offset} was computed on other bytes", expected=len(self))
+        return known
+
+    def append(self, inputs: Sequence[bytes], outputs: Sequence[bytes], want: Sequence[bool]) -> None:
+        """Rows that were computed; an output nobody wanted is empty."""
+        self._inputs += [leaf(row) for row in inputs]
+        self._outputs += outputs
+        self._leaves += [leaf(row) for row in outputs]
+        self._want += want
+
+    def crop(self, length: int) -> None:
+        """Forget every position from `length` on."""
+        for rows in (self._inputs, self._outputs, self._leaves, self._want):
+            del rows[length:]
+
+    def outputs(self, positions: Positions) -> tuple[list[bytes], list[bool]]:
+        """The kept output rows and what was wanted of them. Raises BadPosition beyond what was computed."""
+        if positions.last > len(self):
+            raise BadPosition(f"positions {positions} are not computed yet; {len(self)} are", expected=len(self))
+        return self._outputs[positions.first : positions.last], self._want[positions.first : positions.last]
+
+    def window(self, index: int) -> Positions:
+        """The positions of a window as far as they are computed."""
+        if self._one_shot:
+            return Positions(0, len(self))
+        return Positions(min(index * WINDOW, len(self)), min((index + 1) * WINDOW, len(self)))
+
+    @property
+    def num_complete(self) -> int:
+        """Windows that no further row can change."""
+        return 0 if self._one_shot else len(self) // WINDOW
+
+    @property
+    def num_windows(self) -> int:
+        """Windows with at least one row."""
+        return min(len(self), 1) if self._one_shot else (len(self) + WINDOW - 1) // WINDOW
+
+    def claim(self, index: int) -> Claim:
+        """The claim for window `index` as it stands. Raises ValueError when it has no rows."""
+        at = self.window(index)
+        return Claim(
+            at,
+            merkle_root(self._inputs[at.first : at.last]),
+            merkle_root(self._leaves[at.first : at.last]),
+            tuple(self._want[at.first : at.last]),
+        )

@@ -1,0 +1,148 @@
+"""All sessions of a node: who may open one, what they may take together, and which push belongs to which."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from tallystick_node.hop import Hop, Shop
+from tallystick_protocol.errors import (
+    BadMessage,
+    BadSignature,
+    ContextLengthExceeded,
+    Overloaded,
+    Rejected,
+    SessionExists,
+    SessionUnknown,
+    Unauthorized,
+    UnknownModel,
+    WrongLayers,
+)
+from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.messages import CLOCK_SKEW_S, TOP_K_MAX, Offer, Opened, PushOpen, SessionOpen, session_id
+from tallystick_protocol.peer import Channel, sealed_field
+from tallystick_protocol.signing import Key, digest, seal, unseal
+from tallystick_protocol.types import ZERO32, Digest, ModelId, SessionId
+
+log = logging.getLogger(__name__)
+
+NONCE_MEMORY_S = 24 * 3600
+
+
+@dataclass(slots=True)
+class Counters:
+    """What /metrics tells."""
+
+    opened: int = 0
+    refused: int = 0
+    rows: int = 0
+
+
+class Sessions:
+    """Opens sessions and finds them again."""
+
+    def __init__(self, shop: Shop, key: Key, offers: dict[Digest, Offer], cache_bytes: int, max_sessions: int) -> None:
+        """offers: the offers that still hold, by digest. cache_bytes: what all caches together may take."""
+        self._shop = shop
+        self._key = key
+        self._offers = offers
+        self._cache_bytes = cache_bytes
+        self._max_sessions = max_sessions
+        self._hops: dict[SessionId, Hop] = {}
+        self._reserved: dict[SessionId, int] = {}
+        self.counters = Counters()
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._hops)
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(self._reserved.values())
+
+    async def serve_client(self, control: Channel, first: Frame) -> None:
+        """A connection whose first frame is OPEN: check it, answer OPENED, serve the session to its end."""
+        opened, session, open_digest = await asyncio.to_thread(self._check_open, first)
+        hop = self._admit(opened, session, control)
+        try:
+            if not await asyncio.to_thread(
+                self._shop.journal.admit, session, opened.attempt, opened.expires + NONCE_MEMORY_S, int(self._now())
+            ):
+                raise SessionExists("this session was opened here before; use a fresh nonce")
+            account = self._shop.till.account(opened.client)
+            offer = self._offers[Digest(opened.offer)]
+            answer = Opened(open_digest, ZERO32, offer.credit, opened.expires)
+            body = {
+                "opened": seal(self._shop.domain, answer, self._key),
+                "owed": str(account.owed),
+                "voucher": account.sealed,
+            }
+            await control.send(Frame(Kind.OPENED, body))
+            self.counters.opened += 1
+            log.info("session %s opened by %s", session.hex()[:12], opened.client)
+            await hop.run()
+        finally:
+            self._hops.pop(session, None)
+            self._reserved.pop(session, None)
+            self.counters.rows += hop.position
+            log.info("session %s ended after %d rows", session.hex()[:12], hop.position)
+
+    async def serve_push(self, channel: Channel, first: Frame) -> None:
+        """A connection whose first frame is PUSH_OPEN, from the hop that the client named as the previous one."""
+        push, signer = unseal(self._shop.domain, PushOpen, sealed_field(first, "push"))
+        hop = self._hops.get(SessionId(push.session))
+        if hop is None:
+            raise SessionUnknown("no such session is open here")
+        if push.node != self._shop.node or abs(push.issued - self._now()) > CLOCK_SKEW_S:
+            raise Unauthorized("the push opening is for another node or another time")
+        node = await asyncio.to_thread(self._shop.signer_of, signer)
+        if node != push.previous or push.previous != hop.previous:
+            raise Unauthorized("rows come from the hop that the client has named as the previous one")
+        await hop.serve_push(channel)
+
+    def _check_open(self, frame: Frame) -> tuple[SessionOpen, SessionId, Digest]:
+        """Everything about an opening that can be checked without taking anything."""
+        shop = self._shop
+        opened, signer = unseal(shop.domain, SessionOpen, sealed_field(frame, "open"))
+        if signer != opened.client:
+            raise BadSignature("the opening is not signed by its client")
+        if opened.node != shop.node:
+            raise Rejected("the opening names another node", node=shop.node)
+        now = self._now()
+        if not opened.issued - CLOCK_SKEW_S <= now <= opened.expires or opened.expires > opened.issued + NONCE_MEMORY_S:
+            raise Rejected("the opening is stale, or this machine's clock and yours differ", time=int(now))
+        if opened.model != shop.model:
+            raise UnknownModel(f"this node serves model 0x{shop.model.hex()}")
+        model = shop.engine.model
+        if (opened.start, opened.end) != (model.span.start, model.span.end):
+            raise WrongLayers(f"this node serves layers {model.span}", start=model.span.start, end=model.span.end)
+        offer = self._offers.get(Digest(opened.offer))
+        if offer is None or offer.expires < now:
+            raise Rejected("that offer does not hold; ask /v1/info for the current one")
+        if not 0 < opened.max_length <= min(offer.max_length, model.manifest.max_length):
+            raise ContextLengthExceeded(
+                f"sessions here take at most {offer.max_length} positions", limit=offer.max_length
+            )
+        if not 0 < opened.top_k <= TOP_K_MAX:
+            raise BadMessage(f"top_k is from 1 to {TOP_K_MAX}")
+        session = session_id(shop.domain.chain_id, opened.client, opened.nonce, ModelId(opened.model))
+        return opened, session, digest(shop.domain, opened)
+
+    def _admit(self, opened: SessionOpen, session: SessionId, control: Channel) -> Hop:
+        """Take a place and cache bytes for a session, or raise Overloaded, SessionExists."""
+        if session in self._hops:
+            raise SessionExists("this session is open here already")
+        manifest = self._shop.engine.model.manifest
+        needed = opened.max_length * (self._shop.engine.model.row_bytes + manifest.width * 4)
+        full = self.reserved_bytes + needed > self._cache_bytes or len(self._hops) >= self._max_sessions
+        if full or self.draining:
+            self.counters.refused += 1
+            raise Overloaded("no room for another session now", retry_after_s=1 if not self.draining else 60)
+        hop = Hop(self._shop, opened, session, control)
+        self._hops[session] = hop
+        self._reserved[session] = needed
+        return hop
+
+    def _now(self) -> float:
+        return self._shop.clock()

@@ -1,0 +1,1 @@
+"""The contracts as typed calls: address book, reads, transactions, reverts in words."""

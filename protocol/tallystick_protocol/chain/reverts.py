@@ -1,0 +1,74 @@
+"""Why a contract refused, as a sentence: custom errors are decoded with our ABIs."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from json import loads
+from typing import Any
+
+from eth_abi.abi import decode
+from eth_abi.exceptions import DecodingError
+
+from tallystick_protocol.signing import keccak
+
+_HINTS = {
+    "TooLittle": "stake more tokens first",
+    "TooMuch": "ask for less",
+    "BadRange": "the model has no such layers",
+    "KeyTaken": "this hot key belongs to another node for ever: make a new one",
+    "Expired": "sign again; is this machine's clock right?",
+    "NotReady": "the delay has not passed yet",
+    "Held": "a dispute is open",
+    "ERC20InsufficientBalance": "get tokens first",
+    "ERC20InsufficientAllowance": "approve the tokens first",
+    "Known": "the model is on chain already",
+}
+
+
+@cache
+def _errors() -> dict[bytes, tuple[str, list[str], list[str]]]:
+    """selector -> (name, argument types, argument names)"""
+    found: dict[bytes, tuple[str, list[str], list[str]]] = {}
+    for name in ("Token", "Models", "Staking", "Escrow"):
+        for entry in loads((files("tallystick_protocol.chain") / "abi" / f"{name}.json").read_text()):
+            if entry["type"] == "error":
+                kinds = [argument["type"] for argument in entry["inputs"]]
+                selector = keccak(f"{entry['name']}({','.join(kinds)})".encode())[:4]
+                found[selector] = (entry["name"], kinds, [argument["name"] for argument in entry["inputs"]])
+    return found
+
+
+def explain(error: Exception) -> str:
+    """One sentence for what web3 raised: the contract's own error with its values, or the node's message."""
+    data = _revert_data(error)
+    if data is None or data[:4] not in _errors():
+        text = str(getattr(error, "message", None) or error)
+        return text[:300]
+    name, kinds, names = _errors()[data[:4]]
+    try:
+        values = decode(kinds, data[4:])
+    except DecodingError:
+        values = ()
+    said = ", ".join(
+        f"{key}={('0x' + value.hex()) if isinstance(value, bytes) else value}"
+        for key, value in zip(names, values, strict=False)
+    )
+    hint = _HINTS.get(name)
+    return f"the contract refused: {name}({said})" + (f"; {hint}" if hint else "")
+
+
+def _revert_data(error: Exception) -> bytes | None:
+    candidates: list[Any] = [getattr(error, "data", None), *error.args]
+    response = getattr(error, "rpc_response", None)
+    if isinstance(response, dict):
+        candidates.append((response.get("error") or {}).get("data"))
+    for candidate in candidates:
+        if isinstance(candidate, dict):
+            candidate = candidate.get("data")
+        if isinstance(candidate, str) and candidate.startswith("0x") and len(candidate) >= 10:
+            try:
+                return bytes.fromhex(candidate[2:])
+            except ValueError:
+                continue
+    return None

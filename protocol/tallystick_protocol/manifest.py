@@ -1,0 +1,354 @@
+"""What a model is: one canonical dag-json block that names its pieces, their tensors and everything else that matters.
+
+The manifest is one raw block of at most 1 MiB; its SHA-256 is what the contract `Models` records, together with the
+Merkle root over the pieces (`weights`). Both are recomputed here by everybody who reads one.
+
+    field         what
+    format        "tallystick/1"
+    name          for people
+    licence       SPDX id or a sentence
+    architecture  the transformers class that runs it, "LlamaForCausalLM"
+    config        its config, allow-listed keys only (`tallystick_model.config` decides)
+    output        "logits": rows of top-k logits leave the last span; "hidden": hidden states do
+    causal        true: a row depends on earlier rows only; false: on all rows of a one-shot session
+    numerics      "fp32": weights, activations and cache in fp32, executed canonically
+    layers width vocab max_length
+    pieces        ordered embed, layer 0.., shared, head: {kind, index, cid, bytes, tensors{name: {dtype, shape}}}
+    tied          {tensor of the last span: the tensor of `embed` it shares}
+    tokenizer     {file name: {cid, bytes}}
+    generation    {eos: [ids], ...}
+    pooling       null, or {"mode": "mean"|"cls", "normalize": bool} for sentence embeddings
+    norms         per boundary 0..layers: [smallest, largest] row norm that a node accepts
+    canary        {ids, rows: [cid per boundary 0..layers], output: cid}: raw blocks of fp32 rows to be reproduced
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from eth_abi.abi import encode as abi_encode
+from eth_utils.crypto import keccak
+
+from tallystick_protocol import canonical_json
+from tallystick_protocol.content.cid import Cid
+from tallystick_protocol.errors import BadCid, ManifestError
+from tallystick_protocol.types import Digest, ModelId, Span
+
+FORMAT = "tallystick/1"
+MAX_BYTES = 1 << 20
+MAX_LAYERS = 4096
+MAX_TENSORS_PER_PIECE = 4096
+MAX_PIECE_BYTES = 1 << 40
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+
+PieceKind = Literal["embed", "layer", "shared", "head"]
+_ORDER: dict[str, int] = {"embed": 0, "layer": 1, "shared": 2, "head": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """dtype as safetensors writes it ("F32", "BF16", …) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        size = DTYPES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One safetensors file of a model. `index` is the layer's number for a layer, else 0."""
+
+    kind: PieceKind
+    index: int
+    cid: Cid
+    bytes: int
+    tensors: dict[str, TensorSpec]
+
+    @property
+    def name(self) -> str:
+        return f"layer.{self.index}" if self.kind == "layer" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class FileRef:
+    cid: Cid
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """Rows that every node must reproduce before it registers.
+
+    ids: token ids at positions 0.. ; rows[k]: the block of fp32 rows entering layer k (k = layers: leaving the last
+    one); output: the block of rows that leave the last span: for logits the vocabulary's fp32 values of the last id,
+    for hidden states the fp32 rows.
+    """
+
+    ids: tuple[int, ...]
+    rows: tuple[Cid, ...]
+    output: Cid
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    mode: Literal["mean", "cls"]
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    name: str
+    licence: str
+    architecture: str
+    config: dict[str, Any]
+    output: Literal["logits", "hidden"]
+    causal: bool
+    numerics: Literal["fp32"]
+    layers: int
+    width: int
+    vocab: int
+    max_length: int
+    pieces: tuple[Piece, ...]
+    tied: dict[str, str]
+    tokenizer: dict[str, FileRef]
+    generation: dict[str, Any]
+    pooling: Pooling | None
+    norms: tuple[tuple[float, float], ...]
+    canary: Canary
+
+    def to_bytes(self) -> bytes:
+        """The canonical block. Raises ManifestError when it is larger than MAX_BYTES."""
+        block = canonical_json.encode(_to_json(self))
+        if len(block) > MAX_BYTES:
+            raise ManifestError(f"the manifest takes {len(block)} bytes, {MAX_BYTES} is the limit")
+        return block
+
+    @property
+    def cid(self) -> Cid:
+        return Cid.of_raw(self.to_bytes())
+
+    @property
+    def digest(self) -> Digest:
+        return Digest(hashlib.sha256(self.to_bytes()).digest())
+
+    @property
+    def weights(self) -> Digest:
+        return weights_root(self.pieces)
+
+    @property
+    def model_id(self) -> ModelId:
+        return model_id(self.digest, self.weights, self.layers)
+
+    @property
+    def whole(self) -> Span:
+        return Span(0, self.layers)
+
+    def span_pieces(self, span: Span) -> tuple[Piece, ...]:
+        """The pieces a span needs: its layers, `shared`, `embed` at the front (or for a tied head), `head` at the end.
+
+        Raises ManifestError when the manifest has no such layers.
+        """
+        if span.end > self.layers:
+            raise ManifestError(f"{self.name} has layers [0, {self.layers}), not {span}", layers=self.layers)
+        last = span.end == self.layers
+        wanted = {"shared"} | ({"embed"} if span.start == 0 or (last and self.tied) else set())
+        wanted |= {"head"} if last else set()
+        return tuple(
+            piece
+            for piece in self.pieces
+            if (span.start <= piece.index < span.end if piece.kind == "layer" else piece.kind in wanted)
+        )
+
+    @staticmethod
+    def from_bytes(block: bytes) -> Manifest:
+        """Parse and bound a manifest. Raises ManifestError naming the field that does not hold."""
+        if len(block) > MAX_BYTES:
+            raise ManifestError(f"the manifest takes {len(block)} bytes, {MAX_BYTES} is the limit")
+        manifest = _from_json(canonical_json.decode(block))
+        _check(manifest)
+        return manifest
+
+
+def weights_root(pieces: Iterable[Piece]) -> Digest:
+    """`Models.sol`'s Merkle root over the pieces: OpenZeppelin's sorted pairs, an odd node promoted.
+
+    leaf = keccak256(keccak256(abi.encode(uint256 index, bytes32 cidDigest, uint64 byteLength)))
+    """
+    level = [
+        keccak(keccak(abi_encode(["uint256", "bytes32", "uint64"], [index, piece.cid.digest, piece.bytes])))
+        for index, piece in enumerate(pieces)
+    ]
+    if not level:
+        raise ManifestError("a model without pieces")
+    while len(level) > 1:
+        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
+        level = [keccak(b"".join(sorted(pair))) if len(pair) == 2 else pair[0] for pair in pairs]
+    return Digest(level[0])
+
+
+def model_id(manifest: Digest, weights: Digest, layers: int) -> ModelId:
+    """keccak256(abi.encode(manifest, weights, uint16 layers)): the model's id on chain."""
+    return ModelId(keccak(abi_encode(["bytes32", "bytes32", "uint16"], [manifest, weights, layers])))
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "name": manifest.name,
+        "licence": manifest.licence,
+        "architecture": manifest.architecture,
+        "config": manifest.config,
+        "output": manifest.output,
+        "causal": manifest.causal,
+        "numerics": manifest.numerics,
+        "layers": manifest.layers,
+        "width": manifest.width,
+        "vocab": manifest.vocab,
+        "max_length": manifest.max_length,
+        "pieces": [
+            {
+                "kind": piece.kind,
+                "index": piece.index,
+                "cid": _link(piece.cid),
+                "bytes": piece.bytes,
+                "tensors": {
+                    name: {"dtype": spec.dtype, "shape": list(spec.shape)} for name, spec in piece.tensors.items()
+                },
+            }
+            for piece in manifest.pieces
+        ],
+        "tied": manifest.tied,
+        "tokenizer": {name: {"cid": _link(ref.cid), "bytes": ref.bytes} for name, ref in manifest.tokenizer.items()},
+        "generation": manifest.generation,
+        "pooling": None
+        if manifest.pooling is None
+        else {"mode": manifest.pooling.mode, "normalize": manifest.pooling.normalize},
+        "norms": [[float(low), float(high)] for low, high in manifest.norms],
+        "canary": {
+            "ids": list(manifest.canary.ids),
+            "rows": [_link(cid) for cid in manifest.canary.rows],
+            "output": _link(manifest.canary.output),
+        },
+    }
+
+
+def _from_json(value: Any) -> Manifest:
+    try:
+        if value["format"] != FORMAT:
+            raise ManifestError(f"manifest format {str(value['format'])[:40]!r}; this version reads {FORMAT!r}")
+        keys = {*Manifest.__slots__, "format"}
+        if set(value) != keys:
+            raise ManifestError(f"manifest fields differ: {sorted(set(value) ^ keys)[:5]}")
+        return Manifest(
+            **{
+                **{key: value[key] for key in keys - {"format"}},
+                "pieces": tuple(_piece(piece) for piece in value["pieces"]),
+                "tokenizer": {
+                    name: FileRef(_cid(ref["cid"]), int(ref["bytes"])) for name, ref in value["tokenizer"].items()
+                },
+                "pooling": None if value["pooling"] is None else Pooling(**value["pooling"]),
+                "norms": tuple((float(low), float(high)) for low, high in value["norms"]),
+                "canary": Canary(
+                    tuple(value["canary"]["ids"]),
+                    tuple(_cid(link) for link in value["canary"]["rows"]),
+                    _cid(value["canary"]["output"]),
+                ),
+            }
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, BadCid) as error:
+        raise ManifestError(f"malformed manifest: {type(error).__name__} {str(error)[:120]}") from None
+
+
+def _piece(value: dict[str, Any]) -> Piece:
+    tensors = {str(name): TensorSpec(spec["dtype"], tuple(spec["shape"])) for name, spec in value["tensors"].items()}
+    return Piece(value["kind"], value["index"], _cid(value["cid"]), value["bytes"], tensors)
+
+
+def _check(manifest: Manifest) -> None:
+    """The bounds that everything after the parser relies on."""
+    for name, high in (("layers", MAX_LAYERS), ("width", 1 << 17), ("vocab", 1 << 22), ("max_length", 1 << 22)):
+        _bounded(f"{name}", getattr(manifest, name), 1, high)
+    _one_of("output", manifest.output, ("logits", "hidden"))
+    _one_of("numerics", manifest.numerics, ("fp32",))
+    _one_of("causal", manifest.causal, (True, False))
+    if not isinstance(manifest.config, dict) or not isinstance(manifest.generation, dict):
+        raise ManifestError("config and generation are objects")
+    for text in (manifest.name, manifest.licence, manifest.architecture):
+        if not isinstance(text, str) or not 0 < len(text) <= 200 or not text.isprintable():
+            raise ManifestError("name, licence and architecture are printable text of at most 200 characters")
+    if manifest.pooling is not None:
+        _one_of("pooling mode", manifest.pooling.mode, ("mean", "cls"))
+    _check_pieces(manifest)
+    known = {name for piece in manifest.pieces if piece.kind == "embed" for name in piece.tensors}
+    if any(source not in known for source in manifest.tied.values()):
+        raise ManifestError("a tied tensor names one that is not in the embed piece")
+    if len(manifest.norms) != manifest.layers + 1 or any(not 0 <= low < high for low, high in manifest.norms):
+        raise ManifestError("norms: one [smallest, largest] for each of the layers + 1 boundaries")
+    if len(manifest.canary.rows) != manifest.layers + 1 or not 0 < len(manifest.canary.ids) <= 1024:
+        raise ManifestError("canary: some ids and one block of rows for each of the layers + 1 boundaries")
+    for token in manifest.canary.ids:
+        _bounded("canary id", token, 0, manifest.vocab - 1)
+    for name, ref in manifest.tokenizer.items():
+        if not name or name != name.strip() or any(part in name for part in ("/", "\\", "..", "\0")):
+            raise ManifestError(f"tokenizer file name {name[:40]!r}")
+        _bounded(f"bytes of {name}", ref.bytes, 1, 1 << 28)
+
+
+def _check_pieces(manifest: Manifest) -> None:
+    kinds = [piece.kind for piece in manifest.pieces]
+    if any(kind not in _ORDER for kind in kinds):
+        raise ManifestError("a piece is embed, layer, shared or head")
+    if [_ORDER[kind] for kind in kinds] != sorted(_ORDER[kind] for kind in kinds):
+        raise ManifestError("pieces come in the order embed, layers, shared, head")
+    for kind in ("embed", "shared", "head"):
+        if kinds.count(kind) > 1:
+            raise ManifestError(f"two {kind} pieces")
+    if [piece.index for piece in manifest.pieces if piece.kind == "layer"] != list(range(manifest.layers)):
+        raise ManifestError(f"the layer pieces are not 0 to {manifest.layers - 1}, each once")
+    seen: set[str] = set()
+    for piece in manifest.pieces:
+        _bounded(f"bytes of {piece.name}", piece.bytes, 1, MAX_PIECE_BYTES)
+        if len(piece.tensors) > MAX_TENSORS_PER_PIECE:
+            raise ManifestError(f"{piece.name} lists {len(piece.tensors)} tensors")
+        if piece.kind != "layer" and piece.index != 0:
+            raise ManifestError(f"{piece.name} has an index")
+        for name, spec in piece.tensors.items():
+            _one_of(f"dtype of {name}", spec.dtype, tuple(DTYPES))
+            if len(spec.shape) > 8:
+                raise ManifestError(f"{name} has {len(spec.shape)} dimensions")
+            for length in spec.shape:
+                _bounded(f"shape of {name}", length, 0, 1 << 32)
+        if seen & set(piece.tensors):
+            raise ManifestError(f"a tensor of {piece.name} is in another piece, too")
+        seen |= set(piece.tensors)
+        if sum(spec.bytes for spec in piece.tensors.values()) > piece.bytes:
+            raise ManifestError(f"the tensors of {piece.name} do not fit into its {piece.bytes} bytes")
+
+
+def _bounded(what: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ManifestError(f"{what} is {str(value)[:40]}, not an integer from {low} to {high}")
+
+
+def _one_of(what: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+        raise ManifestError(f"{what} is {str(value)[:40]!r}, not one of {allowed}")
+
+
+def _link(cid: Cid) -> dict[str, str]:
+    return {"/": str(cid)}
+
+
+def _cid(link: Any) -> Cid:
+    if not isinstance(link, dict) or set(link) != {"/"} or not isinstance(link["/"], str):
+        raise ManifestError('a link is {"/": "<cid>"}')
+    return Cid.parse(link["/"])
