@@ -1,7 +1,7 @@
 """Redundant computation: a second node redoes a hop's windows on the same rows, and a third one breaks a tie.
 
-The auditor has a session of its own; the hop before the audited one sends it the rows that it kept (the client sends the
-token ids for the first hop). It never sees what the audited hop answered, so there is nothing to copy.
+The auditor has a session of its own; the hop before the audited one sends it the rows that it kept (the client sends
+the token ids for the first hop). It never sees what the audited hop answered, so there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tallystick.checks import agree, same_work
 from tallystick.remote import Remote
-from tallystick.route import Candidate, auditors
+from tallystick.route import Candidate
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind
@@ -63,6 +63,11 @@ class Audit:
         self._flushed = 0
         self._judged: dict[int, tuple[Address, int, int]] = {}
         self._disputed = False
+        self._awake = asyncio.Event()
+
+    def wake(self) -> None:
+        """The audited hop may have signed more."""
+        self._awake.set()
 
     def start(self) -> None:
         self.task = asyncio.create_task(self._feed())
@@ -79,7 +84,7 @@ class Audit:
         self._pending[self._session.window_index(receipt)] = receipt
 
     def compare(self, hop: Remote) -> list[Check]:
-        """Compare every window that both have signed. Raises Disagreement, CorruptResult (the auditor's receipt is off)."""
+        """Compare every window that both have signed. Raises Disagreement, CorruptResult (the auditor's)."""
         self._take_receipts()
         if self._disputed:
             return []
@@ -107,15 +112,14 @@ class Audit:
 
     async def crop(self, position: int) -> None:
         """Roll the auditor back with everybody else."""
-        self._disputed = False
-        if self._fed > position:
-            await self.remote.command(Frame(Kind.CROP, position=position), "crop")
-            self.remote.crop(position, self._fed)
-            self._fed = position
+        await self.remote.command(Kind.CROP, {}, position)
+        self.remote.crop(position, self._fed)
+        self._fed = min(self._fed, position)
         self._pending = {}
         self._flushed = 0
         self.approved = min(self.approved, position // WINDOW)
         self._judged = {window: state for window, state in self._judged.items() if window < self.approved}
+        self._disputed = False
 
     def _take_receipts(self) -> None:
         standing = self.remote.standing
@@ -135,19 +139,25 @@ class Audit:
         """Send the auditor what the hop has signed for, as it signs."""
         session = self._session
         while True:
-            hop = session.hops[self.index]
-            target = hop.standing.covered
-            try:
-                if target > self._fed and hop.failure is None:
-                    await send_kept(session, self.index, self.remote, self._fed, target)
-                    self._fed = target
-                if target == self._fed and target % WINDOW and self._flushed != target:
-                    self._flushed = target
-                    await self.remote.send(Frame(Kind.FLUSH))
-            except TallystickError as error:
-                log.info("feeding the auditor %s failed: %s", self.remote.node, error)
+            async with session.moving:
+                await self._feed_now()
+            await self._awake.wait()
+            self._awake.clear()
+
+    async def _feed_now(self) -> None:
+        hop = self._session.hops[self.index]
+        target = hop.standing.covered
+        try:
+            if target > self._fed and hop.failure is None:
+                await send_kept(self._session, self.index, self.remote, self._fed, target)
+                self._fed = target
+            if target == self._fed and target % WINDOW and self._flushed != target:
+                self._flushed = target
+                await self.remote.send(Frame(Kind.FLUSH))
+        except TallystickError as error:
+            log.info("feeding the auditor %s failed: %s", self.remote.node, error)
+            if error.fields.get("hop") != self._session.before(self.index):
                 self.remote.failure = self.remote.failure or error
-            await asyncio.sleep(0.01)
 
 
 async def send_kept(session: Session, index: int, to: Remote, first: int, last: int) -> None:
@@ -157,7 +167,7 @@ async def send_kept(session: Session, index: int, to: Remote, first: int, last: 
         await to.send_rows(session.input_rows(first, last), first, want)
         return
     body = {"to": to.node, "session": to.session, "first": first, "last": last}
-    await session.hops[index - 1].command(Frame(Kind.REPLAY, body), "replay")
+    await session.hops[index - 1].command(Kind.REPLAY, body)
 
 
 async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) -> Ruling:
@@ -166,8 +176,7 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
     Raises NoAuditor when there is no third node, or all three differ.
     """
     hop = session.hops[audit.index]
-    avoid = session.avoid | {audit.remote.node}
-    for candidate in auditors(session.setting.candidates, session.route, audit.index, avoid):
+    for candidate in session.draw_auditors(audit.index, {audit.remote.node}):
         try:
             answer = await _witness(session, audit.index, candidate, disagreement)
         except TallystickError as error:
@@ -193,7 +202,8 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
         changed.set,
     )
     try:
-        await send_kept(session, index, remote, 0, disagreement.hop.last)
+        async with session.moving:
+            await send_kept(session, index, remote, 0, disagreement.hop.last)
         await remote.send(Frame(Kind.FLUSH))
         deadline = time.monotonic() + WITNESS_TIMEOUT_S
         checked = 0

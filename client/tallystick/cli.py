@@ -176,7 +176,8 @@ def _told(summary: dict[str, Any]) -> str:
     checks = summary["checks"]
     hops = " -> ".join(f"{hop['node'][:8]}{hop['layers']}" for hop in summary["route"])
     return (
-        f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops}; {summary['receipts']} receipts,"
+        f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops};"
+        f" {summary['receipts']} receipts,"
         f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens"
     )
 

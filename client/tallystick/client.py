@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tallystick.network import Network
+from tallystick.network import Network, Survey
 from tallystick.payments import Purse
-from tallystick.route import Candidate, plan
+from tallystick.route import Candidate, Weights, plan
 from tallystick.sampling import Sampling, pick
 from tallystick.session import RolledBack, Session, Setting
 from tallystick.tokens import TextStream
@@ -93,6 +93,7 @@ class Settings:
     max_cost: Wei = DEFAULT_MAX_COST
     numeric_class: Digest | None = None
     audit_probability: float = AUDIT_PROBABILITY
+    weights: Weights = field(default_factory=Weights)
 
 
 class AsyncClient:
@@ -187,10 +188,10 @@ class AsyncClient:
         """Plan a route and open it, with an auditor per hop if the policy is `full`."""
         survey = await self.network.survey(record)
         try:
-            route = plan(survey.candidates, manifest.layers, self.banned, self.settings.numeric_class)
+            route = self._plan(survey, manifest)
         except NoRoute:
             survey = await self.network.survey(record, fresh=True)
-            route = plan(survey.candidates, manifest.layers, self.banned, self.settings.numeric_class)
+            route = self._plan(survey, manifest)
         setting = Setting(
             peers=self._peers,
             key=self._key,
@@ -200,7 +201,7 @@ class AsyncClient:
             candidates=survey.candidates,
             max_length=max_length,
             top_k=min(TOP_K, manifest.vocab),
-            on_replaced=lambda old, new, why: log.info("%s replaced by %s: %s", old, new, why),
+            on_replaced=lambda: self.network.forget(record),
         )
         session = Session(setting, route, verdict)
         session.avoid |= self.banned
@@ -210,6 +211,10 @@ class AsyncClient:
             await session.close()
             raise
         return session
+
+    def _plan(self, survey: Survey, manifest: Manifest) -> list[Candidate]:
+        settings = self.settings
+        return plan(survey.candidates, manifest.layers, self.banned, settings.numeric_class, settings.weights)
 
     async def finish(self, session: Session, verify: Policy) -> None:
         """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed."""
@@ -249,6 +254,7 @@ class Stream:
         self._verify: Policy = verify
         self._ignore_eos = ignore_eos
         self._answer: Answer | None = None
+        self._session: Session | None = None
         self._events: AsyncGenerator[Token | Retracted, None] = self._run()
 
     @property
@@ -257,6 +263,11 @@ class Stream:
         if self._answer is None:
             raise TallystickError("the answer is not complete yet: iterate the stream to its end")
         return self._answer
+
+    @property
+    def session_route(self) -> list[Candidate]:
+        """The nodes that carry the session now, first hop first; empty before it is open."""
+        return [] if self._session is None else list(self._session.route)
 
     def __aiter__(self) -> AsyncIterator[Token | Retracted]:
         return self._events
@@ -277,6 +288,7 @@ class Stream:
         client._check_length(manifest, len(prompt), self._max_tokens)
         verdict = Verdict(self._verify)
         session = await client.open_session(record, manifest, len(prompt) + self._max_tokens, verdict)
+        self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
         try:

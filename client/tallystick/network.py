@@ -30,7 +30,7 @@ NODES_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A model's nodes as they answer now, and those on chain that do not. complete: their stake adds up to the chain's."""
+    """A model's nodes as they answer now, and those that do not. complete: their stake adds up to the chain's."""
 
     candidates: list[Candidate]
     silent: list[tuple[Address, str]]
@@ -98,6 +98,10 @@ class Network:
         survey = Survey(candidates, silent, complete, time.monotonic())
         self._surveys[record.id] = survey
         return survey
+
+    def forget(self, record: ModelRecord) -> None:
+        """Ask the nodes anew the next time: one of them is gone."""
+        self._surveys.pop(record.id, None)
 
     async def _ask(
         self, record: ModelRecord, entry: Serving, gate: asyncio.Semaphore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from dataclasses import dataclass
 
 from tallystick_protocol.chain.reads import Chain
@@ -35,6 +36,7 @@ class Purse:
         self._left = max_funding
         self._lock = threading.Lock()
         self._totals: dict[Address, Wei] = {}
+        self._in_use: Counter[Address] = Counter()
 
     @property
     def client(self) -> Address:
@@ -67,7 +69,8 @@ class Purse:
         """Start from what a node says at `opened`; returns the total that earlier sessions have come to.
 
         A client that lost its state recovers it from its own last voucher. Earlier rows without a voucher (an
-        interrupted session) are accepted up to max_debt. Raises BadSignature, Rejected.
+        interrupted session) are accepted up to max_debt, unless another session is open at the node: what the node is
+        owed for that one is promised there. Every recall is followed by one `leave`. Raises BadSignature, Rejected.
         """
         known = self._totals.get(node, Wei(0))
         if sealed:
@@ -76,12 +79,19 @@ class Purse:
                 raise BadSignature(f"{node} shows a voucher that this client did not sign", hop=node)
             known = max(known, Wei(voucher.total))
         debt = Wei(owed - known)
-        if debt > max_debt:
-            raise Rejected(f"{node} claims {debt} for earlier sessions, more than was ever at stake", hop=node)
-        self._totals[node] = max(known, owed)
-        return self._totals[node]
+        if not self._in_use[node]:
+            if debt > max_debt:
+                raise Rejected(f"{node} claims {debt} for earlier sessions, more than was ever at stake", hop=node)
+            known = max(known, owed)
+        self._totals[node] = known
+        self._in_use[node] += 1
+        return known
 
-    def promise(self, node: Address, total: Wei) -> bytes:
-        """A sealed voucher; a total never goes down."""
-        self._totals[node] = max(total, self._totals.get(node, Wei(0)))
+    def leave(self, node: Address) -> None:
+        """A session at the node has ended."""
+        self._in_use[node] -= 1
+
+    def promise(self, node: Address, more: Wei) -> bytes:
+        """A sealed voucher for so much more than was promised before, in whichever session."""
+        self._totals[node] = Wei(self._totals.get(node, Wei(0)) + more)
         return seal(self._chain.book.escrow_domain, Voucher(self.client, node, self._totals[node]), self._key)

@@ -8,6 +8,8 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from tallystick.checks import Terms
 from tallystick.payments import Purse
@@ -24,7 +26,7 @@ from tallystick_protocol.vouchers import charge
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 15.0
-ACK_TIMEOUT_S = 60.0
+COMMAND_TIMEOUT_S = 30.0
 OPEN_LIFETIME_S = 3600
 
 
@@ -95,9 +97,10 @@ class Remote:
         self._due_to = 0
         self._channel = channel
         self._domain = domain
-        self._acks: asyncio.Queue[str] = asyncio.Queue()
-        self._acking = asyncio.Lock()
+        self._commands: dict[int, asyncio.Future[None]] = {}
+        self._last_command = 0
         self._reader: asyncio.Task[None] | None = None
+        self._leave: Callable[[], None] | None = None
 
     @property
     def node(self) -> Address:
@@ -139,6 +142,7 @@ class Remote:
             owed = Wei(int(take(answer.body, "owed", str)[:78]))
             voucher = take(answer.body, "voucher", bytes)
             remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit))
+            remote._leave = partial(purse.leave, candidate.node)
             return remote
         except ValueError as error:
             await channel.close()
@@ -163,6 +167,8 @@ class Remote:
                     on_change()
             except TallystickError as error:
                 self.failure = self.failure or error
+                for number in list(self._commands):
+                    self._answer(number, self.failure)
                 on_change()
 
         self._reader = asyncio.create_task(read())
@@ -180,12 +186,14 @@ class Remote:
             on_receipt(self, receipt)
         elif frame.kind is Kind.RESULT:
             on_result(self, frame)
-        elif frame.kind in (Kind.DONE, Kind.CLOSED):
-            self._acks.put_nowait(frame.kind.name if frame.kind is Kind.CLOSED else str(frame.body.get("of")))
+        elif frame.kind is Kind.DONE:
+            self._answer(frame.body.get("of"), None)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
             if error.code == "payment_required":
                 return  # a reminder: the voucher is on its way, or withheld on purpose
+            if self._answer(frame.body.get("of"), error):
+                return
             if error.fields.setdefault("hop", self.node) == self.node:
                 raise error
             self.told.append(error)
@@ -204,24 +212,31 @@ class Remote:
         body = {"want": pack_flags(want), **({"more": True} if more else {})}
         await self.send(rows_frame(Kind.STEP, DType.IDS, ids, position, body))
 
-    async def command(self, frame: Frame, ack: str) -> None:
+    async def command(self, kind: Kind, body: dict[str, Any], position: int = 0) -> None:
         """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
-        async with self._acking:
-            while not self._acks.empty():
-                self._acks.get_nowait()
-            await self.send(frame)
-            deadline = time.monotonic() + ACK_TIMEOUT_S
-            while True:
-                if self.failure is not None:
-                    raise self.failure
-                if time.monotonic() > deadline:
-                    raise Unreachable(f"{self.node} did not acknowledge {ack}", hop=self.node)
-                try:
-                    async with asyncio.timeout(0.5):
-                        if await self._acks.get() == ack:
-                            return
-                except TimeoutError:
-                    continue
+        self._last_command += 1
+        number = self._last_command
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._commands[number] = answer
+        try:
+            await self.send(Frame(kind, {**body, "id": number}, position))
+            async with asyncio.timeout(COMMAND_TIMEOUT_S):
+                await answer
+        except TimeoutError:
+            raise Unreachable(f"{self.node} did not acknowledge {kind.name}", hop=self.node) from None
+        finally:
+            del self._commands[number]
+
+    def _answer(self, number: object, error: TallystickError | None) -> bool:
+        """Settle a command; False when there is none of that number."""
+        answer = self._commands.get(number) if isinstance(number, int) else None
+        if answer is None or answer.done():
+            return False
+        if error is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(error)
+        return True
 
     def owe(self, receipt: Receipt, index: int) -> None:
         """A receipt that checked out stands, and its rows are due; rows signed for before are not due again."""
@@ -239,20 +254,24 @@ class Remote:
         self.due_after = {index: rows for index, rows in self.due_after.items() if index < kept}
 
     def total(self, rows: int) -> Wei:
-        """What the node is owed in all when `rows` rows of this session are paid."""
+        """What the node is owed in all when `rows` rows of this session, and no other one's since, are paid."""
         span, price = self.candidate.span, Wei(self.candidate.offer.price)
         return Wei(self.base + charge(span, self.opening.num_layers, price, rows))
 
     async def pay(self, rows: int, purse: Purse) -> None:
         """Send a voucher that covers `rows` rows of this session."""
         if rows > self.rows_paid:
+            more = Wei(self.total(rows) - self.total(self.rows_paid))
             self.rows_paid = rows
-            await self.send(Frame(Kind.VOUCHER, {"voucher": purse.promise(self.node, self.total(rows))}))
+            await self.send(Frame(Kind.VOUCHER, {"voucher": purse.promise(self.node, more)}))
 
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
         await self._channel.close()
 
 

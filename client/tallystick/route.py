@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def plan(
         mixed = _cheapest(usable, layers, weights)
         found = [mixed] if mixed is not None else []
     if not found:
-        raise no_route(usable, layers)
+        raise no_route([c for c in usable if numeric_class in (None, c.offer.numeric_class)], layers)
     return min(found, key=lambda route: sum(_cost(hop, layers, weights) for hop in route))
 
 
@@ -76,7 +77,8 @@ def no_route(usable: list[Candidate], layers: int) -> NoRoute:
     onward = [c.span.start for c in usable if c.span.start > start]
     end = min(onward, default=layers)
     return NoRoute(
-        f"nobody serves layers [{start}, {end}) of {layers}; to serve them: tallystick-node run --join --span {start}:{end}",
+        f"nobody serves layers [{start}, {end}) of {layers};"
+        f" to serve them: tallystick-node run --join --span {start}:{end}",
         start=start,
         end=end,
     )
@@ -92,10 +94,20 @@ def stand_ins(candidates: Iterable[Candidate], hop: Candidate, avoid: Collection
     return sorted(same, key=lambda c: (c.offer.price, c.rtt_s, c.node))
 
 
+def draw(candidates: list[Candidate], coins: Iterable[float], dearest: int) -> list[Candidate]:
+    """All candidates that ask at most `dearest`, in a random order in which stake is the chance to come first.
+
+    coins: one uniform number in (0, 1) per candidate, from a cryptographic generator (Efraimidis and Spirakis 2006).
+    """
+    keyed = [(math.log(coin) / max(c.stake, 1), c) for c, coin in zip(candidates, coins, strict=False)]
+    ordered = sorted(keyed, key=lambda pair: -pair[0])
+    return [candidate for _, candidate in ordered if candidate.offer.price <= dearest]
+
+
 def auditors(
     candidates: Iterable[Candidate], route: list[Candidate], index: int, avoid: Collection[Address]
 ) -> list[Candidate]:
-    """Nodes that may check hop `index`: its span and class, of another operator and payee than it and the hop before."""
+    """Nodes that may check hop `index`: its span and class, other operators and payees than it and the hop before."""
     judged = route[max(0, index - 1) : index + 1]
     operators = {c.operator for c in judged} | {c.payee for c in judged}
     return [

@@ -1,7 +1,7 @@
 """Choosing a token from top-k logits: greedy, temperature, top-k, top-p, with a seed. Pure.
 
-The network returns the k largest logits of a position; sampling with top_p near 1 is therefore over those k, not over the
-whole vocabulary. The generator is NumPy's Philox, so a seed gives the same tokens on every machine and over failovers.
+The network returns the k largest logits of a position; sampling with top_p near 1 is therefore over those k, not over
+the whole vocabulary. The generator is NumPy's Philox: a seed gives the same tokens on every machine and over failovers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tallystick_protocol.errors import ConfigError
+from tallystick_protocol.errors import ConfigError, CorruptResult
 
 _PAIR = np.dtype([("id", "<u4"), ("value", "<f4")])
 
@@ -34,13 +34,22 @@ class Sampling:
 
 
 def parse_top_k(row: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Ids (k,) u32 and logits (k,) f32 of a top-k row, by value descending."""
+    """Ids (k,) u32 and logits (k,) f32 of a top-k row, by value descending, then id ascending.
+
+    Raises CorruptResult for a row that is not that: it comes from a stranger.
+    """
+    if not row or len(row) % _PAIR.itemsize:
+        raise CorruptResult(f"a row of {len(row)} bytes is no top-k row")
     pairs = np.frombuffer(row, dtype=_PAIR)
-    return pairs["id"], pairs["value"]
+    ids, values = pairs["id"], pairs["value"]
+    in_order = (values[:-1] > values[1:]) | ((values[:-1] == values[1:]) & (ids[:-1] < ids[1:]))
+    if not bool(np.isfinite(values).all() and in_order.all()) or len(np.unique(ids)) != len(ids):
+        raise CorruptResult("a top-k row holds values that are not finite or not in order, or an id twice")
+    return ids, values
 
 
 def pick(row: bytes, sampling: Sampling, position: int) -> int:
-    """The token id that follows `position`.
+    """The token id that follows `position`. Raises CorruptResult for a malformed row.
 
     Each position draws from a generator of its own, (seed, position): what was drawn before does not matter, so a
     position that is decided again after a failover is decided alike.
@@ -56,8 +65,9 @@ def pick(row: bytes, sampling: Sampling, position: int) -> int:
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Probabilities (n,) f64 of the n first logits that top_k and top_p leave; logits descend."""
-    kept = logits[: sampling.top_k or None].astype(np.float64) / sampling.temperature
-    weights = np.exp(kept - kept[0])
+    kept = logits[: sampling.top_k or None].astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature: everything below the largest logit is exp(-inf) = 0
+        weights = np.exp((kept - kept[0]) / sampling.temperature)
     probabilities = weights / weights.sum()
     if sampling.top_p < 1.0:
         before = np.cumsum(probabilities) - probabilities

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.payments import Need, Purse
 from tallystick.remote import Opening, Remote, fresh_nonce
-from tallystick.route import Candidate, auditors, no_route, stand_ins
+from tallystick.route import Candidate, auditors, draw, no_route, stand_ins
 from tallystick.verdict import Accusation, Check, Verdict
 from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
@@ -32,6 +34,8 @@ log = logging.getLogger(__name__)
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
 SETTLE_TIMEOUT_S = 60.0
+AUDITOR_PRICE_FACTOR = 4
+_COINS = secrets.SystemRandom()
 
 
 class RolledBack(Exception):
@@ -54,7 +58,7 @@ class Setting:
     candidates: list[Candidate]
     max_length: int
     top_k: int
-    on_replaced: Callable[[Address, Address, str], None]
+    on_replaced: Callable[[], None]
 
 
 class Session:
@@ -73,12 +77,13 @@ class Session:
         self._audits: list[Audit] = []
         self._disputes: dict[int, Disagreement] = {}
         self._settled: dict[Address, tuple[Remote, int]] = {}
+        self.moving = asyncio.Lock()  # held while rows are sent to auditors, and while everybody rolls back
         self._nonce = fresh_nonce()
         self._attempt = 0
         self._work = asyncio.Event()
         self._news = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
-        self._arbitration: asyncio.Task[None] | None = None
+        self._arbitrations: dict[int, asyncio.Task[None]] = {}
 
     @property
     def one_shot(self) -> bool:
@@ -91,11 +96,13 @@ class Session:
     # -- opening
 
     async def open(self, audited: list[int]) -> None:
-        """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor, Unreachable…"""
+        """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor…"""
+        drawn = {index: self.draw_auditors(index) for index in audited}
+        await self._fund([*self.route, *(c for possible in drawn.values() for c in possible[:1])])
         for index in reversed(range(len(self.route))):
             await self._open_hop(index)
         for index in audited:
-            await self._open_audit(index)
+            await self._open_audit(index, drawn[index])
         self._tender = asyncio.create_task(self._tend())
 
     async def _open_hop(self, index: int) -> None:
@@ -106,11 +113,10 @@ class Session:
                 remote = await self._connect(candidate, self._opening(index))
             except TallystickError as error:
                 await self._substitute(index, error)
+                if self.hops:  # the next hop is open already and expects rows from another one
+                    await self._route(0, {"previous": self.route[index].node})
                 continue
-            if len(self.hops) < len(self.route):
-                self.hops.insert(0, remote)
-            else:
-                self.hops[index] = remote
+            self.hops.insert(0, remote)
             self._pending[remote] = {}
             remote.listen(self._on_receipt, self._on_result, self._wake)
             return
@@ -128,7 +134,7 @@ class Session:
             )
         self.route[index] = spare[0]
         self.verdict.replaced.append((lost.node, spare[0].node, error.code))
-        self.setting.on_replaced(lost.node, spare[0].node, error.code)
+        self.setting.on_replaced()
         log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
 
     def _opening(self, index: int) -> Opening:
@@ -146,14 +152,30 @@ class Session:
 
     async def _connect(self, candidate: Candidate, opening: Opening) -> Remote:
         setting = self.setting
-        cost = charge(candidate.span, opening.num_layers, Wei(candidate.offer.price), opening.max_length)
-        await asyncio.to_thread(setting.purse.ensure, [Need(candidate.node, cost)])
+        await self._fund([candidate])
         return await Remote.open(setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
 
-    async def _open_audit(self, index: int) -> None:
+    async def _fund(self, candidates: list[Candidate]) -> None:
+        """See that the channels to these nodes hold what the whole session may cost, in one transaction."""
+        setting = self.setting
+        needs = [
+            Need(c.node, charge(c.span, setting.manifest.layers, Wei(c.offer.price), 2 * setting.max_length))
+            for c in candidates
+        ]
+        await asyncio.to_thread(setting.purse.ensure, needs)
+
+    def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
+        """Who may check hop `index`, drawn at random by stake; not at many times the usual price."""
+        possible = auditors(self.setting.candidates, self.route, index, {*self.avoid, *avoid})
+        coins = [1.0 - _COINS.random() for _ in possible]
+        usual = statistics.median(c.offer.price for c in possible) if possible else 0
+        return draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
+
+    async def _open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
         """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
-        possible = auditors(self.setting.candidates, self.route, index, self.avoid)
-        for candidate in possible:
+        for candidate in self.draw_auditors(index) if drawn is None else drawn:
+            if candidate.node in self.avoid or candidate.node == self.route[index].node:
+                continue
             try:
                 remote = await self.open_witness(candidate, index)
             except TallystickError as error:
@@ -210,6 +232,10 @@ class Session:
             except Unreachable:
                 return  # `result` sees the failure and feeds whoever takes the place
 
+    def before(self, index: int) -> Address | None:
+        """The node that pushes to hop `index`; None for the client itself."""
+        return self.hops[index - 1].node if index else None
+
     def wanted(self, first: int, last: int) -> list[bool]:
         """Which of positions [first, last) the client asked results for."""
         return self._want[first:last]
@@ -246,7 +272,7 @@ class Session:
 
     async def close(self) -> None:
         """Close every hop. What is signed and checked has been paid before."""
-        for task in (self._tender, self._arbitration, *(audit.task for audit in self._audits)):
+        for task in (self._tender, *self._arbitrations.values(), *(audit.task for audit in self._audits)):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -294,11 +320,12 @@ class Session:
                 except TallystickError as error:
                     hop.failure = hop.failure or error
             for audit in self._audits:
+                audit.wake()
                 await self._tend_audit(audit)
             self._news.set()
 
     def _check_hop(self, index: int, hop: Remote) -> None:
-        """Every pending receipt that can be checked: in order of windows, after the hop before. Raises CorruptResult…"""
+        """Check every pending receipt that can be: in order of windows, after the hop before. Raises CorruptResult…"""
         pending = self._pending.get(hop, {})
         while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
             receipt := _extension(hop, pending)
@@ -350,7 +377,8 @@ class Session:
         except Disagreement as disagreement:
             if audit.index not in self._disputes:
                 self._disputes[audit.index] = disagreement
-                self._arbitration = asyncio.create_task(self._settle_dispute(audit, disagreement))
+                log.info("%s and %s differ in window %d", hop.node, audit.remote.node, disagreement.window)
+                self._arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
         except TallystickError as error:
             audit.remote.failure = audit.remote.failure or error
         if audit.approved:
@@ -409,17 +437,21 @@ class Session:
         liar = self.hops[index]
         others = [hop for hop in self.hops if hop is not liar]
         await self._until(lambda: all(hop.standing.covered >= position for hop in others), SETTLE_TIMEOUT_S, "receipts")
-        for hop in others:
-            await self._crop(hop, position, len(self.ids))
-        for audit in self._audits:
-            await audit.crop(position)
-        del self.ids[position:], self._want[position:]
-        self._results = {p: row for p, row in self._results.items() if p < position}
-        await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
+        async with self.moving:
+            for hop in others:
+                await self._crop(hop, position, len(self.ids))
+            for audit in self._audits:
+                await audit.crop(position)
+            for task in self._arbitrations.values():
+                task.cancel()  # what else was in dispute is computed anew
+            self._disputes = {}
+            del self.ids[position:], self._want[position:]
+            self._results = {p: row for p, row in self._results.items() if p < position}
+            await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
         raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
-        await hop.command(Frame(Kind.CROP, position=position), "crop")
+        await hop.command(Kind.CROP, {}, position)
         hop.crop(position, computed)
         self._pending[hop] = {}
 
@@ -484,8 +516,7 @@ class Session:
         while True:
             candidate = self.route[index]
             try:
-                if index + 1 < len(self.hops):
-                    await self._route(index + 1, {"previous": candidate.node})
+                await self._announce(index, candidate.node)
                 remote = await self._connect(candidate, self._opening(index))
             except TallystickError as error:
                 if error.fields.get("hop") not in (None, candidate.node):
@@ -500,11 +531,25 @@ class Session:
             await self._route(index - 1, {"next": candidate.node})
         else:
             await self._send_ids(0)
+        for audit in list(self._audits):
+            if audit.remote.candidate not in auditors(self.setting.candidates, self.route, audit.index, self.avoid):
+                await self._change_auditor(audit)  # it has become a neighbour, or the hop itself
+
+    async def _announce(self, index: int, node: Address) -> None:
+        """Tell whoever takes rows from hop `index` that another node will send them."""
+        if index + 1 < len(self.hops):
+            await self._route(index + 1, {"previous": node})
+        for audit in self._audits:
+            if audit.index == index + 1 and audit.remote.failure is None:
+                try:
+                    await audit.remote.command(Kind.ROUTE, {"previous": node})
+                except TallystickError as error:
+                    audit.remote.failure = audit.remote.failure or error
 
     async def _route(self, index: int, body: dict[str, str]) -> None:
         """Tell a hop of its new neighbour; a hop that is gone as well is repaired in its turn."""
         try:
-            await self.hops[index].command(Frame(Kind.ROUTE, dict(body)), "route")
+            await self.hops[index].command(Kind.ROUTE, dict(body))
         except TallystickError as error:
             self.hops[index].failure = self.hops[index].failure or error
 

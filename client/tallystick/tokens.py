@@ -70,7 +70,7 @@ class TextStream:
 
     def retract(self, num_tokens: int) -> int:
         """Take the last tokens back; returns how many characters of given text that removes."""
-        del self._ids[len(self._ids) - num_tokens :]
-        removed = max(0, self._given - len(self.text))
+        del self._ids[max(len(self._ids) - num_tokens, 0) :]
+        removed = max(0, self._given - len(self.text.rstrip(_CUT)))  # half a character was never given
         self._given -= removed
         return removed

@@ -1,4 +1,4 @@
-"""What was checked about an answer, by whom and how, and what was paid: the part of an answer that says how far to trust it."""
+"""What was checked about an answer, by whom and how, and what was paid: how far to trust it."""
 
 from __future__ import annotations
 

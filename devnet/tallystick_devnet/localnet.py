@@ -1,4 +1,4 @@
-"""The local network: a chain, a content store with a published model, node processes with keys, stake and a span each."""
+"""The local network: a chain, a content store with a model, node processes with keys, stake and a span each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tallystick.client import Settings
 from tallystick.publishing import cut, register, serve_content
+from tallystick.route import Weights
 from tallystick_devnet.localchain import ETHER, LocalChain, rich_key, start_chain
 from tallystick_devnet.processes import Process, stop_all
 from tallystick_protocol.content.store import LocalStore
@@ -117,8 +118,14 @@ class LocalNet:
         return open_keystore(path, PASSWORD), path
 
     def settings(self) -> Settings:
-        """What a client of this network needs to know."""
-        return Settings(rpc=self.chain.rpc, book=self.chain.book, cache=self.folder / "cache", sources=[self.source])
+        """What a client of this network needs to know; all nodes are near, so it goes by the price."""
+        return Settings(
+            rpc=self.chain.rpc,
+            book=self.chain.book,
+            cache=self.folder / "cache",
+            sources=[self.source],
+            weights=Weights(seconds_per_wei=1e-9),
+        )
 
     def _start(self, node: LocalNode, model: ModelId, command: Sequence[str], settings: Sequence[str]) -> LocalNode:
         arguments = [

@@ -1,5 +1,5 @@
-"""What a model is made of, found by one run on meta tensors: which piece every weight belongs to, how layers are called,
-how they attend, and whether canonical execution has a rule for everything in them.
+"""What a model is made of, found by one run on meta tensors: which piece every weight belongs to, how layers are
+called, how they attend, and whether canonical execution has a rule for everything in them.
 
 Every weight carries its name as a tag; a dispatch mode hands the tags of an operator's inputs to its outputs. What
 reaches the hidden state entering layer 0 is `embed`, what reaches any other input of a layer is `shared`, and what
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from tallystick_protocol.errors import ManifestError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tallystick_model.attention import AttentionPlan, ProbeSeat, attend_with, probing
 from tallystick_model.operators import BLOCKWISE, ROWWISE
-from tallystick_model.skeleton import Skeleton, named_weights
+from tallystick_model.skeleton import BUILD_ERRORS, Skeleton, named_weights
 from tallystick_model.taint import Taint, tensors_in
+from tallystick_protocol.errors import ManifestError
 
 _PROBE_ROWS = 13
 """Rows of the probing run; where a module's output has this length, it follows the number of rows."""
@@ -89,7 +89,7 @@ def dissect(skeleton: Skeleton) -> Anatomy:
     try:
         with torch.no_grad(), probing(skeleton.config), taint.naming(skeleton.model), taint:
             output = skeleton.model(**_probe_inputs(skeleton))
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError) as error:
+    except BUILD_ERRORS as error:
         raise ManifestError(f"{type(skeleton.model).__name__} cannot be probed: {str(error)[:160]}") from None
     finally:
         for handle in handles:
@@ -111,7 +111,8 @@ def _watch_layers(skeleton: Skeleton, record: _Record, taint: Taint) -> list[Any
     last = len(skeleton.layers) - 1
 
     def entering(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = {**dict(enumerate(args)), **kwargs}
+        named: dict[int | str, Any] = dict(enumerate(args))
+        named.update(kwargs)
         place = _hidden_place(named, record.left)
         record.hidden[index] = place
         hidden = named[place]
@@ -171,9 +172,7 @@ def _conclude(skeleton: Skeleton, record: _Record, taint: Taint, seats: list[Pro
     roles = _roles(skeleton, record, taint.tags(served))
     tied, aliases = _sort_ties(skeleton, roles)
     plans = [seat.plan() for seat in seats]
-    layers = tuple(
-        LayerShape(record.hidden[index], record.arity[index], plan) for index, (plan, _) in enumerate(plans)
-    )
+    layers = tuple(LayerShape(record.hidden[index], record.arity[index], plan) for index, (plan, _) in enumerate(plans))
     blockwise = frozenset(module for module, name in taint.operators if name in BLOCKWISE)
     return Anatomy(
         roles,

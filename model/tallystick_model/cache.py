@@ -66,7 +66,7 @@ class KvCache:
     def write(
         self, layer: int, first: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put rows first.. of a layer, (groups, n, dim) each; returns all its keys and values, (1, groups, capacity, dim)."""
+        """Put rows first.. of a layer, (groups, n, dim) each; returns all it holds, (1, groups, capacity, dim) each."""
         last = first + keys.shape[1]
         self._written = max(self._written, last)
         self._keys[layer][0, :, first:last] = keys

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+from tallystick_model.segments import Segment
+from tallystick_model.span import SpanModel
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.errors import CorruptResult, ManifestError
 from tallystick_protocol.manifest import Manifest
-
-from tallystick_model.span import Segment, SpanModel
 
 TOLERANCE = 1e-4
 """Relative error that another class may show; the measured noise between fp32 classes is below 1e-5."""
@@ -50,15 +51,13 @@ def read_rows(block: bytes, count: int, width: int) -> torch.Tensor:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> float:
-    """rms(found - expected) / rms(expected - before): the error relative to what the span contributes. NaN stays NaN."""
+    """rms(found - expected) / rms(expected - before): relative to what the span contributes. NaN stays NaN."""
     contribution = float((expected.double() - before.double()).square().mean().sqrt())
     error = float((found.double() - expected.double()).square().mean().sqrt())
     return error / contribution if contribution > 0 else (0.0 if error == 0 else float("nan"))
 
 
-def _output_error(
-    model: SpanModel, manifest: Manifest, rows: torch.Tensor, get_block: Callable[[Cid], bytes]
-) -> float:
+def _output_error(model: SpanModel, manifest: Manifest, rows: torch.Tensor, get_block: Callable[[Cid], bytes]) -> float:
     segment = Segment(model.new_cache(manifest.max_length), 0, rows, wanted=[len(rows) - 1])
     found = model.forward([segment])[0]
     count, width = (1, manifest.vocab) if manifest.output == "logits" else (len(rows), manifest.width)

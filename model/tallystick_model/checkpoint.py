@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tallystick_protocol.errors import ManifestError
 
 from tallystick_model.anatomy import Anatomy
 from tallystick_model.skeleton import Skeleton
+from tallystick_protocol.errors import ManifestError
 
 MAX_JSON_BYTES = 16 << 20
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf", "*.h5", "*.msgpack")

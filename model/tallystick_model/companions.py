@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.manifest import Pooling
 from tokenizers import Tokenizer
 
 from tallystick_model.checkpoint import Checkpoint
+from tallystick_protocol.errors import ManifestError
+from tallystick_protocol.manifest import Pooling
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -75,7 +75,9 @@ def pooling(checkpoint: Checkpoint) -> Pooling:
         return Pooling("mean", True)
     kinds = {str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in modules}
     if set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise ManifestError(f"modules.json has {sorted(set(kinds) - {'Transformer', 'Pooling', 'Normalize'})}: not served")
+        raise ManifestError(
+            f"modules.json has {sorted(set(kinds) - {'Transformer', 'Pooling', 'Normalize'})}: not served"
+        )
     folder = kinds.get("Pooling", "1_Pooling")
     if Path(folder).name != folder:
         raise ManifestError(f"modules.json names a folder {folder[:60]!r}")
@@ -106,7 +108,11 @@ def find_licence(checkpoint: Checkpoint) -> str:
 
 
 def _licence_of_text(text: str) -> str:
-    for mark, identifier in (("Apache License", "Apache-2.0"), ("MIT License", "MIT"), ("BSD 3-Clause", "BSD-3-Clause")):
+    for mark, identifier in (
+        ("Apache License", "Apache-2.0"),
+        ("MIT License", "MIT"),
+        ("BSD 3-Clause", "BSD-3-Clause"),
+    ):
         if mark in text:
             return identifier
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]

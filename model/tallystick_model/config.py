@@ -12,19 +12,22 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from tallystick_protocol.errors import ManifestError
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from tallystick_protocol.errors import ManifestError
 
 FORBIDDEN = frozenset({"auto_map", "trust_remote_code", "custom_generate", "quantization_config", "custom_pipelines"})
 """Keys that name code, kernels or another numerics: refused wherever they come from, with their name."""
 
-LEFT_OUT = frozenset(
-    """_name_or_path name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict
+_LEFT_OUT = """
+    _name_or_path name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict
     output_hidden_states output_attentions id2label label2id problem_type chunk_size_feed_forward gradient_checkpointing
     task_specific_params finetuning_task _commit_hash torchscript use_bfloat16 position_embedding_type model_max_length
-    initializer_factor pruned_heads sep_token_id decoder_start_token_id num_labels""".split()
-)
+    initializer_factor pruned_heads sep_token_id decoder_start_token_id num_labels
+"""
+LEFT_OUT = frozenset(_LEFT_OUT.split())
 """Keys of a checkpoint that do not matter for what is computed here, or that the manifest says elsewhere."""
 
 MUST_BE = {"chunk_size_feed_forward": (0,), "position_embedding_type": ("absolute",), "is_encoder_decoder": (False,)}
@@ -51,6 +54,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
 MAX_POSITION_TABLE = 1 << 34
 """max_position_embeddings x hidden_size: some models compute such a table when they are built."""
 
+ROPE_TYPES = frozenset(ROPE_INIT_FUNCTIONS) | {"default"}
+
 _MAX_INT, _MAX_FLOAT, _MAX_ITEMS, _MAX_DEPTH = 1 << 31, 1e30, 8192, 5
 _BUILD_ERRORS = (
     TypeError, ValueError, KeyError, AttributeError, ImportError, ArithmeticError, RuntimeError, StrictDataclassError,
@@ -73,7 +78,7 @@ def checkpoint_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises ManifestError naming the key that is unknown, forbidden, of the wrong type or out of bounds.
     """
     cls = config_class(values)
-    names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+    names = {str(field.name) for field in dataclasses.fields(cls)} | {str(name) for name in cls.attribute_map}
     _refuse_keys(values, cls, allowed=names | LEFT_OUT | LEGACY | {"model_type", "tie_encoder_decoder"})
     config = _construct(cls, {key: value for key, value in values.items() if key not in LEFT_OUT})
     written = config.to_dict()
@@ -86,7 +91,7 @@ def config_class(values: dict[str, Any]) -> Any:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING_NAMES:
         raise ManifestError(
-            f"model_type {str(model_type)[:40]!r} is none that transformers {transformers.__version__} knows by itself; "
+            f"model_type {str(model_type)[:40]!r} is none that transformers {transformers.__version__} knows; "
             "models that bring their own code are not served"
         )
     return CONFIG_MAPPING[model_type]
@@ -153,8 +158,8 @@ def _check_bounds(name: str, value: Any) -> None:
         return
     low, high = BOUNDS[name]
     whole = isinstance(low, int) and not name.endswith(("eps", "epsilon"))
-    kinds: tuple[type, ...] = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (whole and not isinstance(value, int)):
         raise ManifestError(f"config {name} is {str(value)[:40]!r}, not a number from {low} to {high}", key=name)
 
 
@@ -170,6 +175,8 @@ def _check_value(name: str, value: Any, depth: int) -> None:
             _check_bounds(str(key), inner)
             _check_value(f"{name}.{str(key)[:60]}", inner, depth - 1)
     elif isinstance(value, str):
+        if name.endswith(".rope_type") and value not in ROPE_TYPES:
+            raise ManifestError(f"{name} is {value[:40]!r}, not one of {sorted(ROPE_TYPES)}")
         if len(value) > 200 or not value.isprintable():
             raise ManifestError(f"{name} is not printable text of at most 200 characters")
     elif isinstance(value, float):

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tallystick_protocol.types import Span
 from torch import nn
 
 from tallystick_model.anatomy import Anatomy, module_weights
 from tallystick_model.skeleton import Skeleton
+from tallystick_protocol.types import Span
 
 
-class Leave(Exception):  # noqa: N818 - not an error: the forward has gone as far as this span goes
+class Leave(Exception):
     """Carries the hidden state (1, n, width) out of the model's forward."""
 
     def __init__(self, hidden: torch.Tensor) -> None:

@@ -8,7 +8,9 @@ vectorised loop takes whole, on one thread. Measurements: docs/numerics.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -28,6 +30,9 @@ MIN_ROWS = 4
 """A product of fewer rows takes another kernel with other bits: of one row over packed weights, of up to three over
 plain ones. Rows are repeated up to this; four cost less than two (docs/numerics.md)."""
 
+MIN_COLUMNS_PLAIN = 16
+"""A plain product with one column takes a kernel for vectors; few columns are padded with zero weights."""
+
 PACKING_HINT = 4
 """Rows that oneDNN lays the packed weights out for: decode steps of a few sessions."""
 
@@ -36,6 +41,20 @@ BLOCK = 32768
 
 LANES = 64
 """Calls get a multiple of this many elements, so that there is no scalar tail: a multiple of two AVX-512 vectors."""
+
+
+@contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """While held, this thread (and worker threads that torch starts meanwhile) takes denormals for zero.
+
+    Hostile denormals make products 26-200 x slower otherwise; afterwards the caller's arithmetic is as it was.
+    """
+    before = sys.float_info.min / 2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 class CanonicalLinear(nn.Module):
@@ -48,7 +67,10 @@ class CanonicalLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.packed = packed_operators_hold() if packed is None else packed
-        kept = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_HINT) if self.packed else weight.contiguous()
+        if self.packed:
+            kept = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_HINT)
+        else:
+            kept = F.pad(weight, (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
         self.register_buffer("weight", kept, persistent=False)
         self.bias = bias
 
@@ -77,7 +99,8 @@ class CanonicalLinear(nn.Module):
         if self.packed:
             out = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), self.weight, self.bias, "none", [], "")
         else:
-            out = F.linear(rows.contiguous(), self.weight, self.bias)
+            out = F.linear(rows.contiguous(), self.weight)[:, : self.out_features]
+            out = out if self.bias is None else out + self.bias
         return out[:num_rows]  # type: ignore[no-any-return]
 
 
@@ -103,10 +126,7 @@ def in_blocks(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
         flat = F.pad(flat, (0, padded - size))
     elif not flat.is_contiguous():
         flat = flat.contiguous()
-    if padded <= BLOCK:
-        out = function(flat)
-    else:
-        out = torch.cat([function(block) for block in flat.split(BLOCK)])
+    out = function(flat) if padded <= BLOCK else torch.cat([function(block) for block in flat.split(BLOCK)])
     return (out if padded == size else out[:size]).view(x.shape)
 
 

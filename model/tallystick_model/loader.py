@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.manifest import Manifest, Piece, TensorSpec
-from tallystick_protocol.types import Span
 from torch import nn
 
 from tallystick_model.anatomy import LINEAR_TYPES, Anatomy, dissect
@@ -19,6 +16,9 @@ from tallystick_model.ghosts import splice, watch_ends
 from tallystick_model.kernels import BlockwiseActivation, BlockwiseScope, CanonicalLinear
 from tallystick_model.skeleton import Skeleton, build_skeleton, set_weight
 from tallystick_model.span import Execution, SpanModel, Spliced
+from tallystick_protocol.errors import ManifestError
+from tallystick_protocol.manifest import Manifest, Piece, TensorSpec
+from tallystick_protocol.types import Span
 
 Source = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor]]
 """(piece name, weights wanted of it) -> {weight: fp32 tensor of its own memory}."""
@@ -41,7 +41,6 @@ def load_span(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
     skeleton, anatomy = checked_anatomy(manifest)
     return fill_span(manifest, span, open_piece, skeleton, anatomy, execution)
 
@@ -90,7 +89,7 @@ def checked_anatomy(manifest: Manifest) -> tuple[Skeleton, Anatomy]:
 
 
 def read_piece(path: Path, piece: Piece, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The wanted tensors of a piece's file in fp32. Raises ManifestError unless all of it is what the manifest lists."""
+    """The wanted tensors of a piece's file in fp32. Raises ManifestError unless the file is what the manifest lists."""
     try:
         size = path.stat().st_size
         if size != piece.bytes:

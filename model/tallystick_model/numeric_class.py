@@ -14,13 +14,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tallystick_protocol.manifest import Canary, Manifest
-from tallystick_protocol.types import ZERO32, Digest, Span
 
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.loader import assemble
+from tallystick_model.segments import Segment
 from tallystick_model.skeleton import Skeleton, build_skeleton
-from tallystick_model.span import Segment, SpanModel
+from tallystick_model.span import SpanModel
+from tallystick_protocol.manifest import Canary, Manifest
+from tallystick_protocol.types import ZERO32, Digest, Span
 
 STOCK = ZERO32
 MAX_VOCAB = 8192
@@ -139,7 +140,7 @@ def _drawn_rows(model: SpanModel, count: int) -> torch.Tensor:
     return rows
 
 
-class _drawn_weights:  # noqa: N801 - a function with a memory of the shapes
+class _drawn_weights:
     """Weights by name: matrices of about unit gain, vectors around one."""
 
     def __init__(self, skeleton: Skeleton) -> None:

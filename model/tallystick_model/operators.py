@@ -12,21 +12,25 @@ from typing import Any
 
 import torch
 
-ROWWISE = frozenset(
-    """add sub rsub mul div neg abs rsqrt sqrt reciprocal square relu clamp clamp_min clamp_max hardtanh maximum minimum
+_ROWWISE = """
+    add sub rsub mul div neg abs rsqrt sqrt reciprocal square relu clamp clamp_min clamp_max hardtanh maximum minimum
     where masked_fill eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not
     sign floor ceil round trunc threshold
-    _to_copy to copy clone contiguous alias detach lift_fresh view _unsafe_view _reshape_alias reshape transpose t permute
-    unsqueeze squeeze expand slice select split split_with_sizes unbind cat stack repeat embedding zeros ones empty full
+    _to_copy to copy clone contiguous alias detach lift_fresh view _unsafe_view _reshape_alias reshape
+    transpose t permute unsqueeze squeeze expand slice select split split_with_sizes unbind cat stack repeat embedding
+    zeros ones empty full
     zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full arange fill zero as_strided chunk
-    native_layer_norm rms_norm _fused_rms_norm native_dropout pow[2] pow[0.5] mean[last] sum[last] amax[last] amin[last]
-    var[last] _softmax[last] _log_softmax[last] linalg_vector_norm[last] bmm[outer] mm[outer] index gather""".split()
-)
+    native_layer_norm rms_norm _fused_rms_norm native_dropout pow[2] pow[0.5]
+    mean[last] sum[last] amax[last] amin[last] var[last] _softmax[last] _log_softmax[last]
+    linalg_vector_norm[last] bmm[outer] mm[outer] index gather
+"""
+ROWWISE = frozenset(_ROWWISE.split())
 
-BLOCKWISE = frozenset(
-    """silu gelu sigmoid tanh exp exp2 expm1 erf erfc sin cos tan log log2 log1p softplus mish elu selu celu hardswish
-    hardsigmoid leaky_relu log_sigmoid_forward logit pow atan""".split()
-)
+_BLOCKWISE = """
+    silu gelu sigmoid tanh exp exp2 expm1 erf erfc sin cos tan log log2 log1p softplus mish elu selu celu hardswish
+    hardsigmoid leaky_relu log_sigmoid_forward logit pow atan
+"""
+BLOCKWISE = frozenset(_BLOCKWISE.split())
 
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var", "_softmax", "_log_softmax", "linalg_vector_norm"})
 _DIM_AT = {"linalg_vector_norm": 2}

@@ -10,23 +10,26 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tallystick_protocol.content.cid import Cid, Codec
-from tallystick_protocol.content.store import Store
-from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.manifest import Canary, FileRef, Manifest, Piece, PieceKind, TensorSpec
-from tallystick_protocol.types import Span
 
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.checkpoint import Checkpoint, match_names
 from tallystick_model.companions import find_licence, generation_settings, pooling, read_tokenizer, tokenizer_files
 from tallystick_model.config import checkpoint_config
 from tallystick_model.loader import fill_span
+from tallystick_model.segments import Segment
 from tallystick_model.skeleton import Skeleton, build_skeleton
-from tallystick_model.span import Segment, SpanModel
+from tallystick_model.span import SpanModel
+from tallystick_protocol.content.cid import Cid, Codec
+from tallystick_protocol.content.store import Store
+from tallystick_protocol.errors import ManifestError
+from tallystick_protocol.manifest import Canary, FileRef, Manifest, Piece, PieceKind, TensorSpec
+from tallystick_protocol.types import Span
 
 CANARY_ROWS = 48
 CANARY_BLOCK_BYTES = 1 << 20
-CANARY_TEXT = "It was a bright cold day in April, and the clocks were striking thirteen: 3.14159, naïve, 東京, def f(x):"
+CANARY_TEXT = (
+    "It was a bright cold day in April, and the clocks were striking thirteen: 3.14159, naïve, 東京, def f(x):"
+)
 NORM_MARGIN = 64.0
 """Row norms are accepted down to the smallest one calibrated / 64, and up to the largest one x 64."""
 
@@ -80,7 +83,9 @@ def publish(
             tokenizer={
                 file: FileRef(store.put_file(path), path.stat().st_size) for file, path in sorted(files.items())
             },
-            generation=generation_settings(checkpoint, skeleton.config.vocab_size, needs_eos=anatomy.output == "logits"),
+            generation=generation_settings(
+                checkpoint, skeleton.config.vocab_size, needs_eos=anatomy.output == "logits"
+            ),
             pooling=pooling(checkpoint) if anatomy.output == "hidden" else None,
             norms=(),
             canary=Canary((), (), Cid.of_raw(b"")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tallystick_protocol.errors import CorruptResult
 
 

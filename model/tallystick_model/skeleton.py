@@ -14,11 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tallystick_protocol.errors import ManifestError
 from torch import nn
 from transformers.initialization import no_init_weights
 
 from tallystick_model.config import build_config, model_class
+from tallystick_protocol.errors import ManifestError
+
+BUILD_ERRORS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError,
+    ImportError,
+)  # fmt: skip
+"""What transformers raises over configs that make no sense."""
 
 _building = threading.Lock()
 
@@ -59,7 +65,7 @@ def build_skeleton(config_values: dict[str, Any], architecture: str) -> Skeleton
     try:
         with _building, _parameters_on_meta(), no_init_weights():
             model = cls(config)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, MemoryError) as error:
+    except BUILD_ERRORS as error:
         raise ManifestError(f"{architecture} cannot be built from its config: {str(error)[:160]}") from None
     model.eval().requires_grad_(False)
     ties = _untie(model)

@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
+from tallystick_model.anatomy import Anatomy
+from tallystick_model.attention import Batch, R
+from tallystick_model.cache import CacheShape, KvCache
+from tallystick_model.ghosts import Leave, Passage
+from tallystick_model.kernels import MIN_ROWS, BlockwiseOperators, flushing_denormals
+from tallystick_model.packing import Part, pack
+from tallystick_model.segments import Cache, Segment, cut, offset_rows, place, token_types_of, wanted_in
+from tallystick_model.skeleton import Skeleton
+from tallystick_model.stock import StockCache
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Span
 
-from tallystick_model.anatomy import Anatomy
-from tallystick_model.attention import Batch, Placed, R
-from tallystick_model.cache import CacheShape, KvCache
-from tallystick_model.ghosts import Leave, Passage
-from tallystick_model.kernels import MIN_ROWS, BlockwiseOperators
-from tallystick_model.packing import Part, pack
-from tallystick_model.skeleton import Skeleton
-from tallystick_model.stock import StockCache
-
 Execution = Literal["canonical", "stock"]
-Cache = KvCache | StockCache
-
-
-@dataclass(slots=True)
-class Segment:
-    """Consecutive rows of one session.
-
-    cache: the session's, from `new_cache` of this span; None for a one-shot bidirectional segment.
-    first: position of the first row; for causal models what the cache holds already.
-    rows: token ids (n,) int64 on the first span, else hidden rows (n, width) fp32.
-    wanted: rows of this segment whose logits the last span returns; None for all. No meaning elsewhere.
-    token_types: (n,) int64 for models with segment embeddings, on the first span.
-    """
-
-    cache: Cache | None
-    first: int
-    rows: torch.Tensor
-    wanted: Sequence[int] | None = None
-    token_types: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return int(self.rows.shape[0])
 
 
 @dataclass(slots=True)
@@ -107,10 +87,10 @@ class SpanModel:
             self._check(segment)
         if len({id(segment.cache) for segment in segments if segment.cache}) < sum(bool(s.cache) for s in segments):
             raise BadPosition("two segments of one session in one call")
-        torch.set_flush_denormal(True)  # per thread, hence here: hostile denormals make products 26-200 x slower
         before = [segment.cache.length if segment.cache else 0 for segment in segments]
         try:
-            return self._run(segments, logits=self._returns_logits)
+            with flushing_denormals():
+                return self._run(segments, logits=self._returns_logits)
         except BaseException:
             for segment, length in zip(segments, before, strict=True):
                 if segment.cache is not None:
@@ -124,8 +104,8 @@ class SpanModel:
         For publishing and the canary. The segment must fit one call; its cache is extended.
         """
         self._check(segment)
-        torch.set_flush_denormal(True)
-        leaving = self._run([segment], logits=False, stop=True)[0]
+        with flushing_denormals():
+            leaving = self._run([segment], logits=False, stop=True)[0]
         entered = self._spliced.passage.entered
         assert entered is not None
         return entered[0, : len(segment)] + 0.0, leaving
@@ -143,9 +123,9 @@ class SpanModel:
             raise BadTensor("a hidden row holds NaN or infinity")
         if not len(segment):
             raise BadTensor("a segment without rows")
-        for row in segment.wanted or ():
-            if not 0 <= row < len(segment):
-                raise BadPosition(f"row {row} is wanted of {len(segment)}")
+        wanted = list(segment.wanted or ())
+        if wanted != sorted(set(wanted)) or (wanted and not 0 <= wanted[0] <= wanted[-1] < len(segment)):
+            raise BadPosition(f"wanted are some of {len(segment)} rows, in ascending order")
         self._check_position(segment)
 
     def _check_position(self, segment: Segment) -> None:
@@ -170,7 +150,7 @@ class SpanModel:
         outs: list[list[torch.Tensor]] = [[] for _ in segments]
         with torch.inference_mode():
             for parts in self._calls(segments):
-                wanted = [_wanted(segments[part.segment], part) for part in parts] if logits else None
+                wanted = [wanted_in(segments[part.segment], part) for part in parts] if logits else None
                 done = self._call(segments, parts, wanted, stop or not self.is_last)
                 for part, out in zip(parts, done, strict=True):
                     outs[part.segment].append(out)
@@ -194,33 +174,33 @@ class SpanModel:
         spliced, passage = self._spliced, self._spliced.passage
         inputs, num_rows = self._inputs(segments, parts)
         passage.num_rows, passage.entered = num_rows, None
-        flat = [] if wanted is None else _offset(parts, wanted)
+        flat = [] if wanted is None else offset_rows(parts, wanted)
         passage.stop = stop or (wanted is not None and not flat)
         if self.execution == "stock":
             self._prepare_stock(segments[parts[0].segment].cache, num_rows)
         else:
-            spliced.batch.placed = _place(segments, parts)
+            spliced.batch.placed = place(segments, parts)
             spliced.batch.window_masks.clear()
             spliced.selection[:] = [torch.tensor(flat)] if flat else []
         try:
-            with BlockwiseOperators() if self._scoped and self.execution == "canonical" else _nothing():
+            with BlockwiseOperators() if self._scoped and self.execution == "canonical" else nullcontext():
                 output = spliced.skeleton.model(**inputs)
         except Leave as leave:
             self._pass_rest(segments[parts[0].segment].cache, num_rows)
             if wanted is not None:
                 return [leave.hidden.new_zeros(0, self.manifest.vocab) for _ in parts]
-            return _cut(leave.hidden[0], parts)
+            return cut(leave.hidden[0], parts)
         if wanted is None:
-            return _cut(output.last_hidden_state[0], parts)
+            return cut(output.last_hidden_state[0], parts)
         rows = output.logits[0] if flat and spliced.selects else output.logits[0, flat]
         return list(rows.split([len(rows_of_part) for rows_of_part in wanted]))
 
     def _inputs(self, segments: Sequence[Segment], parts: list[Part]) -> tuple[dict[str, Any], int]:
-        """The model's own arguments for packed rows, and how many: few canonical rows travel with copies of themselves."""
+        """The model's arguments for packed rows, and how many: few canonical rows travel with copies of themselves."""
         arguments = self._spliced.skeleton.arguments
         rows = torch.cat([segments[part.segment].rows[part.first : part.last] for part in parts])
         positions = torch.cat([torch.arange(part.first, part.last) + segments[part.segment].first for part in parts])
-        types = _token_types(segments, parts)
+        types = token_types_of(segments, parts)
         if self.execution == "canonical" and len(rows) < MIN_ROWS:
             again = torch.arange(MIN_ROWS) % len(rows)
             rows, positions = rows[again], positions[again]
@@ -248,49 +228,3 @@ class SpanModel:
     def _pass_rest(self, cache: Cache | None, num_rows: int) -> None:
         if isinstance(cache, StockCache):
             cache.pass_rest(num_rows)
-
-
-class _nothing:  # noqa: N801 - reads as contextlib.nullcontext, without its import cost per call
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _wanted(segment: Segment, part: Part) -> list[int]:
-    """Rows of the part, counted from its first, whose logits are wanted."""
-    rows = range(len(segment)) if segment.wanted is None else segment.wanted
-    return [row - part.first for row in rows if part.first <= row < part.last]
-
-
-def _offset(parts: list[Part], wanted: list[list[int]]) -> list[int]:
-    flat, offset = [], 0
-    for part, rows in zip(parts, wanted, strict=True):
-        flat += [offset + row for row in rows]
-        offset += len(part)
-    return flat
-
-
-def _place(segments: Sequence[Segment], parts: list[Part]) -> list[Placed]:
-    placed, offset = [], 0
-    for part in parts:
-        segment = segments[part.segment]
-        cache = segment.cache if isinstance(segment.cache, KvCache) else None
-        placed.append(Placed(cache, segment.first + part.first, offset, offset + len(part)))
-        offset += len(part)
-    return placed
-
-
-def _token_types(segments: Sequence[Segment], parts: list[Part]) -> torch.Tensor | None:
-    if all(segment.token_types is None for segment in segments):
-        return None
-    return torch.cat(
-        [
-            torch.zeros(len(part), dtype=torch.int64) if (types := segments[part.segment].token_types) is None
-            else types[part.first : part.last]
-            for part in parts
-        ]
-    )  # fmt: skip
-
-
-def _cut(rows: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
-    return list(rows[: sum(len(part) for part in parts)].split([len(part) for part in parts]))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tallystick_protocol.types import Span
 from transformers import DynamicCache
+
+from tallystick_protocol.types import Span
 
 
 class StockCache:
@@ -40,12 +41,16 @@ class StockCache:
 
     @torch.inference_mode()
     def crop(self, length: int) -> None:
-        """Forget rows from `length` on. Raises RuntimeError where the architecture cannot."""
+        """Forget rows from `length` on, also those of a step that failed halfway.
+
+        Raises RuntimeError where the architecture cannot.
+        """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop {self.length} rows to {length}")
-        if length < self.length:
-            for layer in self.inner.layers:
-                layer.crop(length - self.length)
+        for layer in self.inner.layers:
+            surplus = layer.get_seq_length() - length
+            if surplus > 0:
+                layer.crop(-surplus)
         self.length = length
 
     @property

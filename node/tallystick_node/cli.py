@@ -75,6 +75,7 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
+    logging.getLogger("uvicorn.error").setLevel("WARNING")
     node = Node(config, _open_keys(config, options.join), make_engine, options.join)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(node))

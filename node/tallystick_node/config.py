@@ -6,15 +6,23 @@ A key that does not exist is an error wherever it stands, so that a typo never m
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
-from tallystick_protocol.errors import ConfigError
-from tallystick_protocol.types import Span
+from tallystick_protocol.errors import BadMessage, ConfigError
+from tallystick_protocol.signing import address_bytes, checksum_address
+from tallystick_protocol.types import Address, Span
 
 ENV_PREFIX = "TALLYSTICK_NODE_"
 
@@ -50,11 +58,28 @@ class NodeConfig(BaseSettings):
     offer_lifetime_s: int = Field(3600, ge=60, le=86400, description="how long an offer holds")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="what is logged")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flags(cls, values: dict[str, Any]) -> dict[str, Any]:
+        for name, value in values.items():
+            if isinstance(value, bool):  # which pydantic would take for 0 or 1
+                raise ValueError(f"{name} is not true or false")
+        return values
+
+    @field_validator("node", "payee", "operator")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        """The EIP-55 spelling: addresses are compared as text everywhere."""
+        try:
+            return value and checksum_address(address_bytes(Address(value)))
+        except BadMessage as error:
+            raise ValueError(error.message) from None
+
     @property
     def layers(self) -> Span:
         """The span. Raises ConfigError."""
         start, colon, end = self.span.partition(":")
-        if not (colon and start.isdigit() and end.isdigit() and int(start) < int(end)):
+        if not (colon and self.span.isascii() and start.isdigit() and end.isdigit() and int(start) < int(end)):
             raise ConfigError(f"span = {self.span!r} is not start:end with start < end, for example 0:3")
         return Span(int(start), int(end))
 
@@ -74,7 +99,7 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> NodeConfig:
     """Flags over environment over file over defaults. Raises ConfigError naming the key and where it stands."""
     known = NodeConfig.model_fields
     for name in os.environ:
-        if name.startswith(ENV_PREFIX) and name[len(ENV_PREFIX) :].lower() not in known:
+        if name.upper().startswith(ENV_PREFIX) and name[len(ENV_PREFIX) :].lower() not in known:
             raise ConfigError(f"the environment sets {name}, which is no setting; see `tallystick-node config show`")
     if path is not None:
         _check_file(path, set(known))
@@ -84,7 +109,9 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> NodeConfig:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"setting {name}: {first['msg']}; see `tallystick-node config show`") from None
+        raise ConfigError(f"setting {name or '?'}: {first['msg']}; see `tallystick-node config show`") from None
+    except SettingsError as error:
+        raise ConfigError(f'{error}: lists are written as JSON there, for example ["http://…"]') from None
     assert isinstance(config, NodeConfig)
     return config
 
@@ -99,5 +126,6 @@ def _check_file(path: Path, known: set[str]) -> None:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     for key in value:
         if key not in known:
-            line = next((n for n, row in enumerate(text.splitlines(), 1) if row.strip().startswith(key)), 0)
+            spelled = re.compile(rf"""\s*\[*\s*["']?{re.escape(key)}["']?\s*[].=]""")
+            line = next((n for n, row in enumerate(text.splitlines(), 1) if spelled.match(row)), 0)
             raise ConfigError(f"{path}:{line}: {key!r} is no setting; see `tallystick-node config show`")

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tallystick_model.span import Segment, SpanModel
+from tallystick_model.segments import Segment
+from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import TallystickError, Unreachable
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tallystick_node.engine import Engine
@@ -16,6 +16,7 @@ from tallystick_node.journal import Journal
 from tallystick_node.links import Dialler, Link
 from tallystick_node.record import Record
 from tallystick_node.rows import RowFormat
+from tallystick_node.stake import Lookups
 from tallystick_node.till import Funds, Till
 from tallystick_node.windows import Terms, Windows
 from tallystick_protocol.errors import (
@@ -34,7 +35,7 @@ from tallystick_protocol.peer import Channel, error_frame, sealed_field
 from tallystick_protocol.receipts import Receipt, pack_flags, unpack_flags
 from tallystick_protocol.signing import Domain, unseal
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
-from tallystick_protocol.vouchers import charge
+from tallystick_protocol.vouchers import Voucher, charge
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ class Shop:
     journal: Journal
     till: Till
     dialler: Dialler
-    funds: Callable[[Address], Funds]
-    signer_of: Callable[[Address], Address | None]
+    escrow_domain: Domain
+    lookups: Lookups
     clock: Callable[[], float]
 
 
@@ -181,17 +182,23 @@ class Hop:
             if handler is None:
                 await self._tell(BadFrame(f"{frame.kind.name} does not belong into a session"))
                 continue
-            await self._report(handler(channel, frame))
+            command = take(frame.body, "id", int, 0)
+            if await self._report(handler(channel, frame), command) and command:
+                await self._control.send(Frame(Kind.DONE, {"of": command}))
 
-    async def _report(self, work: object) -> None:
+    async def _report(self, work: Awaitable[None], command: int = 0) -> bool:
         """Run a handler; an expected failure is told to the client and the session goes on where it was."""
         try:
-            await work  # type: ignore[misc]
+            await work
         except TallystickError as error:
-            await self._tell(error)
+            await self._tell(error, command)
+            return False
+        return True
 
-    async def _tell(self, error: TallystickError) -> None:
-        await self._control.send(error_frame(error.code, error.message, {**error.fields, "at": self.position}))
+    async def _tell(self, error: TallystickError, command: int = 0) -> None:
+        """`of` names the command that failed, if it was one."""
+        fields = {**error.fields, "at": self.position, **({"of": command} if command else {})}
+        await self._control.send(error_frame(error.code, error.message, fields))
 
     async def _first_link(self) -> None:
         await self._report(self._connect_next())
@@ -264,8 +271,7 @@ class Hop:
         try:
             await self._send(link, Kind.STEP, DType.F32, positions.first, outputs, want)
         except Unreachable:
-            if link is self._link:
-                self._link = None  # the rows are kept; whoever takes the next hop's place gets them
+            self._forget_link(link)  # the rows are kept; whoever takes its place gets them
             raise
 
     async def _send(
@@ -305,11 +311,18 @@ class Hop:
                         self._paid.clear()
             except TimeoutError:
                 raise due from None
-        funds = await asyncio.to_thread(self._shop.funds, self.client)
-        till.check_funds(self.client, cost, funds)
+        till.check_funds(self.client, cost, await self._funds(Wei(till.account(self.client).owed + cost)))
+
+    async def _funds(self, at_least: Wei) -> Funds:
+        """The client's channel, from memory if that will do."""
+        known = self._shop.lookups.remembered(self.client, at_least)
+        if known is not None:
+            return known
+        return await asyncio.to_thread(self._shop.lookups.funds, self.client, at_least)
 
     async def _take_voucher(self, sealed: bytes) -> None:
-        funds = await asyncio.to_thread(self._shop.funds, self.client)
+        voucher, _ = unseal(self._shop.escrow_domain, Voucher, sealed)
+        funds = await self._funds(Wei(voucher.total))
         now = int(self._shop.clock())
         await asyncio.to_thread(self._shop.till.accept, sealed, self.client, funds, now)
         self._paid.set()
@@ -321,7 +334,7 @@ class Hop:
         if channel is not self._push:
             raise Unauthorized("receipts come from the previous hop")
         receipt, signer = unseal(self._shop.domain, Receipt, sealed_field(frame, "receipt"))
-        node = await asyncio.to_thread(self._shop.signer_of, signer)
+        node = await asyncio.to_thread(self._shop.lookups.signer_of, signer)
         if node != self.previous or receipt.node != self.previous:
             raise BadSignature("the receipt is not signed by the previous hop", hop=self.previous)
         if receipt.model != self._shop.model or receipt.end != self._shop.engine.model.span.start:
@@ -356,25 +369,26 @@ class Hop:
     # -- the client's other commands
 
     async def _on_crop(self, channel: Channel, frame: Frame) -> None:
-        """Forget positions from frame.position on; the next hop hears of it in the order of the rows."""
+        """Forget positions from frame.position on; whoever gets rows from here hears of it in the order of the rows.
+
+        A hop that has fewer rows forgets none; it still waits for the hop before to say that it has heard.
+        """
         self._require_client(channel)
-        if frame.position > len(self._record):
-            raise BadPosition(f"there are {len(self._record)} positions to crop", expected=len(self._record))
+        length = min(frame.position, len(self._record))
         async with self._signing:
-            self._record.crop(frame.position)
+            self._record.crop(length)
             self._windows.crop()
             if self._cache is not None:
-                self._cache.crop(frame.position)
+                self._cache.crop(length)
             self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
-        if self._link is not None:
+        for link in [link for link in (self._link, *self._side.values()) if link is not None]:
             try:
-                await self._link.send(Frame(Kind.CROP, position=frame.position))
+                await link.send(Frame(Kind.CROP, position=frame.position))
             except Unreachable:
-                self._link = None
+                self._forget_link(link)
         async with self._crop_moved:
             self._crops += 1
             self._crop_moved.notify_all()
-        await self._done("crop")
 
     async def _on_route(self, channel: Channel, frame: Frame) -> None:
         """Another node takes the place of a neighbour: the one that pushes to us, or the one that we push to."""
@@ -386,7 +400,6 @@ class Hop:
         if "next" in frame.body:
             self._next = _address(frame, "next")
             await self._connect_next()
-        await self._done("route")
 
     async def _on_replay(self, channel: Channel, frame: Frame) -> None:
         """Send kept outputs [first, last) to a node where the client has opened a session of its own."""
@@ -403,23 +416,17 @@ class Hop:
             at = self._record.window(index)
             if index in self._sealed and positions.first < at.last and at.first < positions.last:
                 await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
-        await self._done("replay")
 
     async def _on_close(self, channel: Channel, _: Frame) -> None:
-        """Sign what is left; the last voucher may follow until the client hangs up."""
+        """Sign what is left. When this is done, every voucher sent before it has been taken."""
         self._require_client(channel)
         self._windows.flush()
         async with self._signing:
             await self._sign_due()
-        account = self._shop.till.account(self.client)
-        await self._control.send(Frame(Kind.CLOSED, {"owed": str(account.owed)}))
 
     def _require_client(self, channel: Channel) -> None:
         if channel is not self._control:
             raise Unauthorized("only the client's own connection may say that")
-
-    async def _done(self, what: str) -> None:
-        await self._control.send(Frame(Kind.DONE, {"of": what}))
 
     # -- the next hop
 
@@ -437,6 +444,11 @@ class Hop:
                 await self._send_rows(link, Positions(link.position, len(self._record)))
             for index in sorted(self._sealed):
                 await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
+
+    def _forget_link(self, link: Link) -> None:
+        if link is self._link:
+            self._link = None
+        self._side = {session: other for session, other in self._side.items() if other is not link}
 
     async def _disconnect(self) -> None:
         links = [link for link in (self._link, *self._side.values()) if link is not None]

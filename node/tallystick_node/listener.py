@@ -82,9 +82,7 @@ class Listener:
 
         def protocol() -> asyncio.Protocol:
             protocol_class: Any = self._config.http_protocol_class
-            made: Any = protocol_class(
-                config=self._config, server_state=self._state, app_state={}
-            )
+            made: Any = protocol_class(config=self._config, server_state=self._state, app_state={})
             loop.call_later(HEAD_TIMEOUT_S, _drop_silent, made)
             return made  # type: ignore[no-any-return]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tallystick_model.canary import check_canary
-from tallystick_model.numeric_class import numeric_class
 
+from tallystick_model.canary import check_canary
 from tallystick_model.loader import load_span
+from tallystick_model.numeric_class import numeric_class
 from tallystick_node.config import NodeConfig
 from tallystick_node.engine import Engine
 from tallystick_node.hop import Shop
@@ -135,8 +135,8 @@ class Node:
                 dialler=Dialler(
                     peers, self.keys.node, self.keys.hot, chain.book.staking_domain, chain.locate, time.time
                 ),
-                funds=lookups.funds,
-                signer_of=lookups.signer_of,
+                escrow_domain=chain.book.escrow_domain,
+                lookups=lookups,
                 clock=time.time,
             )
             sessions = Sessions(shop, self.keys.hot, self._offers, config.cache_bytes, config.max_sessions)

@@ -41,7 +41,10 @@ class Pieces:
         return manifest
 
     async def fetch(self, manifest: Manifest, span: Span) -> None:
-        """Bring every piece of a span and its canary; the first span brings the tokenizer, too, for clients. Raises BlockMissing naming the layer that nobody has."""
+        """Bring every piece of a span and its canary; the first span brings the tokenizer, too, for clients.
+
+        Raises BlockMissing naming the layer that nobody has.
+        """
         pieces = manifest.span_pieces(span)
         total = sum(piece.bytes for piece in pieces)
         log.info("fetching %d pieces of %s, %.1f MB", len(pieces), manifest.name, total / 1e6)

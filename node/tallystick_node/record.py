@@ -1,4 +1,4 @@
-"""What one hop knows of a session's rows: pure bookkeeping, from which receipts are claimed and lost hops are refilled."""
+"""What one hop knows of a session's rows: pure bookkeeping, from which receipts are claimed and lost hops refilled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,13 @@ class Record:
         self._want += want
 
     def crop(self, length: int) -> None:
-        """Forget every position from `length` on."""
+        """Forget every position from `length` on.
+
+        Raises BadPosition for a part of a one-shot session: the rows that stay were computed on those that would go, so
+        that a receipt for them alone would be false.
+        """
+        if self._one_shot and 0 < length < len(self):
+            raise BadPosition("this model is bidirectional: a session is rolled back to 0 or not at all", expected=0)
         for rows in (self._inputs, self._outputs, self._leaves, self._want):
             del rows[length:]
 

@@ -1,4 +1,4 @@
-"""Between bytes on the wire and tensors in the span: every bound is checked here, before anything is computed or signed."""
+"""Between bytes on the wire and tensors in the span: every bound is checked here, before anything is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tallystick_model.ranking import top_k
-from tallystick_model.span import Segment
+from tallystick_model.segments import Segment
 from tallystick_protocol.errors import BadTensor, CorruptResult
 from tallystick_protocol.frames import DType, Frame
 from tallystick_protocol.manifest import Manifest

@@ -96,7 +96,7 @@ class Sessions:
             raise SessionUnknown("no such session is open here")
         if push.node != self._shop.node or abs(push.issued - self._now()) > CLOCK_SKEW_S:
             raise Unauthorized("the push opening is for another node or another time")
-        node = await asyncio.to_thread(self._shop.signer_of, signer)
+        node = await asyncio.to_thread(self._shop.lookups.signer_of, signer)
         if node != push.previous or push.previous != hop.previous:
             raise Unauthorized("rows come from the hop that the client has named as the previous one")
         await hop.serve_push(channel)

@@ -18,7 +18,9 @@ from tallystick_protocol.types import Address, ModelId, Span, Wei
 
 log = logging.getLogger(__name__)
 
-FUNDS_AGE_S = 1.0
+FUNDS_AGE_S = 30.0
+"""An exit takes days to mature and is seen within this; money that comes is looked for when it is missed."""
+
 SIGNER_AGE_S = 60.0
 
 
@@ -79,11 +81,17 @@ class Lookups:
         self._funds: dict[Address, tuple[float, Funds]] = {}
         self._signers: dict[Address, tuple[float, Address | None]] = {}
 
-    def funds(self, client: Address) -> Funds:
+    def remembered(self, client: Address, at_least: Wei) -> Funds | None:
+        """The client's channel if what is remembered is fresh and confirms this much. Does not block."""
         with self._lock:
             known = self._funds.get(client)
-        if known is not None and self._clock() - known[0] < FUNDS_AGE_S:
-            return known[1]
+        fresh = known is not None and self._clock() - known[0] < FUNDS_AGE_S and known[1].confirmed >= at_least
+        return known[1] if known is not None and fresh else None
+
+    def funds(self, client: Address, at_least: Wei) -> Funds:
+        """The client's channel; read anew when what is remembered is old, or confirms less than `at_least`."""
+        if (known := self.remembered(client, at_least)) is not None:
+            return known
         found = self._chain.funds(client, self._node)
         funds = Funds(found.confirmed, found.latest, found.paid)
         with self._lock:

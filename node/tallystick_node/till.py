@@ -7,6 +7,8 @@ within a small separate pool, at the latest block. A voucher is stored durably b
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,14 @@ from tallystick_protocol.signing import Domain, unseal
 from tallystick_protocol.types import Address, Wei
 from tallystick_protocol.vouchers import Voucher
 
+_SETTLE = """
+INSERT INTO ledger(client, owed, signed, sealed, updated) VALUES(?1, ?2, '0', x'', ?3)
+  ON CONFLICT(client) DO UPDATE SET owed=?2, updated=?3
+"""
+_SIGN = """
+INSERT INTO ledger(client, owed, signed, sealed, updated) VALUES(?1, ?2, ?3, ?4, ?5)
+  ON CONFLICT(client) DO UPDATE SET signed=?3, sealed=?4, updated=?5
+"""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS ledger(
   client TEXT PRIMARY KEY, owed TEXT NOT NULL, signed TEXT NOT NULL, sealed BLOB NOT NULL, updated INTEGER NOT NULL);
@@ -68,19 +78,23 @@ class Till:
         self._pool = unconfirmed_pool
         self._is_signer = is_signer
         self._accounts: dict[Address, Account] = {}
+        self._lock = threading.RLock()  # an account in memory; never held while the disk is written
+        self._accepting = threading.Lock()  # one voucher at a time, until it is durable
         self._exposed: dict[Address, Wei] = {}  # owed against money that is not confirmed yet
 
     def account(self, client: Address) -> Account:
-        if client not in self._accounts:
-            rows = self._db.read("SELECT owed, signed, sealed FROM ledger WHERE client=?", client)
-            empty = Account(Wei(0), Wei(0), b"")
-            self._accounts[client] = (
-                Account(Wei(int(str(rows[0][0]))), Wei(int(str(rows[0][1]))), rows[0][2]) if rows else empty  # type: ignore[arg-type]
-            )
-        return self._accounts[client]
+        known = self._accounts.get(client)
+        if known is not None:
+            return known
+        rows = self._db.read("SELECT owed, signed, sealed FROM ledger WHERE client=?", client)
+        if not rows:
+            return Account(Wei(0), Wei(0), b"")  # not remembered: anybody may ask under ever new addresses
+        owed, signed, sealed = rows[0]
+        found = Account(Wei(int(str(owed))), Wei(int(str(signed))), bytes(sealed))  # type: ignore[call-overload]
+        return self._accounts.setdefault(client, found)
 
     def has_credit(self, client: Address, cost: Wei) -> bool:
-        """May rows of this cost be computed before the next voucher? A step larger than the credit needs an empty slate."""
+        """May rows of this cost be computed before the next voucher? One step beyond credit needs an empty slate."""
         unsigned = self.account(client).unsigned
         return unsigned + cost <= self._credit or unsigned <= 0
 
@@ -96,7 +110,8 @@ class Till:
             self._exposed[client] = exposed
             return
         raise InsufficientFunds(
-            f"the channel holds {funds.latest} and {needed} would be owed; fund it: tallystick fund --node {self._node}",
+            f"the channel holds {funds.latest} and {needed} would be owed; fund it: tallystick fund --node"
+            f" {self._node}",
             funded=str(funds.latest),
             needed=str(needed),
             node=self._node,
@@ -104,12 +119,14 @@ class Till:
 
     def charge(self, client: Address, cost: Wei) -> None:
         """Book computed rows; durable with the next `settle` or voucher."""
-        account = self.account(client)
-        self._accounts[client] = Account(Wei(account.owed + cost), account.signed, account.sealed)
+        with self._lock:
+            account = self.account(client)
+            self._accounts[client] = Account(Wei(account.owed + cost), account.signed, account.sealed)
 
     def settle(self, client: Address, now: int) -> None:
         """Write a client's ledger durably: once per window, so that a crash loses at most one."""
-        self._store(client, self.account(client), now)
+        with self._db.transaction() as db:
+            db.execute(_SETTLE, (client, str(self.account(client).owed), now))
 
     def accept(self, sealed: bytes, client: Address, funds: Funds, now: int) -> Account:
         """Take a voucher of this client. Durable when this returns.
@@ -118,18 +135,12 @@ class Till:
         channel holds: the contract would not pay it).
         """
         voucher, signer = unseal(self._domain, Voucher, sealed)
-        account = self.account(client)
         if voucher.node != self._node:
             raise BadVoucher("the voucher is made out to another node", node=voucher.node)
         if voucher.client != client:
             raise BadVoucher("the voucher is another client's", client=voucher.client)
         if not self._is_signer(client, signer):
             raise BadVoucher(f"the voucher is signed by {signer}, who may not sign for {client}")
-        if voucher.total < account.signed:
-            raise BadVoucher(
-                f"the voucher's total {voucher.total} is below {account.signed}, signed before",
-                signed=str(account.signed),
-            )
         if voucher.total > funds.latest:
             raise InsufficientFunds(
                 f"the voucher promises {voucher.total}, the channel holds {funds.latest}; fund it first",
@@ -137,8 +148,19 @@ class Till:
                 needed=str(voucher.total),
                 node=self._node,
             )
-        if voucher.total > account.signed:
-            self._store(client, Account(account.owed, Wei(voucher.total), sealed), now)
+        with self._accepting:
+            account = self.account(client)
+            if voucher.total < account.signed:
+                raise BadVoucher(
+                    f"the voucher's total {voucher.total} is below {account.signed}, signed before",
+                    signed=str(account.signed),
+                )
+            if voucher.total > account.signed:
+                with self._db.transaction() as db:
+                    db.execute(_SIGN, (client, str(account.owed), str(voucher.total), sealed, now))
+                with self._lock:
+                    owed = self.account(client).owed  # rows may have been charged meanwhile
+                    self._accounts[client] = Account(owed, Wei(voucher.total), sealed)
         return self.account(client)
 
     def redeemable(self) -> list[tuple[Address, Wei, bytes]]:
@@ -147,15 +169,8 @@ class Till:
         return [(Address(str(client)), Wei(int(str(signed))), bytes(sealed)) for client, signed, sealed in rows]  # type: ignore[call-overload]
 
     def close(self) -> None:
-        for client, account in list(self._accounts.items()):
-            self._store(client, account, 0)
-        self._db.close()
-
-    def _store(self, client: Address, account: Account, now: int) -> None:
+        """Write what is owed durably, for all clients at once."""
+        now = int(time.time())
         with self._db.transaction() as db:
-            db.execute(
-                "INSERT INTO ledger VALUES(?,?,?,?,?) ON CONFLICT(client) DO UPDATE SET owed=excluded.owed,"
-                " signed=excluded.signed, sealed=excluded.sealed, updated=excluded.updated",
-                (client, str(account.owed), str(account.signed), account.sealed, now),
-            )
-        self._accounts[client] = account
+            db.executemany(_SETTLE, [(client, str(account.owed), now) for client, account in self._accounts.items()])
+        self._db.close()

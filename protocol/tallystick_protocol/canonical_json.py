@@ -7,11 +7,14 @@ doubles in Python's shortest form; no NaN, no duplicate keys. Decoding refuses e
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from tallystick_protocol.errors import ManifestError
 
 MAX_DEPTH = 32
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def encode(value: Any) -> bytes:
@@ -24,13 +27,27 @@ def encode(value: Any) -> bytes:
 def decode(data: bytes) -> Any:
     """The value of canonical bytes. Raises ManifestError for anything that `encode` would not have written."""
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = parse(data)
         again = encode(value)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"not canonical dag-json: {str(error)[:120]}") from None
     if again != data:
         raise ManifestError("not canonical dag-json: keys unsorted or doubled, white space, or another number form")
     return value
+
+
+def parse(data: bytes) -> Any:
+    """Any JSON, canonical or not, from a peer. Raises ValueError, for what is nested beyond MAX_DEPTH, too.
+
+    json.loads alone relies on the interpreter's recursion limit, which eth-account (py_ecc) sets to 100,000 on import:
+    a hundred kilobytes of "[" would then overflow the C stack and end the process.
+    """
+    depth = 0
+    for bracket in _STRINGS.sub(b"", data).translate(None, delete=_NO_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH + 1:
+            raise ValueError("nested too deeply")
+    return json.loads(data.decode("utf-8"))
 
 
 def _check(value: Any, depth: int) -> None:

@@ -17,11 +17,13 @@ TallystickError                      code, message, fields; never a stack trace 
 ├── ChainError                       RPC down, reverted, wrong chain
 ├── ConfigError                      a setting, a key or a file of the user's own
 ├── ManifestError                    a model that is malformed, unsupported or not what it says
-└── ContentError                     BadCid  BadBlock  BlockMissing  ContentTooLarge  SourceFailed
+├── ContentError                     BadCid  BadBlock  BlockMissing  ContentTooLarge  SourceFailed
+└── InternalError                    a bug on the other side
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 
@@ -34,7 +36,7 @@ class TallystickError(Exception):
     code: ClassVar[str] = "error"
     status: ClassVar[int] = 400
 
-    def __init__(self, message: str, **fields: Any) -> None:
+    def __init__(self, message: str, /, **fields: Any) -> None:
         super().__init__(message)
         self.message = message
         self.fields = fields
@@ -223,15 +225,25 @@ def error_codes() -> dict[str, type[TallystickError]]:
 def from_wire(body: dict[str, Any]) -> TallystickError:
     """The error that an ERROR body stands for; an unknown code becomes its base class.
 
-    Only short strings and numbers are taken over: the body comes from a peer.
+    Only short printable strings and finite numbers are taken over: the body comes from a peer.
     """
-    cls = error_codes().get(str(body.get("code", "")), TallystickError)
-    message = str(body.get("message", ""))[:500] or cls.code
+    cls = error_codes().get(_plain(body.get("code", ""), 40), TallystickError)
+    message = _plain(body.get("message", ""), 500) or cls.code
     fields = {
-        str(key)[:40]: value if isinstance(value, int | float | bool) else str(value)[:200]
+        _plain(key, 40): value if _is_number(value) else _plain(value, 200)
         for key, value in list(body.items())[:16]
         if key not in ("code", "message")
     }
     error = cls.__new__(cls)
     TallystickError.__init__(error, message, **fields)
     return error
+
+
+def _is_number(value: object) -> bool:
+    return (isinstance(value, int) and abs(value) < 1 << 64) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _plain(value: object, length: int) -> str:
+    """A peer's text as it may stand in a log or on a terminal; what is no scalar is only named."""
+    text = str(value)[:length] if isinstance(value, str | int | float | None) else type(value).__name__
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -32,6 +32,7 @@ MAX_BODY = 64 * 1024
 MAX_TENSOR = 1 << 20
 MAX_FRAME = HEADER.size + MAX_BODY + MAX_TENSOR
 MAX_POSITION = 1 << 22
+MAX_BODY_DEPTH = 4
 
 
 class Kind(IntEnum):
@@ -50,9 +51,8 @@ class Kind(IntEnum):
     ROUTE = 11
     REPLAY = 12
     CLOSE = 13
-    CLOSED = 14
+    DONE = 14
     ERROR = 15
-    DONE = 16
 
 
 class DType(IntEnum):
@@ -137,7 +137,7 @@ def _check(kind: int, dtype: int, shape: tuple[int, int, int], position: int, bo
         raise BadFrame(f"position {position} is beyond {MAX_POSITION}")
     if shape[0] * shape[1] * shape[2] * VALUE_BYTES[DType(dtype)] != tensor or (dtype == 0 and any(shape)):
         raise BadFrame(f"{tensor} tensor bytes are not shape {shape} of dtype {DType(dtype).name}")
-    if dtype != 0 and (shape[0] != 1 or not all(shape)):
+    if dtype != 0 and (shape[0] != 1 or min(shape) < 1):
         raise BadFrame(f"shape {shape} is not (1, rows, values)")
 
 
@@ -159,7 +159,16 @@ def _unpack(body: bytes) -> dict[str, Any]:
         raise BadFrame(f"the body is not msgpack within bounds: {type(error).__name__}") from None
     if not isinstance(value, dict):
         raise BadFrame("the body is a map")
+    _bound(value, MAX_BODY_DEPTH)
     return value
+
+
+def _bound(value: Any, depth: int) -> None:
+    if depth == 0 or isinstance(value, msgpack.ExtType):
+        raise BadFrame("the body holds maps and lists nested too deeply, or extension types")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _bound(inner, depth - 1)
 
 
 def take(body: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:

@@ -16,7 +16,7 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
     pieces        ordered embed, layer 0.., shared, head: {kind, index, cid, bytes, tensors{name: {dtype, shape}}}
     tied          {tensor of the last span: the tensor of `embed` it shares}
     tokenizer     {file name: {cid, bytes}}
-    generation    {eos: [ids], ...}
+    generation    {eos: [ids], ...}; eos may be missing
     pooling       null, or {"mode": "mean"|"cls", "normalize": bool} for sentence embeddings
     norms         per boundary 0..layers: [smallest, largest] row norm that a node accepts
     canary        {ids, rows: [cid per boundary 0..layers], output: cid}: raw blocks of fp32 rows to be reproduced
@@ -42,6 +42,7 @@ MAX_BYTES = 1 << 20
 MAX_LAYERS = 4096
 MAX_TENSORS_PER_PIECE = 4096
 MAX_PIECE_BYTES = 1 << 40
+MAX_EOS = 64
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 
 PieceKind = Literal["embed", "layer", "shared", "head"]
@@ -175,6 +176,8 @@ class Manifest:
             raise ManifestError(f"the manifest takes {len(block)} bytes, {MAX_BYTES} is the limit")
         manifest = _from_json(canonical_json.decode(block))
         _check(manifest)
+        if manifest.to_bytes() != block:  # else its digest would not be the block's
+            raise ManifestError("the manifest holds unknown keys, or writes a value in another way than this version")
         return manifest
 
 
@@ -253,7 +256,7 @@ def _from_json(value: Any) -> Manifest:
                 **{key: value[key] for key in keys - {"format"}},
                 "pieces": tuple(_piece(piece) for piece in value["pieces"]),
                 "tokenizer": {
-                    name: FileRef(_cid(ref["cid"]), int(ref["bytes"])) for name, ref in value["tokenizer"].items()
+                    name: FileRef(_cid(ref["cid"]), ref["bytes"]) for name, ref in value["tokenizer"].items()
                 },
                 "pooling": None if value["pooling"] is None else Pooling(**value["pooling"]),
                 "norms": tuple((float(low), float(high)) for low, high in value["norms"]),
@@ -264,7 +267,7 @@ def _from_json(value: Any) -> Manifest:
                 ),
             }
         )
-    except (KeyError, TypeError, ValueError, AttributeError, BadCid) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, BadCid) as error:
         raise ManifestError(f"malformed manifest: {type(error).__name__} {str(error)[:120]}") from None
 
 
@@ -280,16 +283,22 @@ def _check(manifest: Manifest) -> None:
     _one_of("output", manifest.output, ("logits", "hidden"))
     _one_of("numerics", manifest.numerics, ("fp32",))
     _one_of("causal", manifest.causal, (True, False))
-    if not isinstance(manifest.config, dict) or not isinstance(manifest.generation, dict):
-        raise ManifestError("config and generation are objects")
+    if not all(isinstance(value, dict) for value in (manifest.config, manifest.generation, manifest.tied)):
+        raise ManifestError("config, generation and tied are objects")
+    eos = manifest.generation.get("eos", [])
+    if not isinstance(eos, list) or len(eos) > MAX_EOS:
+        raise ManifestError(f"generation eos is a list of at most {MAX_EOS} ids")
+    for token in eos:
+        _bounded("an eos id", token, 0, manifest.vocab - 1)
     for text in (manifest.name, manifest.licence, manifest.architecture):
         if not isinstance(text, str) or not 0 < len(text) <= 200 or not text.isprintable():
             raise ManifestError("name, licence and architecture are printable text of at most 200 characters")
     if manifest.pooling is not None:
         _one_of("pooling mode", manifest.pooling.mode, ("mean", "cls"))
+        _one_of("pooling normalize", manifest.pooling.normalize, (True, False))
     _check_pieces(manifest)
     known = {name for piece in manifest.pieces if piece.kind == "embed" for name in piece.tensors}
-    if any(source not in known for source in manifest.tied.values()):
+    if any(not isinstance(source, str) or source not in known for source in manifest.tied.values()):
         raise ManifestError("a tied tensor names one that is not in the embed piece")
     if len(manifest.norms) != manifest.layers + 1 or any(not 0 <= low < high for low, high in manifest.norms):
         raise ManifestError("norms: one [smallest, largest] for each of the layers + 1 boundaries")
@@ -298,14 +307,15 @@ def _check(manifest: Manifest) -> None:
     for token in manifest.canary.ids:
         _bounded("canary id", token, 0, manifest.vocab - 1)
     for name, ref in manifest.tokenizer.items():
-        if not name or name != name.strip() or any(part in name for part in ("/", "\\", "..", "\0")):
+        unsafe = name != name.strip() or not name.isprintable() or any(part in name for part in ("/", "\\", ".."))
+        if unsafe or not 0 < len(name) <= 100:
             raise ManifestError(f"tokenizer file name {name[:40]!r}")
         _bounded(f"bytes of {name}", ref.bytes, 1, 1 << 28)
 
 
 def _check_pieces(manifest: Manifest) -> None:
     kinds = [piece.kind for piece in manifest.pieces]
-    if any(kind not in _ORDER for kind in kinds):
+    if any(not isinstance(kind, str) or kind not in _ORDER for kind in kinds):
         raise ManifestError("a piece is embed, layer, shared or head")
     if [_ORDER[kind] for kind in kinds] != sorted(_ORDER[kind] for kind in kinds):
         raise ManifestError("pieces come in the order embed, layers, shared, head")
@@ -316,6 +326,7 @@ def _check_pieces(manifest: Manifest) -> None:
         raise ManifestError(f"the layer pieces are not 0 to {manifest.layers - 1}, each once")
     seen: set[str] = set()
     for piece in manifest.pieces:
+        _bounded(f"index of {piece.name}", piece.index, 0, MAX_LAYERS)
         _bounded(f"bytes of {piece.name}", piece.bytes, 1, MAX_PIECE_BYTES)
         if len(piece.tensors) > MAX_TENSORS_PER_PIECE:
             raise ManifestError(f"{piece.name} lists {len(piece.tensors)} tensors")

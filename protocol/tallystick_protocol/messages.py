@@ -6,6 +6,7 @@ All are EIP-712 structs under the Staking domain (`signing`); `docs/protocol.md`
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from tallystick_protocol.types import Address, ModelId, SessionId, Span
 
 CLOCK_SKEW_S = 60
 TOP_K_MAX = 1024
+_HOST = re.compile(r"[A-Za-z0-9.-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,10 @@ class Offer:
         "Offer(address node,bytes32 model,bytes32 numericClass,uint16 start,uint16 end,uint256 price,uint256 credit,"
         "uint32 maxLength,uint64 seq,uint64 expires)"
     )
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise ValueError(f"not a span: [{self.start}, {self.end})")
 
     @property
     def span(self) -> Span:
@@ -72,6 +78,10 @@ class SessionOpen:
         "uint64 expires)"
     )
 
+    def __post_init__(self) -> None:
+        if self.start >= self.end:
+            raise ValueError(f"not a span: [{self.start}, {self.end})")
+
     @property
     def span(self) -> Span:
         return Span(self.start, self.end)
@@ -102,7 +112,8 @@ class PushOpen:
     issued: int
 
     TYPE: ClassVar[str] = (
-        "PushOpen(address node,bytes32 session,uint32 attempt,address previous,bytes32 spki,bytes32 nonce,uint64 issued)"
+        "PushOpen(address node,bytes32 session,uint32 attempt,address previous,bytes32 spki,bytes32 nonce,"
+        "uint64 issued)"
     )
 
 
@@ -134,7 +145,7 @@ def decode_endpoints(data: bytes) -> tuple[Endpoint, ...]:
     """At most eight usable endpoints, in order of preference. Raises BadMessage."""
     try:
         value: Any = canonical_json.decode(data[:4096])
-        found = [Endpoint(str(a["kind"]), str(a["host"]), int(a["port"])) for a in value["addrs"]]
-    except (ManifestError, KeyError, TypeError, ValueError):
+        found = [Endpoint("tcp", a["host"], a["port"]) for a in value["addrs"] if a["kind"] == "tcp"]
+        return tuple(e for e in found if _HOST.fullmatch(e.host) and type(e.port) is int and 0 < e.port < 65536)[:8]
+    except (ManifestError, KeyError, TypeError):
         raise BadMessage("the node's endpoint on chain is malformed") from None
-    return tuple(e for e in found if e.kind == "tcp" and 0 < e.port < 65536 and 0 < len(e.host) < 254)[:8]

@@ -6,11 +6,11 @@ Only bytes that were bounded come back: bodies are read raw up to a cap, compres
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any, Protocol
 
 import aiohttp
 
+from tallystick_protocol import canonical_json
 from tallystick_protocol.errors import BadFrame, BadMessage, Unreachable, from_wire
 from tallystick_protocol.frames import MAX_FRAME, Frame, Kind, take
 
@@ -66,8 +66,8 @@ class Peers:
         """`GET /v1/info`. Raises Unreachable, BadMessage."""
         body = await self.get(f"{url}/v1/info", INFO_BYTES, timeout_s)
         try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):
+            value = canonical_json.parse(body)
+        except ValueError:
             raise BadMessage(f"{url} answered /v1/info with something else than JSON") from None
         if not isinstance(value, dict):
             raise BadMessage(f"{url} answered /v1/info with something else than an object")
@@ -127,8 +127,11 @@ async def expect(channel: Channel, kind: Kind, timeout_s: float) -> Frame:
 
 
 def error_frame(code: str, message: str, fields: dict[str, Any]) -> Frame:
-    """An ERROR frame; big integers travel as text."""
-    plain = {k: v if isinstance(v, str | bool | float) or abs(v) < 1 << 62 else str(v) for k, v in fields.items()}
+    """An ERROR frame; big integers, and what is no scalar, travel as text."""
+    plain = {
+        k: v if isinstance(v, str | float) or (isinstance(v, int) and abs(v) < 1 << 62) else str(v)
+        for k, v in fields.items()
+    }
     return Frame(Kind.ERROR, {"code": code, "message": message[:500], **plain})
 
 

@@ -6,8 +6,9 @@ A row is one position's bytes:
     hidden state    4 x width   f32 little-endian
     top-k logits    8 x k       k times (u32 id, f32 value), by value descending, then id ascending
 
-`input` and `output` are Merkle roots over the window's rows: leaf SHA256(0x00 || row), node SHA256(0x01 || left || right),
-an odd node is promoted. A row that nobody asked for (logits of a position not wanted) is the empty string.
+`input` and `output` are Merkle roots over the window's rows: leaf SHA256(0x00 || row), node
+SHA256(0x01 || left || right), an odd node is promoted. A row that nobody asked for (logits of a position not wanted) is
+the empty string.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ class Receipt:
     at: int
 
     TYPE: ClassVar[str] = (
-        "Receipt(address node,bytes32 model,bytes32 numericClass,bytes32 session,uint32 attempt,uint16 start,uint16 end,"
-        "uint32 first,uint32 last,uint32 revision,bytes32 context,bytes32 input,bytes32 output,bytes32 previous,"
-        "bytes32 challenge,bytes32 sketches,uint48 at)"
+        "Receipt(address node,bytes32 model,bytes32 numericClass,bytes32 session,uint32 attempt,uint16 start,"
+        "uint16 end,uint32 first,uint32 last,uint32 revision,bytes32 context,bytes32 input,bytes32 output,"
+        "bytes32 previous,bytes32 challenge,bytes32 sketches,uint48 at)"
     )
+
+    def __post_init__(self) -> None:
+        if self.start >= self.end or self.first >= self.last:
+            raise ValueError(f"no layers [{self.start}, {self.end}) or no positions [{self.first}, {self.last})")
 
     @property
     def span(self) -> Span:

@@ -98,12 +98,16 @@ def to_words(value: Struct) -> bytes:
 
 
 def from_words(cls: type[S], data: bytes) -> S:
-    """The struct that words stand for. Raises BadMessage for any other length or padding."""
+    """The struct that words stand for. Raises BadMessage for any other length or padding, or what the class refuses."""
     members = _members(cls)
     if len(data) != 32 * len(members):
         raise BadMessage(f"{cls.__name__} takes {32 * len(members)} bytes, got {len(data)}")
     words = [data[i : i + 32] for i in range(0, len(data), 32)]
-    return cls(**{name: _value(kind, name, word) for (kind, name), word in zip(members, words, strict=True)})
+    values = {name: _value(kind, name, word) for (kind, name), word in zip(members, words, strict=True)}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise BadMessage(f"{cls.__name__}: {error}") from None
 
 
 def digest(domain: Domain, value: Struct) -> Digest:
@@ -118,7 +122,10 @@ class Key:
     def __init__(self, secret: bytes) -> None:
         if len(secret) != 32:
             raise ConfigError("a private key is 32 bytes")
-        self._key = PrivateKey(secret)
+        try:
+            self._key = PrivateKey(secret)
+        except ValueError:
+            raise ConfigError("a private key is a number from 1 to the order of secp256k1") from None
         self.address = _address_of(self._key.public_key)
 
     def __repr__(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from tokenizers.trainers import BpeTrainer
 
 from tallystick_model.loader import load_span
 from tallystick_model.publish import publish
-from tallystick_model.span import Cache, Execution, Segment, SpanModel
+from tallystick_model.segments import Cache, Segment
+from tallystick_model.span import Execution, SpanModel
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.manifest import Manifest, Piece
 from tallystick_protocol.types import Span
@@ -45,7 +47,9 @@ ENDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 
 
 def llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    return save(transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SMALL, **ENDS, **changes}), folder, seed, dtype)
+    return save(
+        transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SMALL, **ENDS, **changes}), folder, seed, dtype
+    )
 
 
 def qwen2(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
@@ -103,9 +107,15 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def reference(folder: Path, cls_name: str) -> Any:
-    """The whole model in transformers, fp32, as a user would load it."""
+    """The whole model in transformers, fp32, as a user would load it.
+
+    Its weights are copied out of the mapped file: MKL's products give other bits for weights at odd addresses.
+    """
     cls = getattr(transformers, cls_name)
-    return cls.from_pretrained(folder, dtype=torch.float32).eval()
+    model = cls.from_pretrained(folder, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ class Published:
     def cut(self, *cuts: int, execution: Execution = "canonical") -> list[SpanModel]:
         """Spans that cover the model, cut at the given layers."""
         ends = [0, *cuts, self.manifest.layers]
-        return [self.load(Span(start, end), execution) for start, end in zip(ends, ends[1:], strict=False)]
+        return [self.load(Span(start, end), execution) for start, end in pairwise(ends)]
 
 
 def published(checkpoint: Path, root: Path, **options: Any) -> Published:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tallystick_protocol.errors import ConfigError
-from tallystick_protocol.signing import Domain, escrow_domain, staking_domain
+from tallystick_protocol.errors import BadMessage, ConfigError
+from tallystick_protocol.signing import Domain, address_bytes, checksum_address, escrow_domain, staking_domain
 from tallystick_protocol.types import Address
 
 NAMES = ("Token", "Models", "Staking", "Escrow")
@@ -48,7 +48,7 @@ def load_book(path: Path) -> AddressBook:
         value: dict[str, Any] = json.loads(path.read_text())
         contracts = {
             name: Deployment(
-                Address(value["contracts"][name]["address"]),
+                checksum_address(address_bytes(value["contracts"][name]["address"])),
                 int(value["contracts"][name]["deployBlock"]),
                 str(value["contracts"][name]["bytecodeHash"]),
             )
@@ -59,5 +59,5 @@ def load_book(path: Path) -> AddressBook:
         raise ConfigError(
             f"there is no address book at {path}; start a local network (scripts/devnet) or deploy (scripts/deploy.js)"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, BadMessage) as error:
         raise ConfigError(f"the address book {path} is malformed ({type(error).__name__}: {error})") from None

@@ -48,7 +48,7 @@ def explain(error: Exception) -> str:
     name, kinds, names = _errors()[data[:4]]
     try:
         values = decode(kinds, data[4:])
-    except DecodingError:
+    except (DecodingError, ValueError, OverflowError):
         values = ()
     said = ", ".join(
         f"{key}={('0x' + value.hex()) if isinstance(value, bytes) else value}"
@@ -61,8 +61,8 @@ def explain(error: Exception) -> str:
 def _revert_data(error: Exception) -> bytes | None:
     candidates: list[Any] = [getattr(error, "data", None), *error.args]
     response = getattr(error, "rpc_response", None)
-    if isinstance(response, dict):
-        candidates.append((response.get("error") or {}).get("data"))
+    if isinstance(response, dict) and isinstance(response.get("error"), dict):
+        candidates.append(response["error"].get("data"))
     for candidate in candidates:
         if isinstance(candidate, dict):
             candidate = candidate.get("data")

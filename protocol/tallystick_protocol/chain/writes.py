@@ -19,11 +19,29 @@ from tallystick_protocol.vouchers import Bind
 
 RECEIPT_TIMEOUT_S = 60.0
 BIND_DEADLINE_S = 3600
-# Private keys of the public test mnemonic "test test … junk", accounts 0 to 2: anybody can spend what they hold.
+# Anybody can spend what these hold: accounts 0 to 19 of the test mnemonic "test test … junk", and private key 1.
 _PUBLIC_ADDRESSES = {
     "0xf39Fd6e51aad88F6F4ce6aB8827279cffFb92266",
     "0x70997970C51812dc3A010C7d01b50e0d17dc79C8",
     "0x3C44CdDdB6a900fa2b585dd299e03d12FA4293BC",
+    "0x90F79bf6EB2c4f870365E785982E1f101E93b906",
+    "0x15d34AAf54267DB7D7c367839AAf71A00a2C6A65",
+    "0x9965507D1a55bcC2695C58ba16FB37d819B0A4dc",
+    "0x976EA74026E726554dB657fA54763abd0C3a0aa9",
+    "0x14dC79964da2C08b23698B3D3cc7Ca32193d9955",
+    "0x23618e81E3f5cdF7f54C3d65f7FBc0aBf5B21E8f",
+    "0xa0Ee7A142d267C1f36714E4a8F75612F20a79720",
+    "0xBcd4042DE499D14e55001CcbB24a551F3b954096",
+    "0x71bE63f3384f5fb98995898A86B02Fb2426c5788",
+    "0xFABB0ac9d68B0B445fB7357272Ff202C5651694a",
+    "0x1CBd3b2770909D4e10f157cABC84C7264073C9Ec",
+    "0xdF3e18d64BC6A983f673Ab319CCaE4f1a57C7097",
+    "0xcd3B766CCDd6AE721141F452C550Ca635964ce71",
+    "0x2546BcD3c84621e976D8185a91A922aE77ECEc30",
+    "0xbDA5747bFD65F08deb54cb465eB87D40e51B197E",
+    "0xdD2FD4581271e230360230F9337D5c0430Bf44C0",
+    "0x8626f6940E2eb28930eFb4CeF49B2d1F2C9C1199",
+    "0x7E5F4552091A69125d5DfCb7b8C2659029395Bdf",
 }
 
 
@@ -103,11 +121,17 @@ class Wallet:
 
     def _wait(self, what: str, digest: Any) -> dict[str, Any]:
         deadline = time.monotonic() + RECEIPT_TIMEOUT_S
-        while time.monotonic() < deadline:
+
+        def mined() -> dict[str, Any] | None:
             try:
                 return dict(self.chain.web3.eth.get_transaction_receipt(digest))
             except TransactionNotFound:
-                time.sleep(0.05)
+                return None
+
+        while time.monotonic() < deadline:
+            if (receipt := self.chain.guard(f"{what}: waiting for 0x{bytes(digest).hex()}", mined)) is not None:
+                return receipt
+            time.sleep(0.05)
         raise ChainError(
             f"{what}: not mined within {RECEIPT_TIMEOUT_S:g} s; the transaction is 0x{bytes(digest).hex()}"
         )

@@ -1,0 +1,76 @@
+"""A step of one session, and the bookkeeping of packing several into one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tallystick_model.attention import Placed
+from tallystick_model.cache import KvCache
+from tallystick_model.packing import Part
+from tallystick_model.stock import StockCache
+
+Cache = KvCache | StockCache
+
+
+@dataclass(slots=True)
+class Segment:
+    """Consecutive rows of one session.
+
+    cache: the session's, from `new_cache` of this span; None for a one-shot bidirectional segment.
+    first: position of the first row; for causal models what the cache holds already.
+    rows: token ids (n,) int64 on the first span, else hidden rows (n, width) fp32.
+    wanted: rows of this segment, ascending, whose logits the last span returns; None for all. No meaning elsewhere.
+    token_types: (n,) int64 for models with segment embeddings, on the first span.
+    """
+
+    cache: Cache | None
+    first: int
+    rows: torch.Tensor
+    wanted: Sequence[int] | None = None
+    token_types: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+
+def wanted_in(segment: Segment, part: Part) -> list[int]:
+    """Rows of the part, counted from its first, whose logits are wanted."""
+    rows = range(len(segment)) if segment.wanted is None else segment.wanted
+    return [row - part.first for row in rows if part.first <= row < part.last]
+
+
+def offset_rows(parts: list[Part], wanted: list[list[int]]) -> list[int]:
+    flat, offset = [], 0
+    for part, rows in zip(parts, wanted, strict=True):
+        flat += [offset + row for row in rows]
+        offset += len(part)
+    return flat
+
+
+def place(segments: Sequence[Segment], parts: list[Part]) -> list[Placed]:
+    placed, offset = [], 0
+    for part in parts:
+        segment = segments[part.segment]
+        cache = segment.cache if isinstance(segment.cache, KvCache) else None
+        placed.append(Placed(cache, segment.first + part.first, offset, offset + len(part)))
+        offset += len(part)
+    return placed
+
+
+def token_types_of(segments: Sequence[Segment], parts: list[Part]) -> torch.Tensor | None:
+    if all(segment.token_types is None for segment in segments):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(len(part), dtype=torch.int64) if (types := segments[part.segment].token_types) is None
+            else types[part.first : part.last]
+            for part in parts
+        ]
+    )  # fmt: skip
+
+
+def cut(rows: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+    return list(rows[: sum(len(part) for part in parts)].split([len(part) for part in parts]))

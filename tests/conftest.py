@@ -1,0 +1,56 @@
+"""The running network that integration tests share: importing torch costs seconds a process, so it is started once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tallystick_devnet.demo import default_model
+from tallystick_devnet.localnet import LocalNet, LocalNode, thirds
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.signing import Key
+from tallystick_protocol.types import Address, ModelId, Span
+
+
+@dataclass(slots=True)
+class Running:
+    """Seven nodes of their own operators: two for the first and the last span, three for the middle one."""
+
+    net: LocalNet
+    model: ModelId
+    manifest: Manifest
+    checkpoint: Path
+    nodes: list[LocalNode]
+    key: Key
+    keystore: Path
+
+    @property
+    def spans(self) -> list[Span]:
+        return thirds(self.manifest.layers)
+
+    def node(self, address: Address) -> LocalNode:
+        return next(node for node in self.nodes if node.address == address)
+
+    def revive(self) -> None:
+        """Start again what a test has killed, and wait until everything serves."""
+        for node in list(self.nodes):
+            if not node.process.alive:
+                self.net.restart(node, self.model)
+        for node in self.nodes:
+            node.wait()
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The network; tests that kill nodes call `revive`."""
+    with LocalNet(tmp_path_factory.mktemp("net")) as net:
+        model, manifest = net.publish(default_model())
+        first, middle, last = thirds(manifest.layers)
+        nodes = [net.add_node(model, span) for span in (first, middle, last, first, middle, last, middle)]
+        key, keystore = net.client_key()
+        for node in nodes:
+            node.wait()
+        yield Running(net, model, manifest, default_model(), nodes, key, keystore)

@@ -1,0 +1,126 @@
+"""Which windows a hop signs; the state machine in tests/property says the rest."""
+
+from __future__ import annotations
+
+import pytest
+from harness import samples
+
+from tallystick_node.record import Record
+from tallystick_node.windows import Terms, Windows
+from tallystick_protocol.errors import LinkMismatch
+from tallystick_protocol.receipts import Receipt
+from tallystick_protocol.signing import digest
+from tallystick_protocol.types import ZERO_ADDRESS, Address, SessionId, Span
+
+UPSTREAM = samples.address("upstream")
+
+
+def hop(previous: Address = ZERO_ADDRESS, one_shot: bool = False) -> tuple[Record, Windows]:
+    record = Record(one_shot)
+    session = SessionId(samples.digest("session"))
+    terms = Terms(samples.address("n"), samples.MODEL, samples.digest("c"), session, 0, Span(2, 4), previous, 8, "fp32")
+    return record, Windows(terms, record)
+
+
+def compute(record: Record, count: int) -> None:
+    rows = [bytes([i % 251, i // 251]) for i in range(len(record), len(record) + count)]
+    record.append(rows, rows, [True] * count)
+
+
+def sign(windows: Windows) -> list[Receipt]:
+    signed = []
+    while (receipt := windows.next_unsigned(0)) is not None:
+        windows.signed(receipt, receipt.first // 32, digest(samples.STAKING, receipt))
+        signed.append(receipt)
+    return signed
+
+
+def test_a_window_is_signed_when_it_is_complete() -> None:
+    record, windows = hop()
+    compute(record, 31)
+    assert sign(windows) == []
+    compute(record, 34)
+    assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 32, 0), (32, 64, 0)]
+
+
+def test_a_flush_signs_what_is_there_and_growth_signs_it_again_with_a_higher_revision() -> None:
+    record, windows = hop()
+    compute(record, 5)
+    windows.flush()
+    assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 5, 0)]
+    assert sign(windows) == []
+    compute(record, 30)
+    assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 32, 1)]
+    windows.flush()
+    assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(32, 35, 1)]
+
+
+def test_a_window_computed_anew_after_a_crop_gets_another_revision() -> None:
+    record, windows = hop()
+    compute(record, 64)
+    before = sign(windows)
+    record.crop(40)
+    windows.crop()
+    compute(record, 24)
+    again = sign(windows)
+    assert [(r.first, r.last, r.revision) for r in again] == [(32, 64, 1)]
+    assert again[0].previous == digest(samples.STAKING, before[0])
+
+
+def test_nothing_is_signed_before_the_previous_hop_has_signed_the_same_positions() -> None:
+    record, windows = hop(UPSTREAM)
+    compute(record, 32)
+    assert windows.next_unsigned(0) is None
+    windows.hear(samples.receipt(first=0, last=20, output=record.claim(0).input), 0)
+    assert windows.next_unsigned(0) is None
+    windows.hear(samples.receipt(first=0, last=32, revision=1, output=record.claim(0).input), 0)
+    assert windows.next_unsigned(0) is not None
+
+
+def test_a_previous_hop_that_signed_other_rows_is_named_and_can_still_correct_itself() -> None:
+    record, windows = hop(UPSTREAM)
+    compute(record, 32)
+    windows.hear(samples.receipt(output=samples.digest("other")), 0)
+    with pytest.raises(LinkMismatch) as raised:
+        windows.next_unsigned(0)
+    assert raised.value.fields == {"hop": UPSTREAM, "first": 0, "last": 32}
+    windows.hear(samples.receipt(revision=1, output=record.claim(0).input), 0)
+    assert len(sign(windows)) == 1
+
+
+def test_an_older_revision_that_arrives_late_changes_nothing() -> None:
+    record, windows = hop(UPSTREAM)
+    compute(record, 32)
+    windows.hear(samples.receipt(revision=2, output=record.claim(0).input), 0)
+    windows.hear(samples.receipt(revision=1, output=samples.digest("older")), 0)
+    assert len(sign(windows)) == 1
+
+
+def test_receipts_may_arrive_in_any_order_and_are_answered_in_order_of_windows() -> None:
+    record, windows = hop(UPSTREAM)
+    compute(record, 96)
+    for index in (2, 0, 1):
+        at = record.window(index)
+        windows.hear(samples.receipt(first=at.first, last=at.last, output=record.claim(index).input), index)
+        if index == 2:
+            assert windows.next_unsigned(0) is None
+    assert [r.first for r in sign(windows)] == [0, 32, 64]
+
+
+def test_what_the_replaced_hop_signed_for_unsigned_windows_no_longer_counts() -> None:
+    record, windows = hop(UPSTREAM)
+    compute(record, 32)
+    windows.hear(samples.receipt(output=record.claim(0).input), 0)
+    windows.replace_previous(samples.address("replacement"))
+    assert windows.next_unsigned(0) is None
+
+
+def test_rows_that_come_between_asking_and_signing_are_signed_for_next() -> None:
+    record, windows = hop()
+    compute(record, 5)
+    windows.flush()
+    receipt = windows.next_unsigned(0)
+    assert receipt is not None
+    compute(record, 27)  # while the journal writes
+    windows.signed(receipt, 0, digest(samples.STAKING, receipt))
+    assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 32, 1)]
