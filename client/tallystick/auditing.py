@@ -70,11 +70,16 @@ class Audit:
         self._awake.set()
 
     def start(self) -> None:
-        self.task = asyncio.create_task(self._feed())
+        """Begin to feed, or go on."""
+        if self.task is None:
+            self.task = asyncio.create_task(self._feed())
 
-    def stop(self) -> None:
-        if self.task is not None:
-            self.task.cancel()
+    async def pause(self) -> None:
+        """Stop feeding: nothing is on its way to the auditor when this returns."""
+        task, self.task = self.task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     def judged_to(self) -> int:
         """Positions of the audited hop that were compared, and agreed."""
@@ -137,10 +142,8 @@ class Audit:
 
     async def _feed(self) -> None:
         """Send the auditor what the hop has signed for, as it signs."""
-        session = self._session
         while True:
-            async with session.moving:
-                await self._feed_now()
+            await self._feed_now()
             await self._awake.wait()
             self._awake.clear()
 
@@ -153,7 +156,7 @@ class Audit:
                 self._fed = target
             if target == self._fed and target % WINDOW and self._flushed != target:
                 self._flushed = target
-                await self.remote.send(Frame(Kind.FLUSH))
+                await self.remote.send(Frame(Kind.FLUSH, position=target))
         except TallystickError as error:
             log.info("feeding the auditor %s failed: %s", self.remote.node, error)
             if error.fields.get("hop") != self._session.before(self.index):
@@ -202,9 +205,8 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
         changed.set,
     )
     try:
-        async with session.moving:
-            await send_kept(session, index, remote, 0, disagreement.hop.last)
-        await remote.send(Frame(Kind.FLUSH))
+        await send_kept(session, index, remote, 0, disagreement.hop.last)
+        await remote.send(Frame(Kind.FLUSH, position=disagreement.hop.last))
         deadline = time.monotonic() + WITNESS_TIMEOUT_S
         checked = 0
         while checked <= disagreement.window:

@@ -223,6 +223,7 @@ class AsyncClient:
             coin = secrets.SystemRandom()
             if coin.random() < self.settings.audit_probability:
                 await session.audit_at_end(coin.randrange(len(session.route)))
+        await session.take_leave()
 
     def _check_length(self, manifest: Manifest, prompt: int, new: int) -> None:
         if prompt + new > manifest.max_length:

@@ -37,33 +37,57 @@ class Purse:
         self._lock = threading.Lock()
         self._totals: dict[Address, Wei] = {}
         self._in_use: Counter[Address] = Counter()
+        self._held: Counter[Address] = Counter()
 
     @property
     def client(self) -> Address:
         return self._key.address
 
-    def ensure(self, needs: list[Need]) -> Wei:
-        """Fund every channel that does not hold what is needed, all in one transaction; returns what that put in.
+    def remembers(self, node: Address) -> bool:
+        """Does this process know what it has promised the node so far?"""
+        return node in self._totals
 
-        Raises ConfigError beyond max_funding, ChainError without tokens.
+    def reserve(self, needs: list[Need]) -> Wei:
+        """Set money aside for sessions, and fund what the channels lack in one transaction; returns what that put in.
+
+        `release` gives it back when the session ends. Raises ConfigError beyond max_funding, ChainError without tokens.
         """
         with self._lock:
-            deposits = []
             for need in needs:
-                funds = self._chain.funds(self.client, need.node)
-                spent = max(funds.paid, self._totals.get(need.node, Wei(0)))
-                if (missing := need.amount - (funds.latest - spent)) > 0:
-                    deposits.append((need.node, Wei(missing)))
-            total = Wei(sum(amount for _, amount in deposits))
-            if total > self._left:
-                raise ConfigError(
-                    f"channels need {total} more token units, this client may spend {self._left}; raise max_cost"
-                )
-            if deposits:
-                self._wallet.fund(self.client, deposits)
-                self._left = Wei(self._left - total)
-                log.info("funded %d channels with %d", len(deposits), total)
-            return total
+                self._held[need.node] += need.amount
+            try:
+                return self._fund({need.node for need in needs})
+            except BaseException:
+                self.release(needs)
+                raise
+
+    def release(self, needs: list[Need]) -> None:
+        """Sessions that money was set aside for have ended."""
+        for need in needs:
+            self._held[need.node] -= need.amount
+
+    def top_up(self, node: Address) -> Wei:
+        """Fund what a channel lacks, now that more is known of what was promised to its node."""
+        with self._lock:
+            return self._fund({node})
+
+    def _fund(self, nodes: set[Address]) -> Wei:
+        deposits = []
+        for node in sorted(nodes):
+            funds = self._chain.funds(self.client, node)
+            spent = max(funds.paid, self._totals.get(node, Wei(0)))
+            if (missing := self._held[node] - (funds.latest - spent)) > 0:
+                deposits.append((node, Wei(missing)))
+        total = Wei(sum(amount for _, amount in deposits))
+        if total > self._left:
+            raise ConfigError(
+                f"channels need {total} more token units, this client may spend {self._left}; raise max_cost"
+            )
+        if deposits:
+            self._wallet.fund(self.client, deposits)
+            self._left = Wei(self._left - total)
+            log.info("funded %d channels with %d", len(deposits), total)
+        return total
 
     def recall(self, node: Address, owed: Wei, sealed: bytes, max_debt: Wei) -> Wei:
         """Start from what a node says at `opened`; returns the total that earlier sessions have come to.

@@ -192,7 +192,8 @@ class Remote:
             error = from_wire(frame.body)
             if error.code == "payment_required":
                 return  # a reminder: the voucher is on its way, or withheld on purpose
-            if self._answer(frame.body.get("of"), error):
+            if "of" in frame.body:
+                self._answer(frame.body["of"], error)  # a command that failed, perhaps one that nobody waits for now
                 return
             if error.fields.setdefault("hop", self.node) == self.node:
                 raise error
@@ -248,7 +249,7 @@ class Remote:
     def crop(self, length: int, computed: int) -> None:
         """Rows computed and not signed for are due, too: rolling back lowers nothing."""
         self.rows_due += max(0, computed - self._due_to)
-        self._due_to = min(self._due_to, length)
+        self._due_to = min(max(self._due_to, computed), length)
         self.standing.crop(length)
         kept = len(self.standing.receipts)
         self.due_after = {index: rows for index, rows in self.due_after.items() if index < kept}

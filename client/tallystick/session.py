@@ -77,7 +77,7 @@ class Session:
         self._audits: list[Audit] = []
         self._disputes: dict[int, Disagreement] = {}
         self._settled: dict[Address, tuple[Remote, int]] = {}
-        self.moving = asyncio.Lock()  # held while rows are sent to auditors, and while everybody rolls back
+        self._reserved: list[Need] = []
         self._nonce = fresh_nonce()
         self._attempt = 0
         self._work = asyncio.Event()
@@ -98,7 +98,7 @@ class Session:
     async def open(self, audited: list[int]) -> None:
         """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor…"""
         drawn = {index: self.draw_auditors(index) for index in audited}
-        await self._fund([*self.route, *(c for possible in drawn.values() for c in possible[:1])])
+        await self._reserve([*self.route, *(c for possible in drawn.values() for c in possible[:1])])
         for index in reversed(range(len(self.route))):
             await self._open_hop(index)
         for index in audited:
@@ -152,17 +152,28 @@ class Session:
 
     async def _connect(self, candidate: Candidate, opening: Opening) -> Remote:
         setting = self.setting
-        await self._fund([candidate])
-        return await Remote.open(setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
+        remembered = setting.purse.remembers(candidate.node)
+        await self._reserve([candidate])
+        remote = await Remote.open(setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
+        if not remembered:  # only now is it known what earlier sessions came to
+            try:
+                await asyncio.to_thread(setting.purse.top_up, candidate.node)
+            except BaseException:
+                await remote.close()
+                raise
+        return remote
 
-    async def _fund(self, candidates: list[Candidate]) -> None:
-        """See that the channels to these nodes hold what the whole session may cost, in one transaction."""
+    async def _reserve(self, candidates: list[Candidate]) -> None:
+        """Set aside what the whole session may cost at these nodes, replays included, in one transaction."""
         setting = self.setting
         needs = [
             Need(c.node, charge(c.span, setting.manifest.layers, Wei(c.offer.price), 2 * setting.max_length))
             for c in candidates
+            if c.node not in {need.node for need in self._reserved}
         ]
-        await asyncio.to_thread(setting.purse.ensure, needs)
+        if needs:
+            await asyncio.to_thread(setting.purse.reserve, needs)
+            self._reserved += needs
 
     def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
         """Who may check hop `index`, drawn at random by stake; not at many times the usual price."""
@@ -253,21 +264,34 @@ class Session:
         """Have every row signed, checked as the policy says, and paid. Raises RolledBack."""
         if not self.ids:
             return
-        for hop in [*self.hops, *(audit.remote for audit in self._audits)]:
+        for remote in self._everybody():
             try:
-                await hop.send(Frame(Kind.FLUSH))
+                await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
             except Unreachable:
                 continue
         await self._until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
 
+    async def take_leave(self) -> None:
+        """Close every session in order, so that the last vouchers are known to have arrived."""
+        partings = (remote.command(Kind.CLOSE, {}) for remote in self._everybody() if remote.failure is None)
+        for outcome in await asyncio.gather(*partings, return_exceptions=True):
+            if isinstance(outcome, TallystickError):
+                log.info("a session ended without a farewell (%s)", outcome)
+
     def _all_settled(self) -> bool:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
-        return signed and not self._disputes and all(audit.judged_to() == length for audit in self._audits)
+        judged = not self._disputes and all(audit.judged_to() == length for audit in self._audits)
+        paid = all(remote.rows_paid >= remote.rows_due for remote in self._everybody())
+        return signed and judged and paid
+
+    def _everybody(self) -> list[Remote]:
+        return [*self.hops, *(audit.remote for audit in self._audits)]
 
     async def audit_at_end(self, index: int) -> None:
         """Audit one hop over the whole session after it was signed."""
         await self._open_audit(index)
+        self._wake()
         await self._until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
 
     async def close(self) -> None:
@@ -276,9 +300,11 @@ class Session:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        for remote in [*self.hops, *(audit.remote for audit in self._audits)]:
+        for remote in self._everybody():
             self.note_payment(remote)
             await remote.close()
+        self.setting.purse.release(self._reserved)
+        self._reserved = []
 
     # -- what arrives
 
@@ -425,7 +451,7 @@ class Session:
             await self._expel(index, 0 if self.one_shot else window * WINDOW)
 
     async def _change_auditor(self, audit: Audit) -> None:
-        audit.stop()
+        await audit.pause()
         self._audits.remove(audit)
         self.note_payment(audit.remote)
         await audit.remote.close()
@@ -437,17 +463,20 @@ class Session:
         liar = self.hops[index]
         others = [hop for hop in self.hops if hop is not liar]
         await self._until(lambda: all(hop.standing.covered >= position for hop in others), SETTLE_TIMEOUT_S, "receipts")
-        async with self.moving:
-            for hop in others:
-                await self._crop(hop, position, len(self.ids))
-            for audit in self._audits:
-                await audit.crop(position)
-            for task in self._arbitrations.values():
-                task.cancel()  # what else was in dispute is computed anew
-            self._disputes = {}
-            del self.ids[position:], self._want[position:]
-            self._results = {p: row for p, row in self._results.items() if p < position}
-            await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
+        for task in self._arbitrations.values():
+            task.cancel()  # what else was in dispute is computed anew
+        for audit in self._audits:
+            await audit.pause()
+        for hop in others:
+            await self._crop(hop, position, len(self.ids))
+        for audit in self._audits:
+            await audit.crop(position)
+        self._disputes = {}
+        del self.ids[position:], self._want[position:]
+        self._results = {p: row for p, row in self._results.items() if p < position}
+        await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
+        for audit in self._audits:
+            audit.start()
         raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:

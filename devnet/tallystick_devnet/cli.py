@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _say(text: str) -> None:
+    Console(highlight=False, soft_wrap=True).print(text)
+
+
 def _interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -60,14 +64,14 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(options: argparse.Namespace) -> int:
     demo = DemoOptions(options.prompt, options.model, options.nodes, options.tokens)
     with tempfile.TemporaryDirectory(prefix="tallystick-demo-") as folder:
-        result = run_demo(demo, Path(folder), Console(highlight=False).print)
+        result = run_demo(demo, Path(folder), _say)
     if options.json:
         print(json.dumps(result))
     return 0 if result["matches_unsharded"] and result["cheater"]["caught"] else 1
 
 
 def _up(options: argparse.Namespace) -> int:
-    say = Console(highlight=False).print
+    say = _say
     folder = options.folder.resolve()
     if folder.exists():
         raise TallystickError(f"{folder} exists: a devnet starts from nothing; remove it, or choose another --folder")

@@ -20,14 +20,14 @@ from rich.table import Table
 from tallystick.cli import show
 from tallystick.client import Answer, AsyncClient
 from tallystick_devnet.localchain import repository
-from tallystick_devnet.localnet import LocalNet, LocalNode, thirds
+from tallystick_devnet.localnet import READY_TIMEOUT_S, LocalNet, LocalNode, thirds
+from tallystick_devnet.processes import stop_all
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, ModelId, Wei
 
 PROMPT = "The function returns a list of"
-REDEEM_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,33 +87,27 @@ async def _converse(
     began: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    local = net.chain
-    chain = local.chain()
-    before = {node.address: chain.balance(node.address) for node in nodes}
+    chain = net.chain.chain()
+    at_start = {node.address: chain.balance(node.address) for node in nodes}
     async with AsyncClient(key, net.settings()) as client:
         say("\n1. an answer, every span of it recomputed by another node\n")
         honest = await _ask(client, options)
         say("\n\n2. the same, with one node of the middle span cheating\n")
-        cheater, replaced = await asyncio.to_thread(_swap_in_cheater, net, nodes, model, honest)
-        before[cheater.address] = chain.balance(cheater.address)
-        await client.network.survey(await client.network.find(model.hex()), fresh=True)
+        cheater = next(node for node in nodes if node.address == honest.route[1].node)
+        await asyncio.to_thread(_corrupt, net, cheater, model, honest.route[1].offer.price // 2)
+        before_cheating = chain.balance(cheater.address)
         caught = await _ask(client, options)
-    everybody = [*nodes, cheater]
-    await asyncio.to_thread(_stop_and_redeem, everybody)
-    earned = {node.address: Wei(chain.balance(node.address) - before[node.address]) for node in everybody}
+    await asyncio.to_thread(stop_all, [node.process for node in nodes])  # a node that stops redeems its vouchers
+    earned = {node.address: Wei(chain.balance(node.address) - at_start[node.address]) for node in nodes}
     reference = await asyncio.to_thread(
-        _unsharded, options.model or default_model(), honest.prompt_ids, len(honest.ids), manifest
+        _unsharded, options.model or default_model(), honest.prompt_ids, len(honest.ids)
     )
     result = {
         "manifest": str(manifest.cid),
         "text": honest.text,
         "tokens": len(honest.ids),
         "hops": [
-            {
-                "node": hop.node,
-                "layers": [hop.span.start, hop.span.end],
-                "paid_wei": honest.verdict.paid.get(hop.node, 0),
-            }
+            {"node": hop.node, "layers": [hop.span.start, hop.span.end], "paid_wei": honest.verdict.paid[hop.node]}
             for hop in honest.route
         ],
         "matches_unsharded": honest.ids == reference and caught.ids == reference,
@@ -122,18 +116,18 @@ async def _converse(
             "failed": honest.verdict.failed + caught.verdict.failed,
         },
         "earned_wei": {node: int(wei) for node, wei in earned.items()},
-        "escrow_conserved": _conserved(net, key, everybody),
+        "escrow_conserved": _conserved(net, key, nodes),
         "cheater": {
             "node": cheater.address,
             "caught": cheater.address in [a.node for a in caught.verdict.accusations],
             "accused": [a.node for a in honest.verdict.accusations + caught.verdict.accusations],
             "witnesses": [w for a in caught.verdict.accusations for w in a.witnesses],
-            "paid_wei": int(earned[cheater.address]),
+            "paid_wei": int(chain.balance(cheater.address) - before_cheating),
         },
         "tokens_per_s": round(honest.tokens_per_s, 1),
         "seconds": round(time.monotonic() - began, 1),
     }
-    _print_tables(result, everybody, honest, caught, replaced)
+    _print_tables(result, nodes, honest, caught)
     return result
 
 
@@ -145,32 +139,15 @@ async def _ask(client: AsyncClient, options: DemoOptions) -> Answer:
     return stream.answer
 
 
-def _swap_in_cheater(
-    net: LocalNet, nodes: list[LocalNode], model: ModelId, honest: Answer
-) -> tuple[LocalNode, Address]:
-    """Stop the middle span's node that was used, and start a cheaper cheating one: the planner will choose it."""
-    used = honest.route[1].node
-    victim = next(node for node in nodes if node.address == used)
-    victim.process.stop()
-    nodes.remove(victim)
-    net.nodes.remove(victim)
-    price = honest.route[1].offer.price // 2
-    cheater = net.add_node(model, victim.span, cheating_command(), ["--price", str(price)])
-    cheater.process.wait_for("fault: row", 120)
-    cheater.wait()
-    nodes.append(victim)
-    nodes.append(cheater)
-    return nodes.pop(), used
+def _corrupt(net: LocalNet, node: LocalNode, model: ModelId, price: int) -> None:
+    """Restart a node with an engine that computes wrongly, and at a lower price: the planner will choose it."""
+    node.process.stop()
+    net.restart(node, model, cheating_command(), ["--price", str(price)])
+    node.process.wait_for("fault: row", READY_TIMEOUT_S)
+    node.wait()
 
 
-def _stop_and_redeem(nodes: list[LocalNode]) -> None:
-    """A node that is asked to stop redeems its vouchers first."""
-    from tallystick_devnet.processes import stop_all
-
-    stop_all([node.process for node in nodes])
-
-
-def _unsharded(checkpoint: Path, prompt_ids: list[int], tokens: int, manifest: Manifest) -> list[int]:
+def _unsharded(checkpoint: Path, prompt_ids: list[int], tokens: int) -> list[int]:
     """The same prompt through transformers' own `generate` on the whole model in fp32, greedy."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -202,20 +179,18 @@ def _conserved(net: LocalNet, key: Key, nodes: list[LocalNode]) -> bool:
     return bool(chain.balance(chain.book.contracts["Escrow"].address) == left)
 
 
-def _print_tables(
-    result: dict[str, Any], nodes: list[LocalNode], honest: Answer, caught: Answer, replaced: Address
-) -> None:
+def _print_tables(result: dict[str, Any], nodes: list[LocalNode], honest: Answer, caught: Answer) -> None:
     console = Console()
     table = Table(title="who did what, and what the contract paid for it")
-    for column in ("node", "layers", "first answer", "second answer", "earned (wei)"):
+    for column in ("node", "layers", "first answer", "second answer", "earned, 1e12 wei"):
         table.add_column(column)
     for node in sorted(nodes, key=lambda n: (n.span, n.name)):
         table.add_row(
             f"{node.name} {node.address[:10]}",
             str(node.span),
             _role(node.address, honest),
-            _role(node.address, caught) + (" (stopped)" if node.address == replaced else ""),
-            f"{result['earned_wei'][node.address]:,}",
+            _role(node.address, caught),
+            f"{result['earned_wei'][node.address] / 1e12:,.1f}",
         )
     console.print(table)
     checks = result["checks"]
@@ -225,7 +200,7 @@ def _print_tables(
         f"The text equals transformers' own generate: {result['matches_unsharded']}."
         f" The escrow adds up: {result['escrow_conserved']}.\n"
         f"The cheater {result['cheater']['node'][:10]} was caught: {result['cheater']['caught']}"
-        f" and earned {result['cheater']['paid_wei']} wei. {result['seconds']} s in all."
+        f" and earned {result['cheater']['paid_wei']} wei by it. {result['seconds']} s in all."
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eth_account import Account
 
-from tallystick_devnet.processes import Process, ProcessFailed
+from tallystick_devnet.processes import Process, ProcessFailed, start
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
@@ -64,7 +64,7 @@ def start_chain(folder: Path, port: int = 0) -> LocalChain:
         str(anvil), "--host", "127.0.0.1", "--port", str(port), "--chain-id", str(CHAIN_ID),
         "--block-time", "1", "--slots-in-an-epoch", "1", "--no-cors", "--mnemonic", MNEMONIC,
     ]  # fmt: skip
-    process = Process("anvil", command, folder / "anvil.log")
+    process = start("anvil", command, folder / "anvil.log")
     try:
         rpc = "http://" + process.wait_for(r"Listening on (127\.0\.0\.1:\d+)", 20)
         book = folder / f"{CHAIN_ID}.json"

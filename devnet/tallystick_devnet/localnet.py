@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from tallystick.client import Settings
 from tallystick.publishing import cut, register, serve_content
 from tallystick.route import Weights
 from tallystick_devnet.localchain import ETHER, LocalChain, rich_key, start_chain
+from tallystick_devnet.nursery import Nursery
 from tallystick_devnet.processes import Process, stop_all
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.keystore import create_keystore, open_keystore
@@ -26,6 +26,9 @@ STAKE = Wei(2000 * ETHER)
 CLIENT_TOKENS = Wei(1000 * ETHER)
 NODE_COMMAND = (sys.executable, "-m", "tallystick_node.cli")
 READY_TIMEOUT_S = 120.0
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+"""Many nodes on few cores: spinning threads would starve each other."""
+
 READY = r"serving at (http://\S+)"
 
 
@@ -54,7 +57,9 @@ class LocalNet:
         self._rpc_port = rpc_port
         self._store = LocalStore(folder / "content")
         self._content = _ContentThread(self._store)
+        self._nursery = Nursery(folder / "nursery.log")
         self.nodes: list[LocalNode] = []
+        self._num_nodes = 0
         self.local: LocalChain | None = None
 
     def __enter__(self) -> LocalNet:
@@ -69,6 +74,7 @@ class LocalNet:
 
     def __exit__(self, *_: object) -> None:
         stop_all([node.process for node in self.nodes])
+        self._nursery.close()
         self._content.stop()
         if self.local is not None:
             self.local.process.stop()
@@ -94,7 +100,8 @@ class LocalNet:
         self, model: ModelId, span: Span, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()
     ) -> LocalNode:
         """Start a node that joins with keys of its own; wait for it with `node.wait()`."""
-        number = len(self.nodes)
+        number = self._num_nodes
+        self._num_nodes += 1
         folder = self.folder / f"node{number}"
         folder.mkdir(parents=True)
         secret = folder / "password"
@@ -104,10 +111,12 @@ class LocalNet:
         self.chain.give(cold, STAKE)
         return self._start(LocalNode(f"node{number}", cold, span, folder, None), model, command, settings)  # type: ignore[arg-type]
 
-    def restart(self, node: LocalNode, model: ModelId, settings: Sequence[str] = ()) -> None:
+    def restart(
+        self, node: LocalNode, model: ModelId, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()
+    ) -> None:
         """Start a node's process again, with the keys and the state it had."""
         self.nodes.remove(node)
-        self._start(node, model, NODE_COMMAND, settings)
+        self._start(node, model, command, settings)
 
     def client_key(self, name: str = "client") -> tuple[Key, Path]:
         """A new key with ether and tokens, and its keystore."""
@@ -136,9 +145,8 @@ class LocalNet:
             "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
             *settings,
         ]  # fmt: skip
-        node.process = Process(
-            node.name, arguments, node.folder / f"log.{int(time.time() * 1e3)}", {"OMP_NUM_THREADS": "1"}
-        )
+        log = node.folder / f"log.{len(list(node.folder.glob('log.*')))}"
+        node.process = self._nursery.start(node.name, arguments, log, _ENVIRONMENT)
         self.nodes.append(node)
         return node
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tallystick_protocol.errors import TallystickError
@@ -26,38 +26,37 @@ class ProcessFailed(TallystickError):
 class Process:
     """A running child. Its output goes to a log file; a line that matches `ready` says that it is up."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        pid: int,
+        log: Path,
+        status: Callable[[], int | None],
+        wait: Callable[[float], bool],
+    ) -> None:
+        """status(): the exit status, None while it runs. wait(timeout_s): did it end in time?"""
         self.name = name
+        self.pid = pid
         self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = log.open("wb")
-        self._popen = subprocess.Popen(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            stdout=self._handle,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid
+        self._status = status
+        self._wait = wait
+        self._asked = False
 
     @property
     def alive(self) -> bool:
-        return self._popen.poll() is None
+        return self._status() is None
 
     def wait_for(self, ready: str, timeout_s: float) -> str:
         """The first group of the first line that matches. Raises ProcessFailed with the log's last lines."""
         pattern = re.compile(ready)
         deadline = time.monotonic() + timeout_s
         while True:
+            alive = self.alive
             found = pattern.search(self.log.read_text("utf-8", "replace"))
             if found:
                 return found.group(1) if found.groups() else found.group()
-            if not self.alive:
-                raise ProcessFailed(f"{self.name} ended with status {self._popen.returncode}: {self.tail()}")
+            if not alive:
+                raise ProcessFailed(f"{self.name} ended with status {self._status()}: {self.tail()}")
             if time.monotonic() > deadline:
                 raise ProcessFailed(f"{self.name} was not ready within {timeout_s:g} s: {self.tail()}")
             time.sleep(0.02)
@@ -68,24 +67,41 @@ class Process:
     def kill(self) -> None:
         """SIGKILL, as a power cut would."""
         self._signal(signal.SIGKILL)
-        self._popen.wait()
+        self._wait(STOP_TIMEOUT_S)
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM, then SIGKILL. Does nothing when it has ended."""
         self.ask_to_stop()
-        try:
-            self._popen.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        if self.alive and not self._wait(timeout_s):
             self.kill()
-        self._handle.close()
 
     def ask_to_stop(self) -> None:
-        if self.alive:
+        """SIGTERM, once: a second one would tell a node to drop everything."""
+        if self.alive and not self._asked:
+            self._asked = True
             self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._popen.pid, number)
+            os.killpg(self.pid, number)
+
+
+def start(name: str, command: Sequence[str], log: Path) -> Process:
+    """Run a program in a session of its own."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        popen = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait(timeout_s: float) -> bool:
+        try:
+            popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    return Process(name, popen.pid, log, popen.poll, wait)
 
 
 def stop_all(processes: Sequence[Process]) -> None:

@@ -76,9 +76,15 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine) -> int:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn.error").setLevel("WARNING")
+    logging.getLogger("uvicorn.error").addFilter(_is_ours_to_read)
     node = Node(config, _open_keys(config, options.join), make_engine, options.join)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(node))
+
+
+def _is_ours_to_read(record: logging.LogRecord) -> bool:
+    """What any stranger can make uvicorn write, as often as it likes, is not worth a line."""
+    return not record.getMessage().startswith(("Invalid ", "Unsupported upgrade", "No supported WebSocket"))
 
 
 async def _serve(node: Node) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
@@ -25,6 +25,7 @@ from tallystick_protocol.errors import (
     BadSignature,
     ContextLengthExceeded,
     PaymentRequired,
+    SessionUnknown,
     TallystickError,
     Unauthorized,
     Unreachable,
@@ -33,7 +34,7 @@ from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_
 from tallystick_protocol.messages import SessionOpen
 from tallystick_protocol.peer import Channel, error_frame, sealed_field
 from tallystick_protocol.receipts import Receipt, pack_flags, unpack_flags
-from tallystick_protocol.signing import Domain, unseal
+from tallystick_protocol.signing import Domain, address_bytes, checksum_address, unseal
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
 from tallystick_protocol.vouchers import Voucher, charge
 
@@ -60,6 +61,7 @@ class Shop:
     escrow_domain: Domain
     lookups: Lookups
     clock: Callable[[], float]
+    waiting: dict[Address, set[asyncio.Event]] = field(default_factory=dict)  # sessions that wait for a voucher
 
 
 class Hop:
@@ -89,7 +91,9 @@ class Hop:
             manifest.numerics,
         )
         self._windows = Windows(terms, self._record)
-        self._inbox: asyncio.Queue[tuple[Channel, Frame]] = asyncio.Queue(INBOX_FRAMES)
+        self._inbox: asyncio.Queue[tuple[Channel, Frame, int]] = asyncio.Queue(INBOX_FRAMES)
+        self._commands: asyncio.Queue[Frame] = asyncio.Queue(INBOX_FRAMES)
+        self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
         self._paid = asyncio.Event()
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
@@ -98,6 +102,8 @@ class Hop:
         self._side: dict[SessionId, Link] = {}
         self._sealed: dict[int, bytes] = {}
         self._push: Channel | None = None
+        self._pushing: set[asyncio.Task[None]] = set()
+        self._ended = False
         self._crops = 0
         self._link_crops = 0
         self._crop_moved = asyncio.Condition()
@@ -117,18 +123,22 @@ class Hop:
         return cache + self._record.size_bytes
 
     async def run(self) -> None:
-        """Serve the session until its client is gone. Everything it started has ended when this returns."""
+        """Serve the session until its client is gone. Everything it started has ended when this returns.
+
+        Raises Unreachable when the client has left, BadFrame when it has sent what is no frame.
+        """
         tasks = [
             asyncio.create_task(self._read_control()),
             asyncio.create_task(self._work()),
+            asyncio.create_task(self._obey()),
             asyncio.create_task(self._sign_windows()),
         ]
         if self._next != ZERO_ADDRESS:
             tasks.append(asyncio.create_task(self._first_link()))
         try:
-            done, _ = await asyncio.wait(tasks[:3], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks[:4], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if (error := task.exception()) is not None and not isinstance(error, TallystickError):
+                if (error := task.exception()) is not None:
                     raise error
         finally:
             for task in tasks:
@@ -141,6 +151,19 @@ class Hop:
         self._push = channel
         self._link_crops = self._crops
         await channel.send(Frame(Kind.PUSH_OPENED, {"position": self.position}))
+        if self._ended:
+            raise SessionUnknown("the session has ended")
+        taking = asyncio.create_task(self._take_pushed(channel))
+        self._pushing.add(taking)
+        try:
+            await asyncio.wait([taking])
+        finally:
+            self._pushing.discard(taking)
+            taking.cancel()
+        if not taking.cancelled():
+            await taking
+
+    async def _take_pushed(self, channel: Channel) -> None:
         while self._push is channel:
             frame = await channel.receive()
             if frame.kind not in (Kind.STEP, Kind.RECEIPT, Kind.CROP):
@@ -152,22 +175,34 @@ class Hop:
                 continue
             if self._link_crops < self._crops:
                 continue  # sent before the previous hop had heard of the crop
-            await self._inbox.put((channel, frame))
+            await self._inbox.put((channel, frame, self._crops))
 
     # -- tasks
 
     async def _read_control(self) -> None:
+        """Vouchers are taken at once; rows and commands wait in lines of their own: a step that waits for a voucher
+        must not hold up the commands that lead to it."""
         while True:
             frame = await self._control.receive()
             if frame.kind is Kind.VOUCHER:
                 await self._report(self._take_voucher(sealed_field(frame, "voucher")))
+            elif frame.kind is Kind.STEP:
+                await self._inbox.put((self._control, frame, self._crops))
             else:
-                await self._inbox.put((self._control, frame))
+                await self._commands.put(frame)
 
     async def _work(self) -> None:
+        """Rows, and the receipts that go with them, in the order in which they came."""
+        while True:
+            channel, frame, crops = await self._inbox.get()
+            if crops != self._crops or (channel is not self._control and channel is not self._push):
+                continue  # from before a crop, or from a hop that was replaced
+            handler = self._on_step if frame.kind is Kind.STEP else self._on_receipt
+            await self._report(handler(channel, frame))
+
+    async def _obey(self) -> None:
+        """The client's commands, one after the other."""
         handlers = {
-            Kind.STEP: self._on_step,
-            Kind.RECEIPT: self._on_receipt,
             Kind.FLUSH: self._on_flush,
             Kind.CROP: self._on_crop,
             Kind.ROUTE: self._on_route,
@@ -175,15 +210,13 @@ class Hop:
             Kind.CLOSE: self._on_close,
         }
         while True:
-            channel, frame = await self._inbox.get()
-            if channel is not self._control and channel is not self._push:
-                continue  # a hop that was replaced
+            frame = await self._commands.get()
             handler = handlers.get(frame.kind)
             if handler is None:
                 await self._tell(BadFrame(f"{frame.kind.name} does not belong into a session"))
                 continue
             command = take(frame.body, "id", int, 0)
-            if await self._report(handler(channel, frame), command) and command:
+            if await self._report(handler(frame), command) and command:
                 await self._control.send(Frame(Kind.DONE, {"of": command}))
 
     async def _report(self, work: Awaitable[None], command: int = 0) -> bool:
@@ -215,7 +248,8 @@ class Hop:
             return
         known = self._record.new_rows(frame.position, rows)
         if known:
-            await self._deliver(Positions(frame.position, frame.position + known))
+            async with self._moving:
+                await self._deliver(Positions(frame.position, frame.position + known))
         if known < len(rows):
             await self._compute(rows[known:], want[known:])
 
@@ -223,8 +257,8 @@ class Hop:
         """A bidirectional span takes the whole sequence at once, however many frames it came in."""
         if len(self._record):
             raise BadPosition("this model is bidirectional: a session takes one step", expected=len(self._record))
+        self._check_length(len(self._held) + len(rows))
         self._held += rows
-        self._check_length(len(self._held))
         if not more:
             held, self._held = self._held, []
             await self._compute(held, [True] * len(held))
@@ -245,16 +279,26 @@ class Hop:
             )
 
     async def _compute(self, rows: list[bytes], want: list[bool]) -> None:
-        start = len(self._record)
+        start, crops = len(self._record), self._crops
         self._check_length(start + len(rows))
         shop, model = self._shop, self._shop.engine.model
         cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
-        await self._until_paid(cost)
-        result = await shop.engine.forward(self._rows.segment(self._cache, start, rows, want))
-        outputs = self._rows.outputs(result, want)
-        shop.till.charge(self.client, cost)
-        self._record.append(rows, outputs, want)
-        await self._deliver(Positions(start, len(self._record)))
+        if not await self._book(cost):
+            return  # cropped while it waited for a voucher
+        async with self._moving:
+            if crops != self._crops:
+                self._refund(cost)
+                return
+            try:
+                result = await shop.engine.forward(self._rows.segment(self._cache, start, rows, want))
+                outputs = self._rows.outputs(result, want)
+            except TallystickError:
+                self._refund(cost)
+                if self._cache is not None and self._cache.length > start:
+                    self._cache.crop(start)  # its rows were computed, but are not fit to be signed
+                raise
+            self._record.append(rows, outputs, want)
+            await self._deliver(Positions(start, len(self._record)))
         self._sign.set()
 
     async def _deliver(self, positions: Positions) -> None:
@@ -292,26 +336,57 @@ class Hop:
 
     # -- money
 
-    async def _until_paid(self, cost: Wei) -> None:
-        """Wait until a step of this cost is within credit. Raises PaymentRequired, InsufficientFunds."""
+    async def _book(self, cost: Wei) -> bool:
+        """Charge a step as soon as it is within credit; False when a crop has made it void.
+
+        It is charged before it is computed: a client's sessions side by side share one credit. Raises PaymentRequired,
+        InsufficientFunds.
+        """
+        till, crops = self._shop.till, self._crops
+        while True:
+            if not till.has_credit(self.client, cost):
+                await self._wait_for_voucher(cost, crops)
+            funds = await self._funds(Wei(till.account(self.client).owed + cost))
+            if crops != self._crops:
+                return False
+            if till.has_credit(self.client, cost):
+                break
+        till.check_funds(self.client, cost, funds)
+        till.charge(self.client, cost)
+        return True
+
+    async def _wait_for_voucher(self, cost: Wei, crops: int) -> None:
         till = self._shop.till
+        account = till.account(self.client)
+        due = PaymentRequired(
+            f"{account.unsigned} is owed and not yet signed for: send a voucher",
+            owed=str(account.owed),
+            signed=str(account.signed),
+        )
+        waiting = self._shop.waiting.setdefault(self.client, set())
+        waiting.add(self._paid)
         self._paid.clear()
-        if not till.has_credit(self.client, cost):
-            account = till.account(self.client)
-            due = PaymentRequired(
-                f"{account.unsigned} is owed and not yet signed for: send a voucher",
-                owed=str(account.owed),
-                signed=str(account.signed),
-            )
+        try:
             await self._tell(due)
-            try:
-                async with asyncio.timeout(PAYMENT_TIMEOUT_S):
-                    while not till.has_credit(self.client, cost):
-                        await self._paid.wait()
-                        self._paid.clear()
-            except TimeoutError:
-                raise due from None
-        till.check_funds(self.client, cost, await self._funds(Wei(till.account(self.client).owed + cost)))
+            async with asyncio.timeout(PAYMENT_TIMEOUT_S):
+                while not till.has_credit(self.client, cost) and crops == self._crops:
+                    await self._paid.wait()
+                    self._paid.clear()
+        except TimeoutError:
+            raise due from None
+        finally:
+            waiting.discard(self._paid)
+            if not waiting:
+                self._shop.waiting.pop(self.client, None)
+
+    def _refund(self, cost: Wei) -> None:
+        self._shop.till.charge(self.client, Wei(-cost))
+        self._wake_all()
+
+    def _wake_all(self) -> None:
+        """Every session of this client that waits: they share one ledger."""
+        for paid in self._shop.waiting.get(self.client, ()):
+            paid.set()
 
     async def _funds(self, at_least: Wei) -> Funds:
         """The client's channel, from memory if that will do."""
@@ -325,7 +400,7 @@ class Hop:
         funds = await self._funds(Wei(voucher.total))
         now = int(self._shop.clock())
         await asyncio.to_thread(self._shop.till.accept, sealed, self.client, funds, now)
-        self._paid.set()
+        self._wake_all()
 
     # -- receipts
 
@@ -339,6 +414,7 @@ class Hop:
             raise BadSignature("the receipt is not signed by the previous hop", hop=self.previous)
         if receipt.model != self._shop.model or receipt.end != self._shop.engine.model.span.start:
             raise BadSignature("the receipt is for another model or other layers", hop=self.previous)
+        self._check_length(receipt.last)
         self._windows.hear(receipt, 0 if self._one_shot else window_of(receipt.first))
         self._sign.set()
 
@@ -361,38 +437,38 @@ class Hop:
             if self._link is not None:
                 await self._link.send(Frame(Kind.RECEIPT, {"receipt": sealed}))
 
-    async def _on_flush(self, channel: Channel, _: Frame) -> None:
-        self._require_client(channel)
-        self._windows.flush()
+    async def _on_flush(self, frame: Frame) -> None:
+        self._windows.flush(frame.position)
         self._sign.set()
 
     # -- the client's other commands
 
-    async def _on_crop(self, channel: Channel, frame: Frame) -> None:
+    async def _on_crop(self, frame: Frame) -> None:
         """Forget positions from frame.position on; whoever gets rows from here hears of it in the order of the rows.
 
         A hop that has fewer rows forgets none; it still waits for the hop before to say that it has heard.
         """
-        self._require_client(channel)
-        length = min(frame.position, len(self._record))
-        async with self._signing:
-            self._record.crop(length)
-            self._windows.crop()
-            if self._cache is not None:
-                self._cache.crop(length)
-            self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
-        for link in [link for link in (self._link, *self._side.values()) if link is not None]:
-            try:
-                await link.send(Frame(Kind.CROP, position=frame.position))
-            except Unreachable:
-                self._forget_link(link)
-        async with self._crop_moved:
-            self._crops += 1
-            self._crop_moved.notify_all()
+        async with self._moving:
+            async with self._signing:
+                length = min(frame.position, len(self._record))
+                self._record.crop(length)
+                self._windows.crop()
+                if self._cache is not None:
+                    self._cache.crop(length)
+                self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
+                self._held = []
+            for link in [link for link in (self._link, *self._side.values()) if link is not None]:
+                try:
+                    await link.send(Frame(Kind.CROP, position=frame.position))
+                except Unreachable:
+                    self._forget_link(link)
+            async with self._crop_moved:
+                self._crops += 1
+                self._crop_moved.notify_all()
+        self._paid.set()  # a step that waited for a voucher is void now
 
-    async def _on_route(self, channel: Channel, frame: Frame) -> None:
+    async def _on_route(self, frame: Frame) -> None:
         """Another node takes the place of a neighbour: the one that pushes to us, or the one that we push to."""
-        self._require_client(channel)
         if "previous" in frame.body:
             self._push = None
             async with self._signing:
@@ -401,10 +477,12 @@ class Hop:
             self._next = _address(frame, "next")
             await self._connect_next()
 
-    async def _on_replay(self, channel: Channel, frame: Frame) -> None:
+    async def _on_replay(self, frame: Frame) -> None:
         """Send kept outputs [first, last) to a node where the client has opened a session of its own."""
-        self._require_client(channel)
-        positions = Positions(take(frame.body, "first", int), take(frame.body, "last", int))
+        first, last = take(frame.body, "first", int), take(frame.body, "last", int)
+        if not 0 <= first < last:
+            raise BadFrame(f"there are no positions [{first}, {last})")
+        positions = Positions(first, last)
         session = SessionId(take(frame.body, "session", bytes))
         self._record.outputs(positions)
         link = self._side.get(session)
@@ -417,16 +495,11 @@ class Hop:
             if index in self._sealed and positions.first < at.last and at.first < positions.last:
                 await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
 
-    async def _on_close(self, channel: Channel, _: Frame) -> None:
+    async def _on_close(self, _: Frame) -> None:
         """Sign what is left. When this is done, every voucher sent before it has been taken."""
-        self._require_client(channel)
-        self._windows.flush()
+        self._windows.flush(len(self._record))
         async with self._signing:
             await self._sign_due()
-
-    def _require_client(self, channel: Channel) -> None:
-        if channel is not self._control:
-            raise Unauthorized("only the client's own connection may say that")
 
     # -- the next hop
 
@@ -438,7 +511,7 @@ class Hop:
         if self._next == ZERO_ADDRESS:
             return
         link = await self._shop.dialler.dial(self._next, self.id, self._open.attempt)
-        async with self._signing:
+        async with self._moving, self._signing:
             self._link = link
             if link.position < len(self._record):
                 await self._send_rows(link, Positions(link.position, len(self._record)))
@@ -459,7 +532,10 @@ class Hop:
             except (TimeoutError, Unreachable):
                 log.debug("a push connection did not close in time")
         self._push = None
+        self._ended = True
+        for taking in self._pushing:
+            taking.cancel()
 
 
 def _address(frame: Frame, key: str) -> Address:
-    return Address(take(frame.body, key, str))
+    return checksum_address(address_bytes(Address(take(frame.body, key, str))))

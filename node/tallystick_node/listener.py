@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 Role = Literal["direct"]
 HEAD_TIMEOUT_S = 10.0
+ACCEPT_PAUSE_S = 0.2
 MAX_CONNECTIONS = 1024
 
 
@@ -74,7 +75,7 @@ class Listener:
         self._state = ServerState()
 
     async def attach(self, sock: socket.socket, role: Role = "direct") -> None:
-        """Serve a connected socket. A peer that sends no request within HEAD_TIMEOUT_S is dropped."""
+        """Serve a connected socket. A peer that completes no request for HEAD_TIMEOUT_S is dropped."""
         loop = asyncio.get_running_loop()
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -83,7 +84,7 @@ class Listener:
         def protocol() -> asyncio.Protocol:
             protocol_class: Any = self._config.http_protocol_class
             made: Any = protocol_class(config=self._config, server_state=self._state, app_state={})
-            loop.call_later(HEAD_TIMEOUT_S, _drop_silent, made)
+            loop.call_later(HEAD_TIMEOUT_S, _drop_silent, made, None)
             return made  # type: ignore[no-any-return]
 
         await loop.connect_accepted_socket(protocol, sock)
@@ -92,11 +93,19 @@ class Listener:
         """Accept until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(listening)
+            try:
+                sock, _ = await loop.sock_accept(listening)
+            except OSError as error:  # no file descriptor left, or the peer has gone already
+                log.warning("a connection could not be accepted (%s)", error.strerror)
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             if len(self._state.connections) >= MAX_CONNECTIONS:
                 sock.close()
                 continue
-            await self.attach(sock)
+            try:
+                await self.attach(sock)
+            except OSError:
+                sock.close()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ask every connection to end, and wait a while for it."""
@@ -107,12 +116,18 @@ class Listener:
             await asyncio.sleep(0.05)
 
 
-def _drop_silent(protocol: Any) -> None:
-    """Close a connection that has not completed a request head in time (slow loris)."""
-    transport = getattr(protocol, "transport", None)
-    begun = getattr(protocol, "cycle", None) is not None
-    if transport is not None and not transport.is_closing() and not begun and protocol in _open(protocol):
+def _drop_silent(protocol: Any, before: Any) -> None:
+    """Close a connection that has not begun another request since `before`, nor is waiting for an answer.
+
+    Slow heads, slow bodies and connections kept alive for nothing (slow loris) are all of this kind.
+    """
+    transport, cycle = protocol.transport, protocol.cycle
+    if transport is None or transport.is_closing() or protocol not in _open(protocol):
+        return
+    if cycle is before and (cycle is None or cycle.response_complete):
         transport.close()
+    else:
+        protocol.loop.call_later(HEAD_TIMEOUT_S, _drop_silent, protocol, cycle)
 
 
 def _open(protocol: Any) -> Any:

@@ -21,6 +21,7 @@ from tallystick_protocol.peer import error_frame
 log = logging.getLogger(__name__)
 
 FIRST_FRAME_TIMEOUT_S = 10.0
+SEND_TIMEOUT_S = 20.0
 AnswerBlock = Callable[[BlockRequest], Reply]
 
 
@@ -32,9 +33,10 @@ class ServerChannel:
 
     async def send(self, frame: Frame) -> None:
         try:
-            await self._socket.send_bytes(frame.encode())
-        except (RuntimeError, WebSocketDisconnect, ConnectionError):
-            raise Unreachable("the peer closed the connection") from None
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._socket.send_bytes(frame.encode())
+        except (RuntimeError, WebSocketDisconnect, ConnectionError, TimeoutError):
+            raise Unreachable("the peer closed the connection, or reads nothing") from None
 
     async def receive(self) -> Frame:
         try:

@@ -53,9 +53,9 @@ class Windows:
         self.terms = replace(self.terms, previous=previous)
         self._upstream = {}
 
-    def flush(self) -> None:
-        """Sign what is there, complete or not."""
-        self._flush_to = len(self._record)
+    def flush(self, length: int) -> None:
+        """Sign everything up to `length` positions, complete or not, as soon as exactly so many are there."""
+        self._flush_to = length
 
     def crop(self) -> None:
         """Drop receipts of rows that the record no longer has; heard ones may come again with another revision."""

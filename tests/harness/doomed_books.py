@@ -1,4 +1,4 @@
-"""Processes that sign receipts and take vouchers until they kill themselves with SIGKILL before their n-th SQL statement.
+"""Processes that sign receipts and take vouchers until they SIGKILL themselves before their n-th SQL statement.
 
 argv: folder. For each n read from stdin a process is forked; when it is dead, "dead STATUS" is printed. It prints
 "receipt REVISION DIGEST-HEX" or "voucher TOTAL" after each call has returned, which is when the outside world may have
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from harness import samples
-
 from tallystick_node.journal import Equivocation, Journal
 from tallystick_node.till import Funds, Till
 from tallystick_protocol.signing import keccak, seal
@@ -49,7 +48,7 @@ def main(folder: Path, fatal: int) -> None:
     connect = sqlite3.connect
 
     def traced(*arguments: Any, **options: Any) -> sqlite3.Connection:
-        connection = connect(*arguments, **options)
+        connection: sqlite3.Connection = connect(*arguments, **options)
         connection.set_trace_callback(count)
         return connection
 

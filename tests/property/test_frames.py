@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import msgpack
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tallystick_protocol.errors import BadFrame, from_wire
@@ -67,7 +67,8 @@ def frames(draw: st.DrawFn) -> Frame:
     size = shape[0] * shape[1] * shape[2] * VALUE_BYTES[dtype]
     body = draw(st.dictionaries(st.text(max_size=8), st.one_of(SCALARS, st.lists(SCALARS, max_size=4)), max_size=5))
     position = draw(st.integers(0, MAX_POSITION))
-    return Frame(draw(st.sampled_from(Kind)), body, position, dtype, shape, draw(st.binary(min_size=size, max_size=size)))
+    tensor = draw(st.binary(min_size=size, max_size=size))
+    return Frame(draw(st.sampled_from(Kind)), body, position, dtype, shape, tensor)
 
 
 def check(data: bytes) -> None:
@@ -85,19 +86,19 @@ def check(data: bytes) -> None:
     assert str(error).isprintable()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(header_shaped())
 def test_header_shaped_bytes_decode_or_are_a_bad_frame(data: bytes) -> None:
     check(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.binary(max_size=200))
 def test_random_bytes_decode_or_are_a_bad_frame(data: bytes) -> None:
     check(b"TALY\x01" + data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(frames())
 def test_frames_come_back_as_they_were(frame: Frame) -> None:
     data = frame.encode()
@@ -112,7 +113,7 @@ def test_frames_come_back_as_they_were(frame: Frame) -> None:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(frames(), st.data())
 def test_a_mutated_frame_decodes_or_is_a_bad_frame(frame: Frame, data: Any) -> None:
     valid = bytearray(frame.encode())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness import samples
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from harness import samples
 from tallystick_node.record import Record
 from tallystick_node.windows import Terms, Windows
 from tallystick_protocol.errors import BadPosition, LinkMismatch
@@ -112,7 +112,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        self.windows.flush()
+        self.windows.flush(len(self.record))
         self.flushed = True
 
     @rule(where=st.floats(0, 1))
@@ -131,9 +131,12 @@ class Machine(RuleBasedStateMachine):
         self.flushed = False
 
     @precondition(lambda self: self.upstream != ZERO_ADDRESS)
-    @rule(index=st.integers(0, 5), short=st.integers(0, 3), lies=st.sampled_from([False, False, False, True]),
-          revision=st.integers(0, 3), attempt=st.integers(0, 1))  # fmt: skip
-    def hear(self, index: int, short: int, lies: bool, revision: int, attempt: int) -> None:
+    @rule(ahead=st.sampled_from([0, 0, 0, 1, 2]), short=st.sampled_from([0, 0, 0, 1, 3]), lies=st.booleans(),
+          revision=st.sampled_from([0, 1, 1, 2]), attempt=st.integers(0, 1))  # fmt: skip
+    def hear(self, ahead: int, short: int, lies: bool, revision: int, attempt: int) -> None:
+        """The previous hop's receipt for the window that comes next, or for a later one."""
+        full = self.standing and self.standing[-1].positions == self.window(len(self.standing) - 1)
+        index = len(self.standing) - (not full and bool(self.standing)) + ahead
         at = self.window(0 if self.one_shot else index)
         if len(at) <= short:
             return
@@ -143,6 +146,7 @@ class Machine(RuleBasedStateMachine):
             node=self.upstream, first=at.first, last=at.last, output=output, revision=revision, attempt=attempt
         )
         index = 0 if self.one_shot else index
+        event(f"heard {'a lie' if lies else 'the truth'}")
         self.windows.hear(receipt, index)
         before = self.heard.get(index)
         if before is None or (attempt, revision) >= (before.attempt, before.revision):
@@ -167,6 +171,7 @@ class Machine(RuleBasedStateMachine):
                 with pytest.raises(LinkMismatch) as raised:
                     self.windows.next_unsigned(5)
                 assert raised.value.fields["hop"] == self.upstream
+                event("link mismatch")
                 return
             receipt = self.windows.next_unsigned(5)
             assert receipt is not None

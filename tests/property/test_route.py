@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from harness import samples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from harness import samples
 from tallystick.route import HOP_COST, Candidate, Weights, plan
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Digest

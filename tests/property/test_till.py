@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from harness import samples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from harness import samples
 from tallystick_node.till import Funds, Till
 from tallystick_protocol.errors import BadVoucher, InsufficientFunds
 from tallystick_protocol.signing import seal
@@ -21,7 +21,7 @@ NODE = samples.address("node")
 CLIENTS = [samples.key("client a"), samples.key("client b")]
 CREDIT, POOL = 100, 40
 WHICH = st.integers(0, 1)
-AMOUNT = st.one_of(st.integers(0, 10), st.integers(0, 150))
+AMOUNT = st.one_of(st.integers(0, 10), st.integers(20, 60), st.integers(0, 150))
 
 
 class Machine(RuleBasedStateMachine):
@@ -31,7 +31,7 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.owed, self.signed = [0, 0], [0, 0]
-        self.confirmed, self.latest, self.exposed = [0, 0], [0, 0], [0, 0]
+        self.confirmed, self.latest, self.exposed = [20, 0], [300, 500], [0, 0]
         self.open()
 
     def open(self) -> None:
@@ -47,7 +47,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(who=WHICH)
     def confirm(self, who: int) -> None:
-        self.confirmed[who] = self.latest[who]
+        self.confirmed[who] += (self.latest[who] - self.confirmed[who]) // 4
 
     @rule(who=WHICH, cost=AMOUNT)
     def step(self, who: int, cost: int) -> None:
@@ -67,7 +67,7 @@ class Machine(RuleBasedStateMachine):
         self.exposed[who] = exposed
         self.owed[who] = needed
 
-    @rule(who=WHICH, total=st.one_of(st.integers(-5, 5), st.integers(-200, 200)))
+    @rule(who=WHICH, total=st.one_of(st.integers(-3, 3), st.integers(1, 60), st.integers(-400, 400)))
     def pay(self, who: int, total: int) -> None:
         """total: relative to what was signed before."""
         total = max(self.signed[who] + total, 0)
@@ -111,4 +111,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestTill = Machine.TestCase
-TestTill.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestTill.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)

@@ -90,7 +90,9 @@ def test_every_other_spelling_is_refused(data: bytes) -> None:
         canonical_json.decode(data)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1: 2}, {None: 1}, {"a": {b"k": 1}}, b"bytes", {1, 2}, 1j])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), {1: 2}, {None: 1}, {"a": {b"k": 1}}, b"bytes", {1, 2}, 1j], ids=repr
+)
 def test_what_has_no_canonical_form_is_not_encoded(value: Any) -> None:
     with pytest.raises(ValueError):
         canonical_json.encode(value)

@@ -65,7 +65,9 @@ def test_an_unknown_key_is_refused_with_its_file_and_line(tmp_path: Path, text: 
     assert f"{path}:{where} is no setting" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["TALLYSTICK_NODE_PRT", "tallystick_node_prt", "TALLYSTICK_NODE_", "TALLYSTICK_NODE_PORT_"])
+@pytest.mark.parametrize(
+    "name", ["TALLYSTICK_NODE_PRT", "tallystick_node_prt", "TALLYSTICK_NODE_", "TALLYSTICK_NODE_PORT_"]
+)
 def test_an_unknown_variable_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=f"sets {name},"):
@@ -140,7 +142,8 @@ def test_a_span_is_start_colon_end(text: str, span: Span) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":", "0:", ":3", "3", "3:0", "3:3", "-1:3", "0-3", "0:3:5", " 0:3", "0:3\n", "²:³", "٠:٣", "a:b", "0x0:0x3"]
+    "text",
+    ["", ":", "0:", ":3", "3", "3:0", "3:3", "-1:3", "0-3", "0:3:5", " 0:3", "0:3\n", "²:³", "٠:٣", "a:b", "0x0:0x3"],
 )
 def test_everything_else_is_no_span_and_the_error_shows_one(text: str) -> None:
     with pytest.raises(ConfigError, match="for example 0:3"):

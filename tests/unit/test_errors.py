@@ -9,7 +9,14 @@ import pytest
 
 import tallystick_node.journal  # noqa: F401 - defines an error of its own
 from tallystick_protocol import errors
-from tallystick_protocol.errors import BlockMissing, Overloaded, PaymentRequired, TallystickError, error_codes, from_wire
+from tallystick_protocol.errors import (
+    BlockMissing,
+    Overloaded,
+    PaymentRequired,
+    TallystickError,
+    error_codes,
+    from_wire,
+)
 from tallystick_protocol.frames import Frame
 from tallystick_protocol.peer import error_frame
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import doomed_books, samples
 
+from harness import doomed_books, samples
 from tallystick_node.database import Database
 from tallystick_node.journal import Equivocation, Journal
 from tallystick_protocol.errors import ConfigError
@@ -62,7 +62,9 @@ def test_a_claim_that_differs_in_any_field_is_refused(journal: Journal, changes:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"revision": 1}, {"attempt": 1}, {"first": 32, "last": 64}, {"session": samples.digest("other")}], ids=str
+    "changes",
+    [{"revision": 1}, {"attempt": 1}, {"first": 32, "last": 64}, {"session": samples.digest("other")}],
+    ids=str,
 )
 def test_another_key_is_signed(journal: Journal, changes: dict[str, object]) -> None:
     journal.sign(samples.receipt())
@@ -179,7 +181,7 @@ def test_every_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     assert database.read("PRAGMA journal_mode") == [("wal",)]
 
 
-# The statements of an opening are 1 to 12 or so, those of one round about 15: every boundary of both is hit at least once.
+# An opening takes some ten statements and a round about as many: the boundaries of both are hit.
 FATAL_STATEMENTS = [*range(3, 43, 2)]
 
 
@@ -198,7 +200,7 @@ def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
         def run(fatal: int) -> tuple[list[str], int]:
             writer.write(f"{fatal}\n")
             writer.flush()
-            lines = []
+            lines: list[str] = []
             for line in reader:
                 if line.startswith("dead "):
                     return lines, int(line.split()[1])

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from eth_account import Account
-from harness import samples
 
+from harness import samples
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.keystore import create_keystore, keystore_address, open_keystore, read_password
 

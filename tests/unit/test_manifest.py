@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import samples
 
+from harness import samples
 from tallystick_protocol import canonical_json
 from tallystick_protocol.content.cid import Cid, Codec
 from tallystick_protocol.errors import ManifestError
@@ -28,7 +28,7 @@ LINK = {"/": str(Cid.of_raw(b"x"))}
 
 def changed(path: str, value: Any) -> bytes:
     """The valid manifest with the value at "a.0.b" replaced or deleted."""
-    tree = copy.deepcopy(VALID)
+    tree: Any = copy.deepcopy(VALID)
     *parents, last = [int(step) if step.isdigit() else step for step in path.split("/")]
     inner = tree
     for step in parents:
@@ -92,7 +92,7 @@ def test_every_piece_its_place_and_its_length_count_for_the_weights() -> None:
 
 def test_the_model_id_is_the_keccak_of_three_words() -> None:
     words = SAMPLE.digest + SAMPLE.weights + (2).to_bytes(32, "big")
-    assert SAMPLE.model_id == keccak(words)
+    assert bytes(SAMPLE.model_id) == keccak(words)
 
 
 def names(pieces: tuple[Piece, ...]) -> list[str]:
@@ -112,8 +112,12 @@ def test_a_span_beyond_the_model_is_refused_with_the_layers_there_are() -> None:
         SAMPLE.span_pieces(Span(1, 3))
 
 
+def each(path: str, values: list[Any]) -> list[tuple[str, Any]]:
+    return [(path, value) for value in values]
+
+
 HOSTILE: list[tuple[str, Any]] = [
-    *[("format", value) for value in ("tallystick/2", None, [], {}, 1, DELETE)],
+    *each("format", ["tallystick/2", None, [], {}, 1, DELETE]),
     *[
         (name, value)
         for name in ("layers", "width", "vocab", "max_length")
@@ -127,16 +131,16 @@ HOSTILE: list[tuple[str, Any]] = [
         for value in ("", "a" * 201, "a\nb", "\x1b[2J", "a\0", "\u202e", 5, None, ["a"], {"a": 1}, True, DELETE)
     ],
     *[(name, value) for name in ("config", "generation", "tied") for value in (None, [], [["a", "b"]], "x", 5, DELETE)],
-    *[("output", value) for value in ("tokens", None, [], {}, True, DELETE)],
-    *[("numerics", value) for value in ("bf16w", "FP32", None, [], {}, DELETE)],
-    *[("causal", value) for value in (0, 1, 1.0, "true", None, [], DELETE)],
-    *[("pieces", value) for value in ([], None, {}, "abc", 5, [None], [[]], [{}], DELETE)],
-    *[("pieces/1/kind", value) for value in ("embed", "head", "shared", "shard", "", None, [], {}, 1, True, DELETE)],
-    *[("pieces/1/index", value) for value in (1, -1, True, False, 0.0, "0", None, [], {}, DELETE)],
-    *[("pieces/0/index", value) for value in (1, False, 0.0, None, DELETE)],
-    *[
-        ("pieces/1/cid", value)
-        for value in (
+    *each("output", ["tokens", None, [], {}, True, DELETE]),
+    *each("numerics", ["bf16w", "FP32", None, [], {}, DELETE]),
+    *each("causal", [0, 1, 1.0, "true", None, [], DELETE]),
+    *each("pieces", [[], None, {}, "abc", 5, [None], [[]], [{}], DELETE]),
+    *each("pieces/1/kind", ["embed", "head", "shared", "shard", "", None, [], {}, 1, True, DELETE]),
+    *each("pieces/1/index", [1, -1, True, False, 0.0, "0", None, [], {}, DELETE]),
+    *each("pieces/0/index", [1, False, 0.0, None, DELETE]),
+    *each(
+        "pieces/1/cid",
+        [
             None,
             "bafk",
             LINK["/"],
@@ -150,16 +154,16 @@ HOSTILE: list[tuple[str, Any]] = [
             {**LINK, "x": 1},
             {"/": str(Cid.of_raw(b"x")).upper()},
             DELETE,
-        )
-    ],
-    *[("pieces/1/bytes", value) for value in (0, -1, True, 47, 200.0, "200", None, (1 << 40) + 1, 10**300, DELETE)],
-    *[("pieces/1/tensors", value) for value in (None, [], "x", {"l0": None}, {"l0": []}, {"l0": {}}, DELETE)],
+        ],
+    ),
+    *each("pieces/1/bytes", [0, -1, True, 47, 200.0, "200", None, (1 << 40) + 1, 10**300, DELETE]),
+    *each("pieces/1/tensors", [None, [], "x", {"l0": None}, {"l0": []}, {"l0": {}}, DELETE]),
     ("pieces/1/tensors", {"tokens": {"dtype": "F32", "shape": [1]}}),
     ("pieces/1/tensors", {f"t{i}": {"dtype": "U8", "shape": [0]} for i in range(4097)}),
-    *[("pieces/1/tensors/l0/dtype", value) for value in ("F64", "f32", "O", None, [], {}, True, DELETE)],
-    *[
-        ("pieces/1/tensors/l0/shape", value)
-        for value in (
+    *each("pieces/1/tensors/l0/dtype", ["F64", "f32", "O", None, [], {}, True, DELETE]),
+    *each(
+        "pieces/1/tensors/l0/shape",
+        [
             None,
             5,
             "12",
@@ -177,26 +181,23 @@ HOSTILE: list[tuple[str, Any]] = [
             [1 << 32] * 8,
             [51],
             DELETE,
-        )
-    ],
+        ],
+    ),
     ("pieces/1/tensors/l0/stride", [1]),
     ("pieces/1/extra", 1),
-    *[("tied/head", value) for value in ("l0", "nothing", "", None, 5, [], {}, ["tokens"])],
-    *[("tokenizer", value) for value in (None, [], "x", 5, {"a": None}, {"a": []}, {"a": {}}, DELETE)],
+    *each("tied/head", ["l0", "nothing", "", None, 5, [], {}, ["tokens"]]),
+    *each("tokenizer", [None, [], "x", 5, {"a": None}, {"a": []}, {"a": {}}, DELETE]),
     *[
         ("tokenizer", {name: {"cid": LINK, "bytes": 5}})
         for name in ("", "..", "../x", "a/b", "a\\b", "/etc/passwd", " a", "a ", "a\0", "a\nb", "\x1b[2J", "a" * 101)
     ],
-    *[("tokenizer/tokenizer.json/bytes", value) for value in (0, -1, True, "100", 1.5, None, (1 << 28) + 1, DELETE)],
+    *each("tokenizer/tokenizer.json/bytes", [0, -1, True, "100", 1.5, None, (1 << 28) + 1, DELETE]),
     ("tokenizer/tokenizer.json/cid", {"/": 5}),
     ("tokenizer/tokenizer.json/mode", 1),
-    *[
-        ("generation/eos", value)
-        for value in (1, "1", None, {}, [4], [-1], [True], [1.0], ["1"], [[1]], [None], [1 << 70], [0] * 65)
-    ],
-    *[
-        ("pooling", value)
-        for value in (
+    *each("generation/eos", [1, "1", None, {}, [4], [-1], [True], [1.0], ["1"], [[1]], [None], [1 << 70], [0] * 65]),
+    *each(
+        "pooling",
+        [
             [],
             {},
             "mean",
@@ -210,11 +211,11 @@ HOSTILE: list[tuple[str, Any]] = [
             {"mode": "mean", "normalize": None},
             {"mode": "mean", "normalize": True, "x": 1},
             DELETE,
-        )
-    ],
-    *[
-        ("norms", value)
-        for value in (
+        ],
+    ),
+    *each(
+        "norms",
+        [
             None,
             [],
             {},
@@ -234,18 +235,15 @@ HOSTILE: list[tuple[str, Any]] = [
             [[0.0, 1.0], [0.0, 1.0], [None, []]],
             [[0.0, 1.0], [0.0, 1.0], "01"],
             DELETE,
-        )
-    ],
-    *[("canary", value) for value in (None, [], {}, 5, {"ids": [0], "rows": [LINK] * 3}, DELETE)],
-    *[
-        ("canary/ids", value)
-        for value in (None, [], {}, "12", 5, [4], [-1], [True], [1.0], ["1"], [[0]], [1 << 70], [0] * 1025)
-    ],
-    *[("canary/rows", value) for value in (None, [], {}, "abc", [LINK] * 2, [LINK] * 4, [LINK, LINK, "x"], [LINK, LINK, {}])],
-    *[("canary/output", value) for value in (None, [], {}, "x", {"/": None})],
+        ],
+    ),
+    *each("canary", [None, [], {}, 5, {"ids": [0], "rows": [LINK] * 3}, DELETE]),
+    *each("canary/ids", [None, [], {}, "12", 5, [4], [-1], [True], [1.0], ["1"], [[0]], [1 << 70], [0] * 1025]),
+    *each("canary/rows", [None, [], {}, "abc", [LINK] * 2, [LINK] * 4, [LINK, LINK, "x"], [LINK, LINK, {}]]),
+    *each("canary/output", [None, [], {}, "x", {"/": None}]),
     ("canary/extra", 1),
     ("extra", 1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +262,8 @@ def test_what_is_no_manifest_at_all_is_a_manifest_error(block: bytes) -> None:
 
 
 def test_a_spelling_that_is_not_canonical_is_refused_even_where_the_value_is_good() -> None:
-    for block in (json.dumps(VALID).encode(), SAMPLE.to_bytes() + b"\n", SAMPLE.to_bytes().replace(b"small", b"\\u0073mall")):
+    valid = SAMPLE.to_bytes()
+    for block in (json.dumps(VALID).encode(), valid + b"\n", valid.replace(b"small", b"\\u0073mall")):
         with pytest.raises(ManifestError, match="canonical"):
             Manifest.from_bytes(block)
 

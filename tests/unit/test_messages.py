@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from harness import samples
 
+from harness import samples
 from tallystick_protocol.errors import BadMessage
 from tallystick_protocol.messages import (
     Endpoint,

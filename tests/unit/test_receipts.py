@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from harness import samples
 
+from harness import samples
 from tallystick_protocol.errors import BadMessage
 from tallystick_protocol.receipts import Context, Receipt, leaf, merkle_root, pack_flags, unpack_flags
 from tallystick_protocol.signing import from_words, to_words
@@ -80,7 +80,8 @@ def test_flags_come_back_as_they_were(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("packed", "count"), [(b"", 1), (b"\0", 0), (b"\0\0", 8), (b"\x02", 1), (b"\x80", 7), (b"\xff", 9), (b"\xff\x02", 9)]
+    ("packed", "count"),
+    [(b"", 1), (b"\0", 0), (b"\0\0", 8), (b"\x02", 1), (b"\x80", 7), (b"\xff", 9), (b"\xff\x02", 9)],
 )
 def test_a_bitmap_of_another_length_or_with_bits_in_its_padding_is_refused(packed: bytes, count: int) -> None:
     with pytest.raises(ValueError, match="bitmap"):

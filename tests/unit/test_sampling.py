@@ -54,6 +54,10 @@ def test_top_p_keeps_the_token_that_reaches_p_and_none_after_it() -> None:
     assert sizes == {0.49: 1, 0.51: 2, 0.74: 2, 0.76: 3, 0.99: 4}
 
 
+def test_top_p_that_is_reached_exactly_is_enough() -> None:
+    assert len(distribution(np.zeros(4, dtype=np.float32), Sampling(1.0, 0, 0.5))) == 2
+
+
 def test_draws_follow_the_distribution() -> None:
     sampling = Sampling(temperature=1.0, seed=1)
     draws = np.array([IDS.index(pick(ROW, sampling, position)) for position in range(6000)])

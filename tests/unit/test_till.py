@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import samples
 
+from harness import samples
 from tallystick_node.till import Funds, Till
 from tallystick_protocol.errors import BadMessage, BadSignature, BadVoucher, InsufficientFunds
 from tallystick_protocol.signing import Key, seal
@@ -223,6 +225,22 @@ def test_settling_never_takes_a_voucher_back(tmp_path: Path) -> None:
     stale.close()
     assert till.redeemable() == [(CLIENT.address, 10, voucher(10))]
     till.close()
+
+
+def test_rows_charged_while_a_voucher_is_written_are_kept(till: Till, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = till._db.transaction
+
+    @contextmanager
+    def slow() -> Iterator[sqlite3.Connection]:
+        with write() as db:
+            yield db
+            till.charge(CLIENT.address, Wei(5))  # the event loop goes on while a thread waits for the disk
+
+    monkeypatch.setattr(till._db, "transaction", slow)
+    accept(till, 10)
+    assert (till.account(CLIENT.address).owed, till.account(CLIENT.address).signed) == (5, 10)
+    till.settle(CLIENT.address, 0)
+    assert (till.account(CLIENT.address).owed, till.account(CLIENT.address).signed) == (10, 10)
 
 
 def test_charges_settlements_and_vouchers_from_many_threads_lose_nothing(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness import samples
 
+from harness import samples
 from tallystick_node.record import Record
 from tallystick_node.windows import Terms, Windows
 from tallystick_protocol.errors import LinkMismatch
@@ -46,12 +46,12 @@ def test_a_window_is_signed_when_it_is_complete() -> None:
 def test_a_flush_signs_what_is_there_and_growth_signs_it_again_with_a_higher_revision() -> None:
     record, windows = hop()
     compute(record, 5)
-    windows.flush()
+    windows.flush(len(record))
     assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 5, 0)]
     assert sign(windows) == []
     compute(record, 30)
     assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 32, 1)]
-    windows.flush()
+    windows.flush(len(record))
     assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(32, 35, 1)]
 
 
@@ -118,7 +118,7 @@ def test_what_the_replaced_hop_signed_for_unsigned_windows_no_longer_counts() ->
 def test_rows_that_come_between_asking_and_signing_are_signed_for_next() -> None:
     record, windows = hop()
     compute(record, 5)
-    windows.flush()
+    windows.flush(len(record))
     receipt = windows.next_unsigned(0)
     assert receipt is not None
     compute(record, 27)  # while the journal writes

@@ -99,7 +99,7 @@ class Chain:
             ) from None
         except Web3Exception as error:
             raise ChainError(f"{what}: {explain(error)}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise ChainError(f"{what}: the RPC at {self.rpc_url} answered nonsense ({error})") from None
 
     def check(self) -> None:
