@@ -21,7 +21,7 @@ import tallystick_devnet.cli
 import tallystick_node.cli
 from harness import samples
 from tallystick.verdict import Verdict
-from tallystick_devnet.processes import Process
+from tallystick_devnet.processes import Process, start
 from tallystick_node.config import ENV_PREFIX, NodeConfig
 from tallystick_node.server import _metrics, create_app
 from tallystick_protocol import errors
@@ -228,7 +228,7 @@ class Terminal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._state = folder / "environment"
-        self._state.write_text("")
+        self._state.write_text(f"export PATH='{_environment()['PATH']}'\n")
         for name in ("scripts", "models", "node_modules"):
             (folder / name).symlink_to(ROOT / name)
 
@@ -247,8 +247,8 @@ class Terminal:
 
     def start(self, line: str) -> Process:
         """A command that serves until it is stopped."""
-        command = ["bash", "-c", f"cd '{self.folder}' && . '{self._state}' && exec {line}"]
-        return Process(line.split()[0], command, self.folder / "served.log", _environment())
+        shell = f"cd '{self.folder}' && . '{self._state}' && exec {line}"
+        return start(line.split()[0], ["bash", "-c", shell], self.folder / f"{line.split()[0]}.log")
 
 
 def _environment() -> dict[str, str]:
@@ -276,7 +276,7 @@ def test_the_readmes_other_commands_work_on_a_devnet(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
     rest = [block for block in blocks() if block.lines not in (["scripts/demo"], ["scripts/test"])]
     assert rest.pop(0).lines == ["scripts/devnet"]
-    devnet = terminal.start(f"{sys.executable} -m tallystick_devnet.cli up --folder .devnet --rpc-port 0")
+    devnet = terminal.start("tallystick-devnet up --folder .devnet --rpc-port 0")
     ran = 0
     try:
         devnet.wait_for("the network is up", DEVNET_TIMEOUT_S)

@@ -38,6 +38,8 @@ class Purse:
         self._totals: dict[Address, Wei] = {}
         self._in_use: Counter[Address] = Counter()
         self._held: Counter[Address] = Counter()
+        self._expected: dict[Address, Wei] = {}
+        self._books = threading.Lock()  # for `_held`, which is changed on two threads
 
     @property
     def client(self) -> Address:
@@ -53,8 +55,7 @@ class Purse:
         `release` gives it back when the session ends. Raises ConfigError beyond max_funding, ChainError without tokens.
         """
         with self._lock:
-            for need in needs:
-                self._held[need.node] += need.amount
+            self._hold(needs, 1)
             try:
                 return self._fund({need.node for need in needs})
             except BaseException:
@@ -63,13 +64,17 @@ class Purse:
 
     def release(self, needs: list[Need]) -> None:
         """Sessions that money was set aside for have ended."""
-        for need in needs:
-            self._held[need.node] -= need.amount
+        self._hold(needs, -1)
 
     def top_up(self, node: Address) -> Wei:
         """Fund what a channel lacks, now that more is known of what was promised to its node."""
         with self._lock:
             return self._fund({node})
+
+    def _hold(self, needs: list[Need], sign: int) -> None:
+        with self._books:
+            for need in needs:
+                self._held[need.node] += sign * need.amount
 
     def _fund(self, nodes: set[Address]) -> Wei:
         deposits = []
@@ -93,8 +98,9 @@ class Purse:
         """Start from what a node says at `opened`; returns the total that earlier sessions have come to.
 
         A client that lost its state recovers it from its own last voucher. Earlier rows without a voucher (an
-        interrupted session) are accepted up to max_debt, unless another session is open at the node: what the node is
-        owed for that one is promised there. Every recall is followed by one `leave`. Raises BadSignature, Rejected.
+        interrupted session) are accepted up to max_debt, and up to what this process knows to be open; but not while
+        another session is open at the node: what is owed for that one is promised there. Every recall is followed by
+        one `leave`. Raises BadSignature, Rejected.
         """
         known = self._totals.get(node, Wei(0))
         if sealed:
@@ -104,12 +110,17 @@ class Purse:
             known = max(known, Wei(voucher.total))
         debt = Wei(owed - known)
         if not self._in_use[node]:
-            if debt > max_debt:
+            if debt > min(max_debt, self._expected.get(node, max_debt)):
                 raise Rejected(f"{node} claims {debt} for earlier sessions, more than was ever at stake", hop=node)
             known = max(known, owed)
+            self._expected[node] = Wei(0)
         self._totals[node] = known
         self._in_use[node] += 1
         return known
+
+    def expect(self, node: Address, debt: Wei) -> None:
+        """A session ended with rows sent to the node and not paid: it may claim that much at the next opening."""
+        self._expected[node] = Wei(self._expected.get(node, Wei(0)) + debt)
 
     def leave(self, node: Address) -> None:
         """A session at the node has ended."""

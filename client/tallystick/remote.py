@@ -14,7 +14,15 @@ from typing import Any
 from tallystick.checks import Terms
 from tallystick.payments import Purse
 from tallystick.route import Candidate
-from tallystick_protocol.errors import BadFrame, CorruptResult, Rejected, TallystickError, Unreachable, from_wire
+from tallystick_protocol.errors import (
+    BadFrame,
+    CorruptResult,
+    InternalError,
+    Rejected,
+    TallystickError,
+    Unreachable,
+    from_wire,
+)
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, take
 from tallystick_protocol.messages import Opened, SessionOpen, session_id
 from tallystick_protocol.peer import Peers, WebSocketChannel, expect, sealed_field
@@ -97,6 +105,7 @@ class Remote:
         self._due_to = 0
         self._channel = channel
         self._domain = domain
+        self.arrivals: dict[Receipt, int] = {}
         self._commands: dict[int, asyncio.Future[None]] = {}
         self._last_command = 0
         self._reader: asyncio.Task[None] | None = None
@@ -165,8 +174,11 @@ class Remote:
                     frame = await self._channel.receive()
                     self._take(frame, on_receipt, on_result)
                     on_change()
-            except TallystickError as error:
-                self.failure = self.failure or error
+            except Exception as error:
+                if not isinstance(error, TallystickError):
+                    log.exception("reading from %s failed", self.node)
+                known = error if isinstance(error, TallystickError) else InternalError(f"reading failed: {error}")
+                self.failure = self.failure or known
                 for number in list(self._commands):
                     self._answer(number, self.failure)
                 on_change()
@@ -183,6 +195,7 @@ class Remote:
             receipt, signer = unseal(self._domain, Receipt, sealed_field(frame, "receipt"))
             if signer != self.candidate.signer:
                 raise CorruptResult(f"a receipt of {self.node} is signed by {signer}", hop=self.node)
+            self.arrivals[receipt] = int(time.time())
             on_receipt(self, receipt)
         elif frame.kind is Kind.RESULT:
             on_result(self, frame)

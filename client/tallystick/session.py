@@ -18,10 +18,11 @@ from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.payments import Need, Purse
 from tallystick.remote import Opening, Remote, fresh_nonce
-from tallystick.route import Candidate, auditors, draw, no_route, stand_ins
+from tallystick.route import Candidate, auditors, draw, stand_ins
+from tallystick.sampling import parse_top_k
 from tallystick.verdict import Accusation, Check, Verdict
-from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
-from tallystick_protocol.frames import Frame, Kind, take
+from tallystick_protocol.errors import CorruptResult, NoAuditor, NoRoute, TallystickError, Unreachable
+from tallystick_protocol.frames import DType, Frame, Kind, take
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Context, Receipt
@@ -129,8 +130,11 @@ class Session:
         spare = stand_ins(self.setting.candidates, lost, others)
         if not spare:
             log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
-            raise no_route(
-                [c for c in self.setting.candidates if c.node not in self.avoid], self.setting.manifest.layers
+            raise NoRoute(
+                f"nobody else serves layers {lost.span}; to do so: tallystick-node run --join --span"
+                f" {lost.span.start}:{lost.span.end}",
+                start=lost.span.start,
+                end=lost.span.end,
             )
         self.route[index] = spare[0]
         self.verdict.replaced.append((lost.node, spare[0].node, error.code))
@@ -322,7 +326,7 @@ class Session:
         if remote is not self.hops[-1]:
             return
         positions = [frame.position + offset for offset in _set_bits(take(frame.body, "want", bytes))]
-        rows = frame.rows()
+        rows = self._result_rows_of(remote, frame)
         if len(positions) != len(rows):
             raise CorruptResult(
                 f"{remote.node} returned {len(rows)} rows for {len(positions)} positions", hop=remote.node
@@ -333,6 +337,18 @@ class Session:
             before = self._results.setdefault(position, row)
             if before != row:
                 log.warning("%s gives another result for position %d than its predecessor", remote.node, position)
+
+    def _result_rows_of(self, remote: Remote, frame: Frame) -> list[bytes]:
+        """The rows of a RESULT. Raises CorruptResult for another form than was asked for."""
+        manifest = self.setting.manifest
+        logits = manifest.output == "logits"
+        form = (DType.TOP_K, self.setting.top_k) if logits else (DType.F32, manifest.width)
+        if (frame.dtype, frame.shape[2]) != form:
+            raise CorruptResult(f"{remote.node} returned rows of another form than was asked for", hop=remote.node)
+        rows = frame.rows()
+        if logits and any(int(parse_top_k(row)[0].max()) >= manifest.vocab for row in rows):
+            raise CorruptResult(f"{remote.node} returned ids beyond the vocabulary", hop=remote.node)
+        return rows
 
     async def _tend(self) -> None:
         """Check receipts as they come, in order of hops and windows; pay; compare audits."""
@@ -351,7 +367,7 @@ class Session:
             self._news.set()
 
     def _check_hop(self, index: int, hop: Remote) -> None:
-        """Check every pending receipt that can be: in order of windows, after the hop before. Raises CorruptResult…"""
+        """Check every pending receipt that can be: in order of windows, after the hop before."""
         pending = self._pending.get(hop, {})
         while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
             receipt := _extension(hop, pending)
@@ -376,11 +392,13 @@ class Session:
 
     def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
         """Raises CorruptResult unless the receipt says what was agreed for this window."""
-        if receipt.last > len(self.ids) or (not self.one_shot and receipt.first != window * WINDOW):
+        beyond = len(self.ids) if self.one_shot else min(len(self.ids), (window + 1) * WINDOW)
+        if receipt.last > beyond or (not self.one_shot and receipt.first != window * WINDOW):
             raise CorruptResult(f"{remote.node} signed positions {receipt.positions}", hop=remote.node)
         want = tuple(self._want[receipt.first : receipt.last])
         context = Context(self.setting.manifest.numerics, "f32", self.setting.top_k, want)
-        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, int(time.time()))
+        arrived = remote.arrivals.pop(receipt, int(time.time()))
+        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, arrived)
 
     def _result_rows(self, receipt: Receipt) -> list[bytes]:
         return [self._results.get(position, b"") if self._want[position] else b"" for position in receipt.positions]
@@ -590,6 +608,10 @@ class Session:
             )
             if wei or book is self.verdict.paid:
                 book[remote.node] = Wei(book.get(remote.node, Wei(0)) + wei)
+        if remote.node not in {accusation.node for accusation in self.verdict.accusations}:
+            fed = max(len(self.ids), due) - paid
+            units = remote.candidate.span.units(remote.opening.num_layers)
+            self.setting.purse.expect(remote.node, Wei(max(fed, 0) * units * remote.candidate.offer.price))
 
 
 def _extension(hop: Remote, pending: dict[int, Receipt]) -> Receipt | None:

@@ -104,8 +104,7 @@ class LocalNet:
         self._num_nodes += 1
         folder = self.folder / f"node{number}"
         folder.mkdir(parents=True)
-        secret = folder / "password"
-        secret.write_text(PASSWORD + "\n")
+        _write_password(folder)
         cold = create_keystore(folder / "cold.json", PASSWORD, fast=True)
         create_keystore(folder / "hot.json", PASSWORD, fast=True)
         self.chain.give(cold, STAKE)
@@ -122,7 +121,7 @@ class LocalNet:
         """A new key with ether and tokens, and its keystore."""
         path = self.folder / name / "key.json"
         address = create_keystore(path, PASSWORD, fast=True)
-        (path.parent / "password").write_text(PASSWORD + "\n")
+        _write_password(path.parent)
         self.chain.give(address, CLIENT_TOKENS)
         return open_keystore(path, PASSWORD), path
 
@@ -172,6 +171,12 @@ class _ContentThread:
         asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(30)  # type: ignore[union-attr]
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+
+
+def _write_password(folder: Path) -> None:
+    path = folder / "password"
+    path.touch(mode=0o600)
+    path.write_text(PASSWORD + "\n")
 
 
 def _licence(checkpoint: Path) -> str | None:

@@ -248,6 +248,9 @@ class Hop:
             return
         known = self._record.new_rows(frame.position, rows)
         if known:
+            _, before = self._record.outputs(Positions(frame.position, frame.position + known))
+            if any(asked and not had for asked, had in zip(want, before, strict=False)):
+                raise BadPosition("results are wanted of rows that were computed without: crop and send them again")
             async with self._moving:
                 await self._deliver(Positions(frame.position, frame.position + known))
         if known < len(rows):
@@ -430,7 +433,8 @@ class Hop:
         while (receipt := self._windows.next_unsigned(int(shop.clock()))) is not None:
             index = 0 if self._one_shot else window_of(receipt.first)
             sealed = await asyncio.to_thread(shop.journal.sign, receipt)
-            self._windows.signed(receipt, index, shop.journal.digest_of(receipt))
+            standing, _ = unseal(shop.domain, Receipt, sealed)  # the journal may have had it, with its old time
+            self._windows.signed(standing, index, shop.journal.digest_of(standing))
             self._sealed[index] = sealed
             await asyncio.to_thread(shop.till.settle, self.client, int(shop.clock()))
             await self._control.send(Frame(Kind.RECEIPT, {"receipt": sealed}))

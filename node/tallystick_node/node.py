@@ -59,8 +59,13 @@ class Keys:
 
 def lock_state(folder: Path) -> IO[str]:
     """Hold the node's folder: two processes with one key would contradict each other. Raises ConfigError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = (folder / "lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(
+            f"state = {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -76,7 +81,11 @@ def find_model(chain: Chain, text: str) -> ModelId:
         try:
             model = ModelId(bytes.fromhex(text.removeprefix("0x")))
         except ValueError:
-            raise ConfigError(f"model = {text!r} is not a model id (0x and 64 hex digits)") from None
+            model = ModelId(b"")
+        if len(model) != 32:
+            raise ConfigError(
+                f"model = {text!r} is not a model id (0x and 64 hex digits); list them: tallystick models"
+            )
         chain.model(model)
         return model
     models = chain.all_models()

@@ -19,6 +19,9 @@ from tallystick_protocol.signing import Domain, unseal
 from tallystick_protocol.types import Address, Wei
 from tallystick_protocol.vouchers import Voucher
 
+EXPOSED_FOR_S = 120.0
+"""After this a funding transaction is confirmed or gone; what is owed by then is bounded by credit alone."""
+
 _SETTLE = """
 INSERT INTO ledger(client, owed, signed, sealed, updated) VALUES(?1, ?2, '0', x'', ?3)
   ON CONFLICT(client) DO UPDATE SET owed=?2, updated=?3
@@ -80,7 +83,7 @@ class Till:
         self._accounts: dict[Address, Account] = {}
         self._lock = threading.RLock()  # an account in memory; never held while the disk is written
         self._accepting = threading.Lock()  # one voucher at a time, until it is durable
-        self._exposed: dict[Address, Wei] = {}  # owed against money that is not confirmed yet
+        self._exposed: dict[Address, tuple[Wei, float]] = {}  # owed against money not confirmed yet, and since when
 
     def account(self, client: Address) -> Account:
         known = self._accounts.get(client)
@@ -105,9 +108,11 @@ class Till:
             self._exposed.pop(client, None)
             return
         exposed = Wei(needed - funds.confirmed)
-        others = sum(wei for other, wei in self._exposed.items() if other != client)
+        now = time.monotonic()
+        recent = {c: (wei, at) for c, (wei, at) in self._exposed.items() if now - at < EXPOSED_FOR_S}
+        others = sum(wei for other, (wei, _) in recent.items() if other != client)
         if needed <= funds.latest and exposed + others <= self._pool:
-            self._exposed[client] = exposed
+            self._exposed = {**recent, client: (exposed, now)}
             return
         raise InsufficientFunds(
             f"the channel holds {funds.latest} and {needed} would be owed; fund it: tallystick fund --node"

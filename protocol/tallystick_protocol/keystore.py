@@ -69,8 +69,10 @@ def keystore_address(path: Path) -> Address:
 
 
 def read_password(path: Path) -> str:
-    """The first line of a password file. Raises ConfigError."""
+    """The first line of a password file. Raises ConfigError, also when others can read it."""
     try:
+        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise ConfigError(f"the password file {path} can be read by others; run: chmod 600 {path}")
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the password file {path} cannot be read ({error})") from None

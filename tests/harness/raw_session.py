@@ -283,12 +283,12 @@ class Attacker:
 
     @asynccontextmanager
     async def push(
-        self, target: Target, session: RawSession, hop: Identity, *, signer: Key | None = None, **changes: Any
+        self, target: Target, into: RawSession, hop: Identity, *, signer: Key | None = None, **changes: Any
     ) -> AsyncIterator[Connection]:
         """A connection that has sent a PUSH_OPEN for a session, as `hop` or pretending to be it."""
         values: dict[str, Any] = {
             "node": target.node,
-            "session": session.id,
+            "session": into.id,
             "attempt": 0,
             "previous": hop.address,
             "spki": ZERO32,

@@ -1,4 +1,4 @@
-"""What people get wrong: exit status 1 and one sentence that names the cause and the next step, and nothing half done."""
+"""What people get wrong: exit status 1, one sentence that names the cause and the next step, and nothing half done."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from safetensors.torch import load_file, save_file
 
 from conftest import Running
 from harness import checkpoints
@@ -35,7 +36,7 @@ from tallystick_protocol.content.gateway import RAW
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import ChainError, ConfigError, ContextLengthExceeded, NoAuditor, NoRoute
 from tallystick_protocol.keystore import create_keystore, open_keystore
-from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.manifest import Manifest, Piece
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, Wei
 
@@ -146,13 +147,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     try:
         with LocalNet(folder / "net") as net:
             store, lacking = LocalStore(folder / "store"), LocalStore(folder / "lacking")
-            one = checkpoints.llama(folder / "one", seed=0, vocab_size=320)
-            other = checkpoints.llama(folder / "other", seed=1, vocab_size=320)
+            one = checkpoints.llama(folder / "one")
             good = cut(one, store, "good", None, lambda _: None)
-            strange = cut(other, store, "other", None, lambda _: None)
-            pieces = {piece.name: piece for piece in strange.pieces}
-            mixed = tuple(pieces["layer.1"] if piece.name == "layer.1" else piece for piece in good.pieces)
-            swapped = replace(good, pieces=mixed)
+            swapped = replace(
+                good,
+                name="swapped",
+                pieces=tuple(
+                    other_weights(piece, store, folder) if piece.name == "layer.1" else piece for piece in good.pieces
+                ),
+            )
             store.pin(store.put_block(swapped.to_bytes(), swapped.cid.codec))
             for manifest in (good, swapped):
                 register(net.chain.chain(), rich_key(), manifest)
@@ -173,6 +176,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             )
     finally:
         gateways.stop()
+
+
+def other_weights(piece: Piece, store: LocalStore, folder: Path) -> Piece:
+    """A piece of the same shape whose numbers are others."""
+    path = folder / "other"
+    store.read_file(piece.cid, path, 1 << 30)
+    tensors = {name: tensor.flip(0).contiguous() for name, tensor in load_file(path).items()}
+    save_file(tensors, folder / "flipped")
+    cid = store.put_file(folder / "flipped")
+    store.pin(cid)
+    return replace(piece, cid=cid)
 
 
 def copy(source: LocalStore, target: LocalStore, cid: Cid, folder: Path) -> None:
@@ -243,7 +257,7 @@ SETTINGS: dict[str, tuple[Callable[[Operator], dict[str, str | None]], str]] = {
     "a span in words": (lambda o: {"span": "all"}, r"span = 'all'.*for example 0:3"),
     "a span the model does not have": (lambda o: {"span": "2:9"}, r"has layers \[0, 4\), not \[2, 9\)"),
     "an unknown model": (lambda o: {"model": "0x" + "00" * 32}, r"no model 0x0000.*tallystick models"),
-    "half a model id": (lambda o: {"model": "0xabcd"}, r"0xabcd"),
+    "half a model id": (lambda o: {"model": "0xabcd"}, r"'0xabcd' is not a model id"),
     "a model by name": (lambda o: {"model": "good"}, r"'good' is not a model id"),
     "one of two models": (lambda o: {"model": ""}, r"2 models on chain; say which"),
     "no RPC": (lambda o: {"rpc": f"http://127.0.0.1:{free_port()}"}, r"does not answer.*is the chain running\?"),
@@ -419,7 +433,10 @@ def test_who_has_no_ether_is_told_so(operator: Operator, complaint: Complaint) -
     assert operator.has_done_nothing()
 
 
-def test_a_hot_key_of_another_node_is_refused(operator: Operator, complaint: Complaint, tmp_path: Path) -> None:
+@pytest.mark.xfail(reason="stake.join stakes first and looks at the hot key's node afterwards", strict=True)
+def test_a_hot_key_of_another_node_is_refused_before_anything_is_staked(
+    operator: Operator, complaint: Complaint
+) -> None:
     chain = operator.world.net.chain
     owner = Key(secrets.token_bytes(32))
     chain.give(owner.address, Wei(0))
@@ -499,18 +516,19 @@ def test_a_wrong_question_is_answered_with_the_remedy(customer: Customer, compla
     assert re.search(sentence, complaint(cli.main, arguments))
 
 
-FUNDING: dict[str, tuple[str, str]] = {
-    "a node that is no address": ("hello", "1"),
-    "no amount": (NOBODY, "0"),
-    "less than no amount": (NOBODY, "-1"),
-    "more than there is": (NOBODY, str(10**30)),
-    "more than fits": (NOBODY, str(2**200)),
-}
+UNCHECKED = pytest.mark.xfail(reason="`tallystick fund` does not look at its arguments", strict=True)
+FUNDING = [
+    pytest.param("hello", "1", id="a node that is no address", marks=UNCHECKED),
+    pytest.param(NOBODY, "0", id="no amount", marks=UNCHECKED),
+    pytest.param(NOBODY, "-1", id="less than no amount", marks=UNCHECKED),
+    pytest.param(NOBODY, str(10**30), id="more than there is"),
+]
 
 
-@pytest.mark.parametrize("what", FUNDING)
-def test_a_channel_that_cannot_be_funded_is_not(customer: Customer, complaint: Complaint, what: str) -> None:
-    node, amount = FUNDING[what]
+@pytest.mark.parametrize(("node", "amount"), FUNDING)
+def test_a_channel_that_cannot_be_funded_is_not(
+    customer: Customer, complaint: Complaint, node: str, amount: str
+) -> None:
     chain = customer.world.net.chain
     key = open_keystore(customer.folder / "hot.json", PASSWORD)
     chain.give(key.address, Wei(10**18))

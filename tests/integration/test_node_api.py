@@ -1070,6 +1070,23 @@ async def test_a_websocket_elsewhere_is_refused(field: Field) -> None:
     assert (await spoken(field.first, upgrade.replace(b"/v1/elsewhere", b"/v1/info"))).split(b" ", 2)[1] != b"101"
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        ["Sec-WebSocket-Version: 13"],
+        ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: short"],
+        ["Sec-WebSocket-Version: 8", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="],
+        ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Extensions: ;;;"],
+        ["Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "X: \xff"],
+    ],
+)
+async def test_half_a_handshake_opens_nothing(field: Field, headers: list[str]) -> None:
+    head = ["GET /v1/sessions HTTP/1.1", "Host: a", "Connection: Upgrade", "Upgrade: websocket", *headers, "", ""]
+    answer = await spoken(field.first, "\r\n".join(head).encode("latin-1"))
+    assert answer.split(b" ", 2)[1] in (b"400", b"426") or "X: \xff" in headers
+
+
 # -- peers that say nothing
 
 

@@ -39,7 +39,7 @@ class Machine(RuleBasedStateMachine):
         self.upstream = self.previous
         self.rows: list[tuple[bytes, bytes, bool]] = []
         self.computed = 0
-        self.flushed = False
+        self.flush_to = 0
         self.standing: list[Receipt] = []
         self.heard: dict[int, Receipt] = {}
         self.signed: dict[tuple[int, int], Receipt] = {}
@@ -68,7 +68,7 @@ class Machine(RuleBasedStateMachine):
                 index += 1
                 continue
             complete = not self.one_shot and len(at) == WINDOW
-            if not complete and not self.flushed:
+            if not complete and self.flush_to != len(self.rows):
                 return None
             if self.upstream == ZERO_ADDRESS:
                 return index, True
@@ -92,7 +92,6 @@ class Machine(RuleBasedStateMachine):
         assert self.record.new_rows(len(self.rows), [row[0] for row in new]) == 0
         self.record.append([row[0] for row in new], [row[1] for row in new], [row[2] for row in new])
         self.rows += new
-        self.flushed = False
 
     @rule(where=st.floats(0, 1), count=st.integers(1, 70), extra=st.integers(0, 3))
     def replay(self, where: float, count: int, extra: int) -> None:
@@ -110,10 +109,11 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(BadPosition):
             self.record.new_rows(len(self.rows) + 1, [b"ahead"])
 
-    @rule()
-    def flush(self) -> None:
-        self.windows.flush(len(self.record))
-        self.flushed = True
+    @rule(ahead=st.sampled_from([0, 0, 0, 1, 2, 5]))
+    def flush(self, ahead: int) -> None:
+        """ahead: so many rows are still on their way."""
+        self.flush_to = len(self.rows) + ahead
+        self.windows.flush(self.flush_to)
 
     @rule(where=st.floats(0, 1))
     def crop(self, where: float) -> None:
@@ -128,7 +128,7 @@ class Machine(RuleBasedStateMachine):
         keep = 0 if self.one_shot else length // WINDOW
         del self.standing[keep:]
         self.heard = {index: receipt for index, receipt in self.heard.items() if index < keep}
-        self.flushed = False
+        self.flush_to = 0
 
     @precondition(lambda self: self.upstream != ZERO_ADDRESS)
     @rule(ahead=st.sampled_from([0, 0, 0, 1, 2]), short=st.sampled_from([0, 0, 0, 1, 3]), lies=st.booleans(),
@@ -214,7 +214,8 @@ class Machine(RuleBasedStateMachine):
         """Whatever happened: once the link holds and everything is flushed, the session ends wholly signed."""
         if not hasattr(self, "rows") or not self.rows:
             return
-        self.flush()
+        self.flush_to = len(self.rows)
+        self.windows.flush(self.flush_to)
         for index in range(1 if self.one_shot else -(-len(self.rows) // WINDOW)):
             at = self.window(index)
             honest: dict[str, Any] = {"first": at.first, "last": at.last, "output": self.input_root(at)}

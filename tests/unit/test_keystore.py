@@ -143,6 +143,7 @@ def test_a_damaged_keystore_is_a_config_error_and_nothing_else(
 
 
 def test_a_password_is_the_first_line_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "p").touch(mode=0o600)
     for text, expected in (("secret\n", "secret"), (" a b \nrest\n", " a b "), ("x", "x"), ("\nx", "")):
         (tmp_path / "p").write_text(text)
         assert read_password(tmp_path / "p") == expected
@@ -155,3 +156,10 @@ def test_an_unusable_password_file_is_named(tmp_path: Path, data: bytes) -> None
         read_password(tmp_path / "p")
     with pytest.raises(ConfigError, match="password file"):
         read_password(tmp_path / "missing")
+
+
+def test_a_password_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("secret")
+    (tmp_path / "p").chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        read_password(tmp_path / "p")

@@ -204,11 +204,21 @@ def test_a_client_that_lost_its_state_recovers_it_from_its_own_voucher() -> None
 
 def test_what_an_interrupted_session_left_unpaid_is_taken_over_up_to_a_bound() -> None:
     money = purse()
+    with pytest.raises(Rejected, match="more than was ever at stake"):
+        money.recall(NODE, Wei(101), b"", Wei(100))
     assert money.recall(NODE, Wei(100), b"", Wei(100)) == 100
+
+
+def test_a_node_cannot_claim_debts_that_this_process_does_not_know_of() -> None:
+    money = purse()
+    money.recall(NODE, Wei(100), b"", Wei(100))
     money.leave(NODE)
     with pytest.raises(Rejected, match="more than was ever at stake"):
-        money.recall(NODE, Wei(201), b"", Wei(100))
-    assert money.recall(NODE, Wei(200), b"", Wei(100)) == 200
+        money.recall(NODE, Wei(101), b"", Wei(100))
+    money.expect(NODE, Wei(50))
+    with pytest.raises(Rejected, match="more than was ever at stake"):
+        money.recall(NODE, Wei(151), b"", Wei(100))
+    assert money.recall(NODE, Wei(150), b"", Wei(100)) == 150
 
 
 def test_rows_of_another_open_session_are_no_debt_of_this_one() -> None:
@@ -249,16 +259,40 @@ def test_channels_are_filled_up_to_what_is_needed_beyond_what_was_spent_in_one_t
     money = purse(ledger)
     money.recall(NODE, Wei(40), b"", Wei(100))  # promised, not redeemed yet
     other = samples.address("other")
-    assert money.ensure([Need(NODE, Wei(60)), Need(other, Wei(70))]) == 0
-    assert money.ensure([Need(NODE, Wei(80)), Need(other, Wei(100))]) == 50
-    assert ledger.funded == [(CLIENT.address, [(NODE, 20), (other, 30)])]
+    assert money.reserve([Need(NODE, Wei(60)), Need(other, Wei(70))]) == 0
+    assert money.reserve([Need(NODE, Wei(20)), Need(other, Wei(30))]) == 50
+    assert [(client, sorted(deposits)) for client, deposits in ledger.funded] == [
+        (CLIENT.address, sorted([(NODE, 20), (other, 30)]))
+    ]
 
 
-def test_no_more_is_put_into_channels_than_the_client_allows() -> None:
+def test_what_one_session_has_set_aside_is_not_there_for_another_until_it_ends() -> None:
+    ledger = Ledger(latest=100)
+    money, need = purse(ledger), [Need(NODE, Wei(60))]
+    assert money.reserve(need) == 0
+    assert money.reserve(need) == 20
+    ledger.latest += 20
+    money.release(need)
+    assert money.reserve(need) == 0
+
+
+def test_what_earlier_sessions_came_to_is_topped_up_once_it_is_known() -> None:
+    ledger = Ledger(latest=100)
+    money = purse(ledger)
+    assert not money.remembers(NODE)
+    assert money.reserve([Need(NODE, Wei(60))]) == 0
+    money.recall(NODE, Wei(70), b"", Wei(100))
+    assert money.remembers(NODE)
+    assert money.top_up(NODE) == 30
+
+
+def test_no_more_is_put_into_channels_than_the_client_allows_and_a_refusal_sets_nothing_aside() -> None:
     ledger = Ledger()
     money = purse(ledger, max_funding=100)
-    assert money.ensure([Need(NODE, Wei(60))]) == 60
-    with pytest.raises(ConfigError, match="may spend 40"):
-        money.ensure([Need(NODE, Wei(41))])
-    assert money.ensure([Need(NODE, Wei(40))]) == 40
+    assert money.reserve([Need(NODE, Wei(60))]) == 60
+    ledger.latest = 60
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="may spend 40"):
+            money.reserve([Need(NODE, Wei(41))])
+    assert money.reserve([Need(NODE, Wei(40))]) == 40
     assert len(ledger.funded) == 2

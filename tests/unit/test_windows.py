@@ -55,6 +55,15 @@ def test_a_flush_signs_what_is_there_and_growth_signs_it_again_with_a_higher_rev
     assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(32, 35, 1)]
 
 
+def test_a_flush_may_come_before_the_rows_that_it_is_for() -> None:
+    record, windows = hop()
+    windows.flush(5)
+    compute(record, 4)
+    assert sign(windows) == []
+    compute(record, 1)
+    assert [(r.first, r.last) for r in sign(windows)] == [(0, 5)]
+
+
 def test_a_window_computed_anew_after_a_crop_gets_another_revision() -> None:
     record, windows = hop()
     compute(record, 64)
