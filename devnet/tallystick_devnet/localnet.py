@@ -107,8 +107,10 @@ class LocalNet:
         _write_password(folder)
         cold = create_keystore(folder / "cold.json", PASSWORD, fast=True)
         create_keystore(folder / "hot.json", PASSWORD, fast=True)
-        self.chain.give(cold, STAKE)
-        return self._start(LocalNode(f"node{number}", cold, span, folder, None), model, command, settings)  # type: ignore[arg-type]
+        node = LocalNode(f"node{number}", cold, span, folder, None)  # type: ignore[arg-type]
+        self._start(node, model, command, settings)
+        self.chain.give(cold, STAKE)  # while it fetches and loads
+        return node
 
     def restart(
         self, node: LocalNode, model: ModelId, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()

@@ -199,6 +199,7 @@ def copy(source: LocalStore, target: LocalStore, cid: Cid, folder: Path) -> None
 @pytest.fixture
 def operator(world: World, tmp_path: Path) -> Operator:
     (tmp_path / "password").write_text(PASSWORD + "\n")
+    (tmp_path / "password").chmod(0o600)
     for name in ("cold", "hot"):
         create_keystore(tmp_path / f"{name}.json", PASSWORD, fast=True)
     cold, hot = (open_keystore(tmp_path / f"{name}.json", PASSWORD) for name in ("cold", "hot"))
@@ -316,6 +317,12 @@ def test_a_wrong_password_is_called_one(operator: Operator, complaint: Complaint
 def test_a_keystore_that_others_can_read_is_refused(operator: Operator, complaint: Complaint) -> None:
     path = operator.folder / "hot.json"
     path.chmod(0o644)
+    assert f"chmod 600 {path}" in complaint(node_cli.main, operator.arguments())
+
+
+def test_a_password_that_others_can_read_is_refused(operator: Operator, complaint: Complaint) -> None:
+    path = operator.folder / "password"
+    path.chmod(0o640)
     assert f"chmod 600 {path}" in complaint(node_cli.main, operator.arguments())
 
 
