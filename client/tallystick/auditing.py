@@ -159,8 +159,7 @@ class Audit:
                 await self.remote.send(Frame(Kind.FLUSH, position=target))
         except TallystickError as error:
             log.info("feeding the auditor %s failed: %s", self.remote.node, error)
-            if error.fields.get("hop") != self._session.before(self.index):
-                self.remote.failure = self.remote.failure or error
+            self._session.blame_feeding(self.index, self.remote, error)
 
 
 async def send_kept(session: Session, index: int, to: Remote, first: int, last: int) -> None:

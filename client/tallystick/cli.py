@@ -23,9 +23,9 @@ from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.ipfs import DaemonStore
 from tallystick_protocol.content.store import LocalStore
-from tallystick_protocol.errors import ConfigError, TallystickError
+from tallystick_protocol.errors import BadMessage, ConfigError, TallystickError
 from tallystick_protocol.keystore import open_keystore, read_password
-from tallystick_protocol.signing import Key
+from tallystick_protocol.signing import Key, address_bytes, checksum_address
 from tallystick_protocol.types import Address, Wei
 
 ENVIRONMENT = {
@@ -215,7 +215,7 @@ async def _network(options: argparse.Namespace) -> int:
         return 0
     table = Table(title=f"{manifest.name}: {manifest.layers} layers, 0x{record.id.hex()[:12]}")
     for column in ("layers", "node", "price", "stake", "class", "ms", "url"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold", no_wrap=column in ("layers", "price", "stake", "ms"))
     for row in rows:
         table.add_row(
             str(row["layers"]),
@@ -264,7 +264,12 @@ async def _content(options: argparse.Namespace) -> int:
 async def _fund(options: argparse.Namespace) -> int:
     chain = Chain(options.rpc, load_book(Path(options.book)))
     wallet = Wallet(chain, _key(options))
-    node = Address(options.node)
+    try:
+        node = checksum_address(address_bytes(Address(options.node)))
+    except BadMessage:
+        raise ConfigError(f"--node {options.node!r} is not an address (0x and 40 hex digits)") from None
+    if options.amount <= 0:
+        raise ConfigError(f"--amount {options.amount} is not a positive number of token base units")
     await asyncio.to_thread(wallet.fund, wallet.address, [(node, Wei(options.amount))])
     funds = await asyncio.to_thread(chain.funds, wallet.address, node)
     print(f"the channel to {node} holds {funds.latest - funds.paid} not yet paid out")

@@ -142,14 +142,14 @@ class AsyncClient:
         verify: "off", "audit" (a random span of some sessions) or "full" (every span, on other nodes).
         Raises NoRoute, NoAuditor, UnknownModel, ConfigError, ChainError, InsufficientFunds, Unreachable.
         """
-        if verify not in ("off", "audit", "full"):
-            raise ConfigError(f"verify={verify!r} is not off, audit or full")
+        _check_policy(verify)
         if type(max_tokens) is not int or not 0 < max_tokens <= 1 << 20:
             raise ConfigError(f"max_tokens={max_tokens!r} is not a positive number")
         return Stream(self, prompt, model, max_tokens, sampling or Sampling(), verify, ignore_eos)
 
     async def embed(self, text: str, *, model: str = "", verify: Policy = "audit") -> Embedding:
         """A sentence's embedding, pooled as the model's own files say. Raises as `stream`."""
+        _check_policy(verify)
         record, manifest = await self.model(model)
         if manifest.output != "hidden" or manifest.pooling is None:
             raise ConfigError(f"{manifest.name} gives no embeddings; use an encoder model")
@@ -328,6 +328,11 @@ class Stream:
                 seconds=seconds,
                 model="0x" + record.id.hex(),
             )
+
+
+def _check_policy(verify: str) -> None:
+    if verify not in ("off", "audit", "full"):
+        raise ConfigError(f"verify={verify!r} is not off, audit or full")
 
 
 class _Generation:

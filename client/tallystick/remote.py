@@ -206,6 +206,7 @@ class Remote:
             if error.code == "payment_required":
                 return  # a reminder: the voucher is on its way, or withheld on purpose
             if "of" in frame.body:
+                error.fields.setdefault("hop", self.node)
                 self._answer(frame.body["of"], error)  # a command that failed, perhaps one that nobody waits for now
                 return
             if error.fields.setdefault("hop", self.node) == self.node:

@@ -247,9 +247,12 @@ class Session:
             except Unreachable:
                 return  # `result` sees the failure and feeds whoever takes the place
 
-    def before(self, index: int) -> Address | None:
-        """The node that pushes to hop `index`; None for the client itself."""
-        return self.hops[index - 1].node if index else None
+    def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
+        """Rows for the auditor of hop `index` did not come: refusing to send them is failing, as the hop before."""
+        feeder = self.hops[index - 1] if index else None
+        at_fault = feeder if feeder is not None and error.fields.get("hop") == feeder.node else auditor
+        at_fault.failure = at_fault.failure or error
+        self._wake()
 
     def wanted(self, first: int, last: int) -> list[bool]:
         """Which of positions [first, last) the client asked results for."""

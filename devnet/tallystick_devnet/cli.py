@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from tallystick_protocol.errors import TallystickError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; SIGTERM counts as Ctrl-C. Whatever was started is stopped."""
     options = _parser().parse_args(arguments)
+    logging.basicConfig(level="ERROR", format="%(message)s")
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     try:
         status: int = options.command(options)

@@ -151,6 +151,9 @@ def _unsharded(checkpoint: Path, prompt_ids: list[int], tokens: int) -> list[int
     """The same prompt through transformers' own `generate` on the whole model in fp32, greedy."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     whole = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True

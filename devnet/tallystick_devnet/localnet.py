@@ -23,7 +23,7 @@ from tallystick_protocol.types import Address, ModelId, Span, Wei
 
 PASSWORD = "only for the local network"
 STAKE = Wei(2000 * ETHER)
-CLIENT_TOKENS = Wei(1000 * ETHER)
+CLIENT_TOKENS = Wei(10_000 * ETHER)
 NODE_COMMAND = (sys.executable, "-m", "tallystick_node.cli")
 READY_TIMEOUT_S = 120.0
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -95,7 +95,7 @@ class Nursery:
 
 def main() -> int:
     """The side that forks."""
-    importlib.import_module("tallystick_node.cli")
+    importlib.import_module("tallystick_node.node")
     waker, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGCHLD, lambda *_: None)

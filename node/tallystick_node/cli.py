@@ -11,20 +11,24 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tallystick_node.config import NodeConfig, load_config
-from tallystick_node.engine import Engine
-from tallystick_node.node import Keys, MakeEngine, Node
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.keystore import create_keystore, open_keystore, read_password
 from tallystick_protocol.types import Address
 
+if TYPE_CHECKING:  # torch takes seconds to import, and only `run` needs it
+    from tallystick_node.node import Keys, MakeEngine, Node
+
 _LIST_SETTINGS = {"sources"}
 
 
-def main(arguments: Sequence[str] | None = None, make_engine: MakeEngine = Engine) -> int:
-    """Run a command; the exit status is 0, 1 for an error that is told in one sentence, 2 for wrong usage."""
+def main(arguments: Sequence[str] | None = None, make_engine: MakeEngine | None = None) -> int:
+    """Run a command, with another engine if one is given.
+
+    The exit status is 0, 1 for an error that is told in one sentence, 2 for wrong usage.
+    """
     options = _parser().parse_args(arguments)
     try:
         status: int = options.command(options, make_engine)
@@ -70,14 +74,17 @@ def _settings(options: argparse.Namespace) -> NodeConfig:
     return load_config(options.config, flags)
 
 
-def _run(options: argparse.Namespace, make_engine: MakeEngine) -> int:
+def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
+    from tallystick_node.engine import Engine
+    from tallystick_node.node import Node
+
     config = _settings(options)
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn.error").setLevel("WARNING")
     logging.getLogger("uvicorn.error").addFilter(_is_ours_to_read)
-    node = Node(config, _open_keys(config, options.join), make_engine, options.join)
+    node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(node))
 
@@ -113,6 +120,8 @@ async def _serve(node: Node) -> int:
 
 
 def _open_keys(config: NodeConfig, join: bool) -> Keys:
+    from tallystick_node.node import Keys
+
     password = read_password(config.password_file) if config.password_file else getpass.getpass("keystore password: ")
     hot = open_keystore(config.hot_key, password)
     cold = open_keystore(config.cold_key, password) if config.cold_key and join else None
@@ -124,14 +133,14 @@ def _open_keys(config: NodeConfig, join: bool) -> Keys:
     return Keys(hot, cold, node)
 
 
-def _show(options: argparse.Namespace, _: MakeEngine) -> int:
+def _show(options: argparse.Namespace, _: MakeEngine | None) -> int:
     config = _settings(options)
     for name, field in NodeConfig.model_fields.items():
         print(f"{name} = {getattr(config, name)!s:40}  # {field.description}")
     return 0
 
 
-def _new_key(options: argparse.Namespace, _: MakeEngine) -> int:
+def _new_key(options: argparse.Namespace, _: MakeEngine | None) -> int:
     if options.password_file:
         password = read_password(options.password_file)
     else:

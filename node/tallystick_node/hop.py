@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -41,7 +42,10 @@ from tallystick_protocol.vouchers import Voucher, charge
 log = logging.getLogger(__name__)
 
 PAYMENT_TIMEOUT_S = 60.0
-INBOX_FRAMES = 64
+PUSHED_FRAMES = 8
+QUEUED_COMMANDS = 64
+IDLE_TIMEOUT_S = 600.0
+WATCH_EVERY_S = 5.0
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -91,8 +95,10 @@ class Hop:
             manifest.numerics,
         )
         self._windows = Windows(terms, self._record)
-        self._inbox: asyncio.Queue[tuple[Channel, Frame, int]] = asyncio.Queue(INBOX_FRAMES)
-        self._commands: asyncio.Queue[Frame] = asyncio.Queue(INBOX_FRAMES)
+        self._inbox: asyncio.Queue[tuple[Channel, Frame, int]] = asyncio.Queue()
+        self._queued_rows = 0
+        self._pushed = asyncio.Semaphore(PUSHED_FRAMES)
+        self._commands: asyncio.Queue[Frame] = asyncio.Queue(QUEUED_COMMANDS)
         self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
         self._paid = asyncio.Event()
         self._sign = asyncio.Event()
@@ -108,6 +114,7 @@ class Hop:
         self._link_crops = 0
         self._crop_moved = asyncio.Condition()
         self._held: list[bytes] = []
+        self._heard_at = time.monotonic()
 
     @property
     def previous(self) -> Address:
@@ -132,11 +139,12 @@ class Hop:
             asyncio.create_task(self._work()),
             asyncio.create_task(self._obey()),
             asyncio.create_task(self._sign_windows()),
+            asyncio.create_task(self._watch()),
         ]
         if self._next != ZERO_ADDRESS:
             tasks.append(asyncio.create_task(self._first_link()))
         try:
-            done, _ = await asyncio.wait(tasks[:4], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks[:5], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if (error := task.exception()) is not None:
                     raise error
@@ -175,7 +183,8 @@ class Hop:
                 continue
             if self._link_crops < self._crops:
                 continue  # sent before the previous hop had heard of the crop
-            await self._inbox.put((channel, frame, self._crops))
+            await self._pushed.acquire()  # the hop before waits, not our memory
+            self._inbox.put_nowait((channel, frame, self._crops))
 
     # -- tasks
 
@@ -184,17 +193,32 @@ class Hop:
         must not hold up the commands that lead to it."""
         while True:
             frame = await self._control.receive()
+            self._heard_at = time.monotonic()
             if frame.kind is Kind.VOUCHER:
                 await self._report(self._take_voucher(sealed_field(frame, "voucher")))
+            elif frame.kind is Kind.STEP and self._queued_rows + frame.num_rows > self._open.max_length:
+                await self._tell(ContextLengthExceeded("more rows are waiting than the session was opened for"))
             elif frame.kind is Kind.STEP:
-                await self._inbox.put((self._control, frame, self._crops))
+                self._queued_rows += frame.num_rows
+                self._inbox.put_nowait((self._control, frame, self._crops))
             else:
                 await self._commands.put(frame)
+
+    async def _watch(self) -> None:
+        """End a session that nobody uses, or whose opening has expired: its place is somebody else's."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S or self._shop.clock() > self._open.expires:
+                raise SessionUnknown("the session has expired or was idle for too long; open a new one")
 
     async def _work(self) -> None:
         """Rows, and the receipts that go with them, in the order in which they came."""
         while True:
             channel, frame, crops = await self._inbox.get()
+            if channel is self._control:
+                self._queued_rows -= frame.num_rows
+            else:
+                self._pushed.release()
             if crops != self._crops or (channel is not self._control and channel is not self._push):
                 continue  # from before a crop, or from a hop that was replaced
             handler = self._on_step if frame.kind is Kind.STEP else self._on_receipt
@@ -215,7 +239,8 @@ class Hop:
             if handler is None:
                 await self._tell(BadFrame(f"{frame.kind.name} does not belong into a session"))
                 continue
-            command = take(frame.body, "id", int, 0)
+            number = frame.body.get("id", 0)
+            command = number if type(number) is int and 0 <= number < 1 << 31 else 0
             if await self._report(handler(frame), command) and command:
                 await self._control.send(Frame(Kind.DONE, {"of": command}))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tallystick_node.database import Database
-from tallystick_protocol.errors import TallystickError
+from tallystick_protocol.errors import Equivocation
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import Domain, Key, digest, seal, unseal
 from tallystick_protocol.types import Digest, SessionId, window_of
@@ -22,12 +22,6 @@ CREATE TABLE IF NOT EXISTS receipts(
 CREATE TABLE IF NOT EXISTS sessions(session BLOB NOT NULL, attempt INTEGER NOT NULL, expires INTEGER NOT NULL,
   PRIMARY KEY(session, attempt)) WITHOUT ROWID;
 """
-
-
-class Equivocation(TallystickError):
-    """Another digest was signed for this key before: this node will not sign a second one."""
-
-    code = "equivocation_refused"
 
 
 class Journal:

@@ -175,8 +175,10 @@ class Node:
         finally:
             self._ready = False
             await listener.close()
-            with contextlib.suppress(ChainError):
+            try:
                 await asyncio.to_thread(redeemer.redeem)
+            except ChainError as error:
+                log.warning("vouchers stay unredeemed until the next start: %s", error)
 
     async def _prepare(self, chain: Chain, store: LocalStore, state: Path) -> tuple[ModelId, Manifest, Engine, Digest]:
         """Fetch, verify, load, reproduce the canary, measure the class."""
@@ -195,7 +197,12 @@ class Node:
         error = await asyncio.to_thread(check_canary, model, manifest, store.get_block)
         log.info("layers %s loaded; the canary is reproduced to %.1e", span, error)
         measured = await asyncio.to_thread(numeric_class, manifest)
-        log.info("numeric class %s", measured.hex()[:16] if any(measured) else "stock")
+        if not any(measured):
+            raise ConfigError(
+                f"this machine is not canonical for {manifest.name}: its own chunkings disagree, and the model is"
+                " served in canonical fp32 only; try other settings for threads, or another machine"
+            )
+        log.info("numeric class %s", measured.hex()[:16])
         return model_id, manifest, self._make_engine(model), measured
 
     def _join(self, chain: Chain, model: ModelId, endpoint: Endpoint) -> None:

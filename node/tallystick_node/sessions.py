@@ -23,7 +23,8 @@ from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.messages import CLOCK_SKEW_S, TOP_K_MAX, Offer, Opened, PushOpen, SessionOpen, session_id
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import Key, digest, seal, unseal
-from tallystick_protocol.types import ZERO32, Digest, ModelId, SessionId
+from tallystick_protocol.types import WINDOW, ZERO32, Digest, ModelId, SessionId, Wei
+from tallystick_protocol.vouchers import charge
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class Sessions:
     async def serve_client(self, control: Channel, first: Frame) -> None:
         """A connection whose first frame is OPEN: check it, answer OPENED, serve the session to its end."""
         opened, session, open_digest = await asyncio.to_thread(self._check_open, first)
+        await asyncio.to_thread(self._check_money, opened)
         hop = self._admit(opened, session, control)
         try:
             if not await asyncio.to_thread(
@@ -128,6 +130,13 @@ class Sessions:
             raise BadMessage(f"top_k is from 1 to {TOP_K_MAX}")
         session = session_id(shop.domain.chain_id, opened.client, opened.nonce, ModelId(opened.model))
         return opened, session, digest(shop.domain, opened)
+
+    def _check_money(self, opened: SessionOpen) -> None:
+        """A place and a cache are for who can pay a first window, earlier debt included. Raises InsufficientFunds."""
+        shop, model = self._shop, self._shop.engine.model
+        first = charge(model.span, model.manifest.layers, shop.price, min(WINDOW, opened.max_length))
+        owed = Wei(shop.till.account(opened.client).owed + first)
+        shop.till.check_funds(opened.client, first, shop.lookups.funds(opened.client, owed))
 
     def _admit(self, opened: SessionOpen, session: SessionId, control: Channel) -> Hop:
         """Take a place and cache bytes for a session, or raise Overloaded, SessionExists."""

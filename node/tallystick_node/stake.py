@@ -47,6 +47,9 @@ def join(wallet: Wallet, hot: Key, registration: Registration) -> None:
     minimum = chain.min_stake()
     if registration.stake < minimum:
         raise ConfigError(f"stake = {registration.stake} is below the contract's minimum of {minimum}")
+    bound = chain.node_of(hot.address)
+    if bound not in (None, node):
+        raise ConfigError(f"the hot key {hot.address} belongs to node {bound} for ever; make a new one")
     if record.active < registration.stake:
         missing = Wei(registration.stake - record.active)
         have = chain.balance(node)
@@ -56,12 +59,9 @@ def join(wallet: Wallet, hot: Key, registration: Registration) -> None:
             )
         wallet.stake(node, missing)
         log.info("staked %d", missing)
-    bound = chain.node_of(hot.address)
     if bound is None:
         wallet.bind(hot)
         log.info("bound the hot key %s", hot.address)
-    elif bound != node:
-        raise ConfigError(f"the hot key {hot.address} belongs to node {bound} for ever; make a new one")
     if record.payee != registration.payee:
         wallet.send("setting the payee", chain.staking.functions.setPayee(registration.payee))
     wallet.serve(
@@ -111,7 +111,7 @@ class Lookups:
 
 
 class Redeemer:
-    """Turns vouchers into tokens: everything that is worth its gas, when it is old enough or the node stops."""
+    """Turns vouchers into tokens, when they are old enough or the node stops."""
 
     def __init__(self, wallet: Wallet, node: Address, till: Till) -> None:
         """wallet: whoever pays the gas; the money goes to the node's payee whoever calls."""

@@ -12,6 +12,7 @@ TallystickError                      code, message, fields; never a stack trace 
 ├── Unreachable                      nobody's fault: link down, node gone, deadline passed
 ├── LinkMismatch                     what one hop signed is not what the next one got
 ├── CorruptResult                    a result that was signed is wrong: evidence is kept
+├── Equivocation                     a second claim for a window that was signed: refused
 ├── NoRoute                          layers nobody serves
 ├── NoAuditor                        spans nobody else can recompute
 ├── ChainError                       RPC down, reverted, wrong chain
@@ -141,6 +142,13 @@ class LinkMismatch(TallystickError):
 class CorruptResult(TallystickError):
     code = "corrupt_result"
     status = 502
+
+
+class Equivocation(TallystickError):
+    """Another digest was signed for the same window before: a second one is not signed."""
+
+    code = "equivocation_refused"
+    status = 409
 
 
 class NoRoute(TallystickError):

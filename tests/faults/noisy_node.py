@@ -1,4 +1,6 @@
-"""A node that cheats: after its canary has passed, one row of one weight gets 1 % of noise. Arguments as `tallystick-node`.
+"""A node that cheats: after its canary has passed, one row of one weight gets 1 % of noise.
+
+Arguments as `tallystick-node`.
 
 Its pieces, its class and its signatures are all in order; only the numbers that it computes are wrong.
 """

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import samples
-from tallystick_node.journal import Equivocation, Journal
+from tallystick_node.journal import Journal
 from tallystick_node.till import Funds, Till
+from tallystick_protocol.errors import Equivocation
 from tallystick_protocol.signing import keccak, seal
 from tallystick_protocol.types import SessionId, Wei
 from tallystick_protocol.vouchers import Voucher

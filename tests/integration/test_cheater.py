@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from conftest import Running
-
 from tallystick import AsyncClient, Retracted, Token
 from tallystick_devnet.demo import cheating_command
 from tallystick_devnet.localnet import READY_TIMEOUT_S
@@ -51,7 +50,7 @@ async def test_a_cheating_auditor_is_found_out_and_the_honest_hop_is_kept_and_pa
         honest = await client.generate(PROMPT, max_tokens=TOKENS, verify="off", ignore_eos=True)
     middle = [node for node in running.nodes if node.span == running.spans[1]]
     hop = honest.route[1].node
-    liar, bystander = (node for node in middle if node.address != hop)
+    liar = next(node for node in middle if node.address != hop)
     await asyncio.to_thread(liar.process.stop)
     running.net.restart(liar, running.model, cheating_command(), ["--price", str(2 * honest.route[1].offer.price)])
     try:

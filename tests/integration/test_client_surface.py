@@ -7,8 +7,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import Running
 
+from conftest import Running
 from tallystick import AsyncClient, Client, Token
 from tallystick.cli import main
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Running
 from transformers import AutoModel, AutoTokenizer
 
+from conftest import Running
 from tallystick import AsyncClient
 from tallystick.cli import main
 from tallystick_devnet.localnet import thirds

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Running
-from harness.waiting import eventually
 from transformers import AutoModelForCausalLM
 
+from conftest import Running
+from harness.waiting import eventually
 from tallystick import AsyncClient, Sampling, Token
 from tallystick.client import Answer, Stream
 from tallystick_protocol.types import WINDOW, Wei

@@ -114,8 +114,8 @@ async def field(running: Running) -> AsyncIterator[Field]:
 
     def prepare() -> list[Identity]:
         wallet = Wallet(chain, rich_key())
-        deposits = [(target.node, FUNDS) for target in (first, middle, last)]
-        wallet.send("approving", chain.token.functions.approve(chain.escrow.address, 4 * FUNDS))
+        deposits = [(target.node, FUNDS) for target in (first, middle, last, spare)]
+        wallet.send("approving", chain.token.functions.approve(chain.escrow.address, 5 * FUNDS))
         wallet.send("funding", chain.escrow.functions.fund(client.address, deposits))
         wallet.send("funding", chain.escrow.functions.fund(other.address, deposits[:1]))
         hops = []
@@ -301,16 +301,14 @@ async def test_a_voucher_wakes_every_session_of_its_client(field: Field) -> None
         await two.signed(1)
 
 
-async def test_who_has_no_money_in_the_channel_gets_nothing_computed(field: Field) -> None:
+async def test_who_has_no_money_in_the_channel_gets_no_session_and_takes_no_room(field: Field) -> None:
     pauper = Key(secrets.token_bytes(32))
-    async with field.attacker.open(field.first, pauper) as session:
-        await session.step(ids(1))
-        assert (await session.error())["code"] == "insufficient_funds"
-        await session.step(ids(1))
-        assert (await session.error())["code"] == "insufficient_funds"
-        assert await session.command(Kind.CLOSE) is None
-        assert not [frame for frame in session.frames if frame.kind is Kind.RECEIPT]
-    assert (await field.attacker.owed(field.first, pauper))[0] == 0
+    before = await field.attacker.status(field.first)
+    sealed = seal(field.attacker.domain, field.attacker.opening(field.first, pauper), pauper)
+    for _ in range(70):
+        assert await field.attacker.refusal(field.first, sealed) == "insufficient_funds"
+    after = await field.attacker.status(field.first)
+    assert (after["sessions"], after["reserved_bytes"]) == (before["sessions"], before["reserved_bytes"])
 
 
 # -- opening
@@ -888,8 +886,7 @@ async def one_of(session: RawSession, *kinds: Kind) -> Frame:
 
 
 async def test_a_node_that_is_full_says_when_to_come_again(field: Field) -> None:
-    pauper = Key(secrets.token_bytes(32))
-    async with many(field, field.spare, 64, pauper):
+    async with many(field, field.spare, 64, field.attacker.key):
         async with field.attacker.connect(field.spare) as one_more:
             sealed = seal(field.attacker.domain, field.attacker.opening(field.spare), field.attacker.key)
             await one_more.send(Frame(Kind.OPEN, {"open": sealed}))

@@ -15,8 +15,8 @@ import pytest
 
 from harness import doomed_books, samples
 from tallystick_node.database import Database
-from tallystick_node.journal import Equivocation, Journal
-from tallystick_protocol.errors import ConfigError
+from tallystick_node.journal import Journal
+from tallystick_protocol.errors import ConfigError, Equivocation
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest, keccak, unseal
 from tallystick_protocol.types import SessionId
