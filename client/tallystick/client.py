@@ -16,9 +16,10 @@ import numpy as np
 
 from tallystick.network import Network, Survey
 from tallystick.payments import Purse
+from tallystick.repair import RolledBack
 from tallystick.route import Candidate, Weights, plan
 from tallystick.sampling import Sampling, pick
-from tallystick.session import RolledBack, Session, Setting
+from tallystick.session import Session, Setting
 from tallystick.tokens import TextStream
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book

@@ -71,6 +71,11 @@ class Purse:
         with self._lock:
             return self._fund({node})
 
+    def refill(self, node: Address) -> Wei:
+        """Fund everything that is set aside for a node anew: what its channel holds is spoken for, as it says."""
+        with self._lock:
+            return self._deposit([(node, Wei(self._held[node]))])
+
     def _hold(self, needs: list[Need], sign: int) -> None:
         with self._books:
             for need in needs:
@@ -83,6 +88,9 @@ class Purse:
             spent = max(funds.paid, self._totals.get(node, Wei(0)))
             if (missing := self._held[node] - (funds.latest - spent)) > 0:
                 deposits.append((node, Wei(missing)))
+        return self._deposit(deposits)
+
+    def _deposit(self, deposits: list[tuple[Address, Wei]]) -> Wei:
         total = Wei(sum(amount for _, amount in deposits))
         if total > self._left:
             raise ConfigError(

@@ -1,7 +1,6 @@
 """One generation over several hops: rows in at the first, results out of the last, receipts and vouchers beside.
 
-A hop that is lost is replaced: the hop before sends the new one the rows it kept, and the stream goes on where it was.
-A hop that is caught lying is expelled: everybody rolls back to the last window that was true.
+While it waits for results it has broken things mended (`repair`).
 """
 
 from __future__ import annotations
@@ -13,15 +12,26 @@ import statistics
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.payments import Need, Purse
 from tallystick.remote import Opening, Remote, fresh_nonce
+from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.route import Candidate, auditors, draw, stand_ins
 from tallystick.sampling import parse_top_k
-from tallystick.verdict import Accusation, Check, Verdict
-from tallystick_protocol.errors import CorruptResult, NoAuditor, NoRoute, TallystickError, Unreachable
+from tallystick.verdict import Verdict
+from tallystick_protocol.errors import (
+    ChainError,
+    ConfigError,
+    CorruptResult,
+    InsufficientFunds,
+    NoAuditor,
+    NoRoute,
+    TallystickError,
+    Unreachable,
+)
 from tallystick_protocol.frames import DType, Frame, Kind, take
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
@@ -34,17 +44,8 @@ log = logging.getLogger(__name__)
 
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
-SETTLE_TIMEOUT_S = 60.0
 AUDITOR_PRICE_FACTOR = 4
 _COINS = secrets.SystemRandom()
-
-
-class RolledBack(Exception):
-    """Rows from `position` on were wrong and are forgotten; everything before is true. Feed on from there."""
-
-    def __init__(self, position: int) -> None:
-        super().__init__(position)
-        self.position = position
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +75,17 @@ class Session:
         self.ids: list[int] = []
         self._want: list[bool] = []
         self._results: dict[int, bytes] = {}
-        self._pending: dict[Remote, dict[int, Receipt]] = {}
-        self._audits: list[Audit] = []
-        self._disputes: dict[int, Disagreement] = {}
-        self._settled: dict[Address, tuple[Remote, int]] = {}
+        self.pending: dict[Remote, dict[int, Receipt]] = {}
+        self.audits: list[Audit] = []
+        self.disputes: dict[int, Disagreement] = {}
         self._reserved: list[Need] = []
+        self._repair = Repair(self)
         self._nonce = fresh_nonce()
-        self._attempt = 0
+        self.attempt = 0
         self._work = asyncio.Event()
         self._news = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
-        self._arbitrations: dict[int, asyncio.Task[None]] = {}
+        self.arbitrations: dict[int, asyncio.Task[None]] = {}
 
     @property
     def one_shot(self) -> bool:
@@ -92,7 +93,7 @@ class Session:
 
     @property
     def has_audits(self) -> bool:
-        return bool(self._audits)
+        return bool(self.audits)
 
     # -- opening
 
@@ -103,7 +104,7 @@ class Session:
         for index in reversed(range(len(self.route))):
             await self._open_hop(index)
         for index in audited:
-            await self._open_audit(index, drawn[index])
+            await self.open_audit(index, drawn[index])
         self._tender = asyncio.create_task(self._tend())
 
     async def _open_hop(self, index: int) -> None:
@@ -111,18 +112,29 @@ class Session:
         while True:
             candidate = self.route[index]
             try:
-                remote = await self._connect(candidate, self._opening(index))
+                remote = await self.connect(candidate, self.opening(index))
+            except (ConfigError, ChainError):
+                raise  # another node would not mend the purse
             except TallystickError as error:
-                await self._substitute(index, error)
+                await self.substitute(index, error)
                 if self.hops:  # the next hop is open already and expects rows from another one
-                    await self._route(0, {"previous": self.route[index].node})
+                    await self._repair.tell_neighbour(0, {"previous": self.route[index].node})
                 continue
             self.hops.insert(0, remote)
-            self._pending[remote] = {}
-            remote.listen(self._on_receipt, self._on_result, self._wake)
+            self.attach(remote)
             return
 
-    async def _substitute(self, index: int, error: TallystickError) -> None:
+    def attach(self, remote: Remote) -> None:
+        """Begin to hear a hop that has been opened."""
+        self.pending[remote] = {}
+        remote.listen(self._on_receipt, self._on_result, self._wake)
+
+    def forget(self, position: int) -> None:
+        """Forget the rows from `position` on, and what came of them."""
+        del self.ids[position:], self._want[position:]
+        self._results = {p: row for p, row in self._results.items() if p < position}
+
+    async def substitute(self, index: int, error: TallystickError) -> None:
         """Put another node of the span into the route. Raises NoRoute when there is none."""
         lost = self.route[index]
         self.avoid.add(lost.node)
@@ -141,12 +153,12 @@ class Session:
         self.setting.on_replaced()
         log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
 
-    def _opening(self, index: int) -> Opening:
+    def opening(self, index: int) -> Opening:
         return Opening(
             nonce=self._nonce,
             model=self.setting.manifest.model_id,
             num_layers=self.setting.manifest.layers,
-            attempt=self._attempt,
+            attempt=self.attempt,
             previous=self.route[index - 1].node if index else ZERO_ADDRESS,
             next=self.route[index + 1].node if index + 1 < len(self.route) else ZERO_ADDRESS,
             max_length=self.setting.max_length,
@@ -154,11 +166,18 @@ class Session:
             one_shot=self.one_shot,
         )
 
-    async def _connect(self, candidate: Candidate, opening: Opening) -> Remote:
+    async def connect(self, candidate: Candidate, opening: Opening) -> Remote:
         setting = self.setting
         remembered = setting.purse.remembers(candidate.node)
         await self._reserve([candidate])
-        remote = await Remote.open(setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
+        ask = partial(Remote.open, setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
+        try:
+            remote = await ask()
+        except InsufficientFunds:
+            if remembered:
+                raise
+            await asyncio.to_thread(setting.purse.refill, candidate.node)
+            remote = await ask()
         if not remembered:  # only now is it known what earlier sessions came to
             try:
                 await asyncio.to_thread(setting.purse.top_up, candidate.node)
@@ -186,19 +205,21 @@ class Session:
         usual = statistics.median(c.offer.price for c in possible) if possible else 0
         return draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
 
-    async def _open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
+    async def open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
         """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
         for candidate in self.draw_auditors(index) if drawn is None else drawn:
             if candidate.node in self.avoid or candidate.node == self.route[index].node:
                 continue
             try:
                 remote = await self.open_witness(candidate, index)
+            except (ConfigError, ChainError):
+                raise
             except TallystickError as error:
                 log.info("%s cannot audit (%s)", candidate.node, error)
                 self.avoid.add(candidate.node)
                 continue
             audit = Audit(self, index, remote)
-            self._audits.append(audit)
+            self.audits.append(audit)
             remote.listen(audit.on_receipt, lambda _remote, _frame: None, self._wake)
             audit.start()
             return
@@ -222,7 +243,7 @@ class Session:
             top_k=self.setting.top_k,
             one_shot=self.one_shot,
         )
-        return await self._connect(candidate, opening)
+        return await self.connect(candidate, opening)
 
     # -- rows
 
@@ -234,9 +255,9 @@ class Session:
         start = len(self.ids)
         self.ids += ids
         self._want += [self.one_shot or (want_last and i == len(ids) - 1) for i in range(len(ids))]
-        await self._send_ids(start)
+        await self.send_ids(start)
 
-    async def _send_ids(self, start: int) -> None:
+    async def send_ids(self, start: int) -> None:
         rows = self.input_rows(start, len(self.ids))
         step = len(rows) if self.one_shot else STEP_ROWS
         for begin in range(0, len(rows), step):
@@ -264,7 +285,7 @@ class Session:
 
     async def result(self, position: int) -> bytes:
         """The row that left the model at a position. Raises RolledBack, NoRoute, Unreachable after STEP_TIMEOUT_S."""
-        await self._until(lambda: position in self._results, STEP_TIMEOUT_S, f"position {position}")
+        await self.until(lambda: position in self._results, STEP_TIMEOUT_S, f"position {position}")
         return self._results[position]
 
     async def finish(self) -> None:
@@ -276,7 +297,7 @@ class Session:
                 await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
             except Unreachable:
                 continue
-        await self._until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
+        await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
 
     async def take_leave(self) -> None:
         """Close every session in order, so that the last vouchers are known to have arrived."""
@@ -288,22 +309,22 @@ class Session:
     def _all_settled(self) -> bool:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
-        judged = not self._disputes and all(audit.judged_to() == length for audit in self._audits)
+        judged = not self.disputes and all(audit.judged_to() == length for audit in self.audits)
         paid = all(remote.rows_paid >= remote.rows_due for remote in self._everybody())
         return signed and judged and paid
 
     def _everybody(self) -> list[Remote]:
-        return [*self.hops, *(audit.remote for audit in self._audits)]
+        return [*self.hops, *(audit.remote for audit in self.audits)]
 
     async def audit_at_end(self, index: int) -> None:
         """Audit one hop over the whole session after it was signed."""
-        await self._open_audit(index)
+        await self.open_audit(index)
         self._wake()
-        await self._until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
+        await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
 
     async def close(self) -> None:
         """Close every hop. What is signed and checked has been paid before."""
-        for task in (self._tender, *self._arbitrations.values(), *(audit.task for audit in self._audits)):
+        for task in (self._tender, *self.arbitrations.values(), *(audit.task for audit in self.audits)):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -320,7 +341,7 @@ class Session:
         self._news.set()
 
     def _on_receipt(self, remote: Remote, receipt: Receipt) -> None:
-        self._pending[remote][self.window_index(receipt)] = receipt
+        self.pending[remote][self.window_index(receipt)] = receipt
 
     def window_index(self, receipt: Receipt) -> int:
         return 0 if self.one_shot else window_of(receipt.first)
@@ -364,14 +385,14 @@ class Session:
                     await self._pay_hop(index, hop)
                 except TallystickError as error:
                     hop.failure = hop.failure or error
-            for audit in self._audits:
+            for audit in list(self.audits):
                 audit.wake()
                 await self._tend_audit(audit)
             self._news.set()
 
     def _check_hop(self, index: int, hop: Remote) -> None:
         """Check every pending receipt that can be: in order of windows, after the hop before."""
-        pending = self._pending.get(hop, {})
+        pending = self.pending.get(hop, {})
         while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
             receipt := _extension(hop, pending)
         ) is not None:
@@ -408,10 +429,10 @@ class Session:
 
     async def _pay_hop(self, index: int, hop: Remote) -> None:
         """Everything due, unless this hop is being audited: then what the audit has passed."""
-        audit = next((audit for audit in self._audits if audit.index == index), None)
+        audit = next((audit for audit in self.audits if audit.index == index), None)
         if audit is None:
             await hop.pay(hop.rows_due, self.setting.purse)
-        elif audit.approved and index not in self._disputes:
+        elif audit.approved and index not in self.disputes:
             await hop.pay(hop.due_after.get(audit.approved - 1, 0), self.setting.purse)
 
     # -- audits
@@ -422,10 +443,10 @@ class Session:
             for check in audit.compare(hop):
                 self.verdict.checks.append(check)
         except Disagreement as disagreement:
-            if audit.index not in self._disputes:
-                self._disputes[audit.index] = disagreement
+            if audit.index not in self.disputes:
+                self.disputes[audit.index] = disagreement
                 log.info("%s and %s differ in window %d", hop.node, audit.remote.node, disagreement.window)
-                self._arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
+                self.arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
         except TallystickError as error:
             audit.remote.failure = audit.remote.failure or error
         if audit.approved:
@@ -442,77 +463,14 @@ class Session:
             disagreement.failure = error
         self._wake()
 
-    async def _resolve(self, index: int, disagreement: Disagreement) -> None:
-        """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
-        audit = next(audit for audit in self._audits if audit.index == index)
-        hop, ruling = self.hops[index], disagreement.ruling
-        del self._disputes[index]
-        window = disagreement.window
-        liar = ruling.liar if ruling is not None else None
-        passed = False if liar is not None else None
-        self.verdict.checks.append(
-            Check(
-                hop.candidate.span,
-                disagreement.hop.positions,
-                hop.node,
-                audit.remote.node,
-                passed if liar != audit.remote.node else None,
-            )
-        )
-        if ruling is not None:
-            self.verdict.accusations.append(
-                Accusation(ruling.liar, hop.candidate.span, disagreement.hop.positions, ruling.witnesses)
-            )
-            self.avoid.add(ruling.liar)
-        else:
-            self.avoid |= {hop.node, audit.remote.node}
-        if liar != hop.node:
-            await self._change_auditor(audit)
-        if liar != audit.remote.node:
-            await self._expel(index, 0 if self.one_shot else window * WINDOW)
-
-    async def _change_auditor(self, audit: Audit) -> None:
-        await audit.pause()
-        self._audits.remove(audit)
-        self.note_payment(audit.remote)
-        await audit.remote.close()
-        await self._open_audit(audit.index)
-
-    async def _expel(self, index: int, position: int) -> None:
-        """Replace a hop that lied and roll everybody back to `position`. Raises RolledBack."""
-        log.warning("%s is expelled; rolling back to position %d", self.hops[index].node, position)
-        liar = self.hops[index]
-        others = [hop for hop in self.hops if hop is not liar]
-        await self._until(lambda: all(hop.standing.covered >= position for hop in others), SETTLE_TIMEOUT_S, "receipts")
-        for task in self._arbitrations.values():
-            task.cancel()  # what else was in dispute is computed anew
-        for audit in self._audits:
-            await audit.pause()
-        for hop in others:
-            await self._crop(hop, position, len(self.ids))
-        for audit in self._audits:
-            await audit.crop(position)
-        self._disputes = {}
-        del self.ids[position:], self._want[position:]
-        self._results = {p: row for p, row in self._results.items() if p < position}
-        await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
-        for audit in self._audits:
-            audit.start()
-        raise RolledBack(position)
-
-    async def _crop(self, hop: Remote, position: int, computed: int) -> None:
-        await hop.command(Kind.CROP, {}, position)
-        hop.crop(position, computed)
-        self._pending[hop] = {}
-
     # -- failures
 
-    async def _until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
+    async def until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
         """Wait for something while repairing what breaks. Raises RolledBack, NoRoute, Unreachable."""
         deadline = time.monotonic() + timeout_s
         while not done():
             self._news.clear()
-            if await self._repair():
+            if await self._repair.mend_first():
                 deadline = time.monotonic() + timeout_s
                 continue
             if done():
@@ -525,83 +483,6 @@ class Session:
                     await self._news.wait()
             except TimeoutError:
                 self._work.set()
-
-    async def _repair(self) -> bool:
-        """Mend the first thing that is broken; False when nothing is."""
-        for index, disagreement in list(self._disputes.items()):
-            if disagreement.ruling is not None or disagreement.failure is not None:
-                await self._resolve(index, disagreement)
-                return True
-        for index, hop in enumerate(self.hops):
-            if hop.failure is not None:
-                await self._mend(index, hop.failure)
-                return True
-            if hop.told:
-                error = hop.told.pop()
-                named = next((i for i, other in enumerate(self.hops) if other.node == error.fields.get("hop")), None)
-                if named is not None:  # else it has been replaced meanwhile
-                    await self._replace(named, error)
-                return True
-        for audit in list(self._audits):
-            if audit.remote.failure is not None:
-                self.avoid.add(audit.remote.node)
-                await self._change_auditor(audit)
-                return True
-        return False
-
-    async def _mend(self, index: int, failure: TallystickError) -> None:
-        """A hop failed: replace it, unless another one would fail alike."""
-        if failure.code in ("insufficient_funds", "context_length_exceeded"):
-            raise failure
-        await self._replace(index, failure)
-
-    async def _replace(self, index: int, failure: TallystickError) -> None:
-        """Put another node in hop `index`'s place and have it filled by the hop before."""
-        lost = self.hops[index]
-        self.note_payment(lost)
-        await lost.close()
-        self._pending.pop(lost, None)
-        await self._substitute(index, failure)
-        self._attempt += 1
-        while True:
-            candidate = self.route[index]
-            try:
-                await self._announce(index, candidate.node)
-                remote = await self._connect(candidate, self._opening(index))
-            except TallystickError as error:
-                if error.fields.get("hop") not in (None, candidate.node):
-                    raise
-                await self._substitute(index, error)
-                continue
-            break
-        self.hops[index] = remote
-        self._pending[remote] = {}
-        remote.listen(self._on_receipt, self._on_result, self._wake)
-        if index:
-            await self._route(index - 1, {"next": candidate.node})
-        else:
-            await self._send_ids(0)
-        for audit in list(self._audits):
-            if audit.remote.candidate not in auditors(self.setting.candidates, self.route, audit.index, self.avoid):
-                await self._change_auditor(audit)  # it has become a neighbour, or the hop itself
-
-    async def _announce(self, index: int, node: Address) -> None:
-        """Tell whoever takes rows from hop `index` that another node will send them."""
-        if index + 1 < len(self.hops):
-            await self._route(index + 1, {"previous": node})
-        for audit in self._audits:
-            if audit.index == index + 1 and audit.remote.failure is None:
-                try:
-                    await audit.remote.command(Kind.ROUTE, {"previous": node})
-                except TallystickError as error:
-                    audit.remote.failure = audit.remote.failure or error
-
-    async def _route(self, index: int, body: dict[str, str]) -> None:
-        """Tell a hop of its new neighbour; a hop that is gone as well is repaired in its turn."""
-        try:
-            await self.hops[index].command(Kind.ROUTE, dict(body))
-        except TallystickError as error:
-            self.hops[index].failure = self.hops[index].failure or error
 
     def note_payment(self, remote: Remote) -> None:
         paid, due = remote.rows_paid, remote.rows_due
