@@ -28,6 +28,11 @@ class Running:
     keystore: Path
 
     @property
+    def id(self) -> str:
+        """The model's id as a person writes it: other models may be on the chain, too."""
+        return "0x" + self.model.hex()
+
+    @property
     def spans(self) -> list[Span]:
         return thirds(self.manifest.layers)
 

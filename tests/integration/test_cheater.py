@@ -16,7 +16,7 @@ TOKENS = 40
 async def test_a_cheater_is_named_by_two_others_replaced_and_not_paid(running: Running) -> None:
     chain = running.net.chain.chain()
     async with AsyncClient(running.key, running.net.settings()) as client:
-        honest = await client.generate(PROMPT, max_tokens=TOKENS, verify="off", ignore_eos=True)
+        honest = await client.generate(PROMPT, max_tokens=TOKENS, model=running.id, verify="off", ignore_eos=True)
     cheater = running.node(honest.route[1].node)
     await asyncio.to_thread(cheater.process.stop)
     cheap = ["--price", str(honest.route[1].offer.price // 2)]
@@ -26,7 +26,7 @@ async def test_a_cheater_is_named_by_two_others_replaced_and_not_paid(running: R
         await asyncio.to_thread(cheater.wait)
         paid_before = (await asyncio.to_thread(chain.funds, running.key.address, cheater.address)).paid
         async with AsyncClient(running.key, running.net.settings()) as client:
-            stream = client.stream(PROMPT, max_tokens=TOKENS, verify="full", ignore_eos=True)
+            stream = client.stream(PROMPT, max_tokens=TOKENS, model=running.id, verify="full", ignore_eos=True)
             events = [event async for event in stream]
             answer = stream.answer
             assert client.banned == {cheater.address}
@@ -47,7 +47,7 @@ async def test_a_cheater_is_named_by_two_others_replaced_and_not_paid(running: R
 
 async def test_a_cheating_auditor_is_found_out_and_the_honest_hop_is_kept_and_paid(running: Running) -> None:
     async with AsyncClient(running.key, running.net.settings()) as client:
-        honest = await client.generate(PROMPT, max_tokens=TOKENS, verify="off", ignore_eos=True)
+        honest = await client.generate(PROMPT, max_tokens=TOKENS, model=running.id, verify="off", ignore_eos=True)
     middle = [node for node in running.nodes if node.span == running.spans[1]]
     hop = honest.route[1].node
     liar = next(node for node in middle if node.address != hop)
@@ -58,7 +58,9 @@ async def test_a_cheating_auditor_is_found_out_and_the_honest_hop_is_kept_and_pa
         await asyncio.to_thread(liar.wait)
         for _ in range(6):  # the auditor is drawn at random: until the liar is drawn
             async with AsyncClient(running.key, running.net.settings()) as client:
-                answer = await client.generate(PROMPT, max_tokens=TOKENS, verify="full", ignore_eos=True)
+                answer = await client.generate(
+                    PROMPT, max_tokens=TOKENS, model=running.id, verify="full", ignore_eos=True
+                )
             assert answer.ids == honest.ids
             if answer.verdict.accusations:
                 break

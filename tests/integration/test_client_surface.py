@@ -27,7 +27,7 @@ def shell(running: Running, *arguments: str) -> list[str]:
 async def test_under_the_audit_policy_a_secret_coin_has_one_span_recomputed(running: Running) -> None:
     settings = replace(running.net.settings(), audit_probability=1.0)
     async with AsyncClient(running.key, settings) as client:
-        answer = await client.generate(PROMPT, max_tokens=12, verify="audit", ignore_eos=True)
+        answer = await client.generate(PROMPT, max_tokens=12, model=running.id, verify="audit", ignore_eos=True)
     assert len({check.span for check in answer.verdict.checks}) == 1
     assert answer.verdict.failed == 0 and answer.verdict.passed == 1
     check = answer.verdict.checks[0]
@@ -36,12 +36,12 @@ async def test_under_the_audit_policy_a_secret_coin_has_one_span_recomputed(runn
 
 async def test_the_synchronous_client_gives_the_same_tokens_as_the_asynchronous_one(running: Running) -> None:
     async with AsyncClient(running.key, running.net.settings()) as client:
-        expected = await client.generate(PROMPT, max_tokens=10, verify="off", ignore_eos=True)
+        expected = await client.generate(PROMPT, max_tokens=10, model=running.id, verify="off", ignore_eos=True)
 
     def use() -> tuple[list[int], list[int], str]:
         with Client(running.key, running.net.settings()) as client:
-            answer = client.generate(PROMPT, max_tokens=10, verify="off", ignore_eos=True)
-            events = list(client.stream(PROMPT, max_tokens=10, verify="off", ignore_eos=True))
+            answer = client.generate(PROMPT, max_tokens=10, model=running.id, verify="off", ignore_eos=True)
+            events = list(client.stream(PROMPT, max_tokens=10, model=running.id, verify="off", ignore_eos=True))
             ids = [event.id for event in events if isinstance(event, Token)]
             return answer.ids, ids, "".join(event.text for event in events if isinstance(event, Token))
 
@@ -52,7 +52,7 @@ async def test_the_synchronous_client_gives_the_same_tokens_as_the_asynchronous_
 async def test_tallystick_generate_streams_text_and_ends_with_json(
     running: Running, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = shell(running, "generate", PROMPT, "--tokens", "8", "--verify", "full", "--json")
+    command = shell(running, "generate", PROMPT, "--model", running.id, "--tokens", "8", "--verify", "full", "--json")
     assert await asyncio.to_thread(main, command) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[0].startswith(PROMPT)

@@ -50,7 +50,7 @@ async def drain(stream: Stream, after: int = 0, act: Callable[[], object] | None
 async def honest(running: Running) -> Answer:
     """An undisturbed, fully verified answer, which others are compared with."""
     async with AsyncClient(running.key, running.net.settings()) as client:
-        return await client.generate(PROMPT, max_tokens=TOKENS, verify="full", ignore_eos=True)
+        return await client.generate(PROMPT, max_tokens=TOKENS, model=running.id, verify="full", ignore_eos=True)
 
 
 async def test_three_hops_give_the_tokens_of_the_unsharded_model(running: Running, honest: Answer) -> None:
@@ -82,7 +82,7 @@ async def test_every_node_is_paid_for_the_rows_it_computed_and_nothing_is_withhe
 async def test_a_killed_node_is_replaced_and_the_tokens_are_unchanged(running: Running, honest: Answer) -> None:
     for hop in range(3):
         async with AsyncClient(running.key, running.net.settings()) as client:
-            stream = client.stream(PROMPT, max_tokens=TOKENS, verify="off", ignore_eos=True)
+            stream = client.stream(PROMPT, max_tokens=TOKENS, model=running.id, verify="off", ignore_eos=True)
             victims: list[str] = []
 
             def kill(stream: Stream = stream, hop: int = hop, victims: list[str] = victims) -> None:
@@ -100,8 +100,12 @@ async def test_a_killed_node_is_replaced_and_the_tokens_are_unchanged(running: R
 async def test_sampling_with_a_seed_is_the_same_after_a_failover(running: Running) -> None:
     sampling = Sampling(temperature=0.9, top_p=0.95, seed=7)
     async with AsyncClient(running.key, running.net.settings()) as client:
-        quiet = await client.generate(PROMPT, max_tokens=TOKENS, sampling=sampling, verify="off", ignore_eos=True)
-        stream = client.stream(PROMPT, max_tokens=TOKENS, sampling=sampling, verify="off", ignore_eos=True)
+        quiet = await client.generate(
+            PROMPT, max_tokens=TOKENS, sampling=sampling, model=running.id, verify="off", ignore_eos=True
+        )
+        stream = client.stream(
+            PROMPT, max_tokens=TOKENS, sampling=sampling, model=running.id, verify="off", ignore_eos=True
+        )
         kill = lambda: running.node(stream.session_route[1].node).process.kill()  # noqa: E731
         disturbed = await drain(stream, after=11, act=kill)
     assert disturbed.ids == quiet.ids
@@ -111,7 +115,7 @@ async def test_sampling_with_a_seed_is_the_same_after_a_failover(running: Runnin
 async def test_a_long_prompt_is_served_within_the_nodes_credit(running: Running) -> None:
     prompt = [1] + [5 + i % 200 for i in range(399)]
     async with AsyncClient(running.key, running.net.settings()) as client:
-        answer = await drain(client.stream(prompt, max_tokens=4, verify="full", ignore_eos=True))
+        answer = await drain(client.stream(prompt, max_tokens=4, model=running.id, verify="full", ignore_eos=True))
     assert answer.ids == await asyncio.to_thread(unsharded, running, prompt, 4)
     assert answer.verdict.failed == 0 and answer.verdict.passed == 3 * 13
 
@@ -119,7 +123,10 @@ async def test_a_long_prompt_is_served_within_the_nodes_credit(running: Running)
 async def test_concurrent_sessions_of_one_client_do_not_disturb_each_other(running: Running, honest: Answer) -> None:
     async with AsyncClient(running.key, running.net.settings()) as client:
         answers = await asyncio.gather(
-            *(client.generate(PROMPT, max_tokens=TOKENS, verify="off", ignore_eos=True) for _ in range(4))
+            *(
+                client.generate(PROMPT, max_tokens=TOKENS, model=running.id, verify="off", ignore_eos=True)
+                for _ in range(4)
+            )
         )
     assert all(answer.ids == honest.ids for answer in answers)
     assert all(not any(answer.verdict.withheld.values()) for answer in answers)
@@ -128,7 +135,7 @@ async def test_concurrent_sessions_of_one_client_do_not_disturb_each_other(runni
 async def test_a_stopped_node_redeems_and_its_payee_gets_what_the_vouchers_promised(running: Running) -> None:
     chain = running.net.chain.chain()
     async with AsyncClient(running.key, running.net.settings()) as client:
-        answer = await client.generate(PROMPT, max_tokens=8, verify="off", ignore_eos=True)
+        answer = await client.generate(PROMPT, max_tokens=8, model=running.id, verify="off", ignore_eos=True)
     node = running.node(answer.route[0].node)
     before = await asyncio.to_thread(chain.balance, node.address)
     paid_before = (await asyncio.to_thread(chain.funds, running.key.address, node.address)).paid
@@ -143,7 +150,7 @@ async def test_a_stopped_node_redeems_and_its_payee_gets_what_the_vouchers_promi
 
 async def test_the_stream_stops_when_its_reader_leaves(running: Running) -> None:
     async with AsyncClient(running.key, running.net.settings()) as client:
-        stream = client.stream(PROMPT, max_tokens=200, verify="off", ignore_eos=True)
+        stream = client.stream(PROMPT, max_tokens=200, model=running.id, verify="off", ignore_eos=True)
         count = 0
         async for _ in stream:
             count += 1

@@ -1186,7 +1186,9 @@ async def test_after_all_of_this_the_nodes_serve_as_before(
     running: Running, field: Field, before: dict[str, Usage]
 ) -> None:
     async with AsyncClient(running.key, running.net.settings()) as client:
-        answer = await client.generate("The function returns", max_tokens=8, verify="full", ignore_eos=True)
+        answer = await client.generate(
+            "The function returns", model=running.id, max_tokens=8, verify="full", ignore_eos=True
+        )
     assert len(answer.ids) == 8 and answer.verdict.failed == 0
     for target in (field.first, field.middle, field.last, field.spare):
         await field.attacker.idle(target)
