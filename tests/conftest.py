@@ -54,6 +54,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with LocalNet(tmp_path_factory.mktemp("net")) as net:
         model, manifest = net.publish(default_model())
         first, middle, last = thirds(manifest.layers)
+        net.prepare(7)
         nodes = [net.add_node(model, span) for span in (first, middle, last, first, middle, last, middle)]
         key, keystore = net.client_key()
         for node in nodes:

@@ -81,6 +81,7 @@ def _up(options: argparse.Namespace) -> int:
     with LocalNet(folder, say, options.rpc_port) as net:
         model, manifest = net.publish(options.model or default_model())
         spans = thirds(manifest.layers)
+        net.prepare(options.nodes)
         nodes = [net.add_node(model, spans[i % 3]) for i in range(options.nodes)]
         for node in nodes:
             node.wait()

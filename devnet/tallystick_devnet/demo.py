@@ -70,6 +70,7 @@ def _start_nodes(
     first, middle, last = thirds(manifest.layers)
     spans = [first, middle, last, first, middle, last] + [middle] * (count - 6)
     say(f"starting {count} nodes: {count - 4} for layers {middle}, two for {first} and two for {last}")
+    net.prepare(count)
     nodes = [net.add_node(model, span) for span in spans]
     for node in nodes:
         node.wait()
@@ -92,7 +93,7 @@ async def _converse(
     async with AsyncClient(key, net.settings()) as client:
         say("\n1. an answer, every span of it recomputed by another node\n")
         honest = await _ask(client, options)
-        say("\n\n2. the same, with one node of the middle span cheating\n")
+        say("\n2. the same, with one node of the middle span cheating\n")
         cheater = next(node for node in nodes if node.address == honest.route[1].node)
         await asyncio.to_thread(_corrupt, net, cheater, model, honest.route[1].offer.price // 2)
         before_cheating = chain.balance(cheater.address)
@@ -136,6 +137,7 @@ async def _ask(client: AsyncClient, options: DemoOptions) -> Answer:
     print(options.prompt, end="", flush=True)
     async for event in stream:
         show(event)
+    print(flush=True)
     return stream.answer
 
 

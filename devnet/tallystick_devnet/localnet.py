@@ -60,6 +60,7 @@ class LocalNet:
         self._nursery = Nursery(folder / "nursery.log")
         self.nodes: list[LocalNode] = []
         self._num_nodes = 0
+        self._prepared: list[tuple[Path, Address]] = []
         self.local: LocalChain | None = None
 
     def __enter__(self) -> LocalNet:
@@ -96,21 +97,28 @@ class LocalNet:
         self._say(f"published {manifest.name}: {manifest.layers} layers, manifest {manifest.cid}")
         return model, manifest
 
+    def prepare(self, count: int) -> None:
+        """Keys, ether and tokens for nodes that are to be added: all in one go, for a block takes a second."""
+        fresh = []
+        for _ in range(count):
+            folder = self.folder / f"node{self._num_nodes}"
+            self._num_nodes += 1
+            folder.mkdir(parents=True)
+            _write_password(folder)
+            cold = create_keystore(folder / "cold.json", PASSWORD, fast=True)
+            create_keystore(folder / "hot.json", PASSWORD, fast=True)
+            fresh.append((folder, cold))
+        self.chain.give(*(cold for _, cold in fresh), tokens=STAKE)
+        self._prepared += fresh
+
     def add_node(
         self, model: ModelId, span: Span, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()
     ) -> LocalNode:
         """Start a node that joins with keys of its own; wait for it with `node.wait()`."""
-        number = self._num_nodes
-        self._num_nodes += 1
-        folder = self.folder / f"node{number}"
-        folder.mkdir(parents=True)
-        _write_password(folder)
-        cold = create_keystore(folder / "cold.json", PASSWORD, fast=True)
-        create_keystore(folder / "hot.json", PASSWORD, fast=True)
-        node = LocalNode(f"node{number}", cold, span, folder, None)  # type: ignore[arg-type]
-        self._start(node, model, command, settings)
-        self.chain.give(cold, STAKE)  # while it fetches and loads
-        return node
+        if not self._prepared:
+            self.prepare(1)
+        folder, cold = self._prepared.pop(0)
+        return self._start(LocalNode(folder.name, cold, span, folder, None), model, command, settings)  # type: ignore[arg-type]
 
     def restart(
         self, node: LocalNode, model: ModelId, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()
@@ -124,7 +132,7 @@ class LocalNet:
         path = self.folder / name / "key.json"
         address = create_keystore(path, PASSWORD, fast=True)
         _write_password(path.parent)
-        self.chain.give(address, CLIENT_TOKENS)
+        self.chain.give(address, tokens=CLIENT_TOKENS)
         return open_keystore(path, PASSWORD), path
 
     def settings(self) -> Settings:

@@ -397,7 +397,7 @@ def test_a_source_that_lies_is_passed_over_for_one_that_does_not(
 
 def test_a_span_with_another_models_weights_does_not_register(operator: Operator, complaint: Complaint) -> None:
     """Every hash is right; the manifest itself names a layer that its canary was not computed with."""
-    operator.world.net.chain.give(operator.cold.address, STAKE)
+    operator.world.net.chain.give(operator.cold.address, tokens=STAKE)
     arguments = operator.joining(model="0x" + operator.world.swapped.model_id.hex())
     assert "differs from its canary" in complaint(node_cli.main, arguments)
     assert operator.has_done_nothing()
@@ -413,21 +413,21 @@ def test_who_is_not_registered_is_told_to_join(operator: Operator, complaint: Co
 
 def test_who_is_bound_but_has_no_stake_is_told_to_join(operator: Operator, complaint: Complaint) -> None:
     chain = operator.world.net.chain
-    chain.give(operator.cold.address, Wei(0))
+    chain.give(operator.cold.address, tokens=Wei(0))
     Wallet(chain.chain(), operator.cold).bind(operator.hot)
     sentence = complaint(node_cli.main, operator.arguments())
     assert "with stake 0" in sentence and "run: tallystick-node run --join" in sentence
 
 
 def test_who_has_no_tokens_is_told_how_many_are_missing(operator: Operator, complaint: Complaint) -> None:
-    operator.world.net.chain.give(operator.cold.address, Wei(5))
+    operator.world.net.chain.give(operator.cold.address, tokens=Wei(5))
     sentence = complaint(node_cli.main, operator.joining(stake=str(STAKE)))
     assert f"{operator.cold.address} holds 5 token units and needs {STAKE} more" in sentence
     assert operator.has_done_nothing()
 
 
 def test_a_stake_below_the_minimum_is_refused(operator: Operator, complaint: Complaint) -> None:
-    operator.world.net.chain.give(operator.cold.address, STAKE)
+    operator.world.net.chain.give(operator.cold.address, tokens=STAKE)
     assert "stake = 1 is below the contract's minimum" in complaint(node_cli.main, operator.joining(stake="1"))
     assert operator.has_done_nothing()
 
@@ -445,10 +445,10 @@ def test_a_hot_key_of_another_node_is_refused_before_anything_is_staked(
 ) -> None:
     chain = operator.world.net.chain
     owner = Key(secrets.token_bytes(32))
-    chain.give(owner.address, Wei(0))
+    chain.give(owner.address, tokens=Wei(0))
     Wallet(chain.chain(), owner).bind(operator.hot)
     assert "is not bound to node" in complaint(node_cli.main, operator.arguments())
-    chain.give(operator.cold.address, STAKE)
+    chain.give(operator.cold.address, tokens=STAKE)
     sentence = complaint(node_cli.main, operator.joining(stake=str(STAKE)))
     assert f"belongs to node {owner.address} for ever; make a new one" in sentence
     assert chain.chain().node(operator.cold.address).active == 0, "nothing was staked on the way"
@@ -536,7 +536,7 @@ def test_a_channel_that_cannot_be_funded_is_not(
 ) -> None:
     chain = customer.world.net.chain
     key = open_keystore(customer.folder / "hot.json", PASSWORD)
-    chain.give(key.address, Wei(10**18))
+    chain.give(key.address, tokens=Wei(10**18))
     complaint(cli.main, customer.arguments("fund", "--node", node, "--amount", amount))
     reading = chain.chain()
     assert reading.balance(key.address) == 10**18
@@ -567,7 +567,7 @@ async def ask(
 def newcomer(running: Running, tokens: int = 0, ether: bool = True) -> Key:
     key = Key(secrets.token_bytes(32))
     if ether:
-        running.net.chain.give(key.address, Wei(tokens))
+        running.net.chain.give(key.address, tokens=Wei(tokens))
     elif tokens:
         Wallet(running.net.chain.chain(), rich_key()).transfer(key.address, Wei(tokens))
     return key

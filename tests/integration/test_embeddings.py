@@ -47,6 +47,7 @@ def whole(sentences: list[str]) -> np.ndarray:
 def embedding_model(running: Running) -> str:
     """The BERT published on the running chain, served by three more nodes, and one more for the middle span."""
     model, manifest = running.net.publish(checkpoint(), "all-MiniLM-L6-v2")
+    running.net.prepare(3)
     nodes = [running.net.add_node(model, span) for span in thirds(manifest.layers)]
     for node in nodes:
         node.wait()

@@ -121,7 +121,7 @@ async def field(running: Running) -> AsyncIterator[Field]:
         hops = []
         for _ in range(2):
             cold = Key(secrets.token_bytes(32))
-            running.net.chain.give(cold.address, Wei(0))
+            running.net.chain.give(cold.address, tokens=Wei(0))
             hops.append(attacker.bind(cold, Key(secrets.token_bytes(32))))
         return hops
 
