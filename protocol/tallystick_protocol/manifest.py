@@ -9,9 +9,16 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
     licence       SPDX id or a sentence
     architecture  the transformers class that runs it, "LlamaForCausalLM"
     config        its config, allow-listed keys only (`tallystick_model.config` decides)
-    output        "logits": rows of top-k logits leave the last span; "hidden": hidden states do
-    causal        true: a row depends on earlier rows only; false: on all rows of a one-shot session
-    numerics      "fp32": weights, activations and cache in fp32, executed canonically
+    task          what it was trained for, in the words of the model hubs: "text-generation", "fill-mask", …
+    output        what leaves the last span: "logits" over the vocabulary (top-k or dense), "hidden" states,
+                  "scores" (a row of len(labels) values per position), "label" (one such row, at the last position)
+    labels        names of the scores, in order; empty for other outputs
+    causal        true: a row depends on earlier rows only; false: on all rows of a one-shot session.
+                  Of an encoder-decoder this is said of the decoder; its encoder is one-shot
+    numerics      "fp32": weights, activations and cache in fp32, executed canonically; "bf16w": weights in bf16, inputs
+                  and outputs of linear layers rounded to bf16, everything else in fp32
+    quantization  null, or {"bits": 8|4, "group": values per scale}: weight-only, and a model of its own
+    encoder_layers  0, or how many of the layers are the encoder's; they come first on the one axis of layers
     layers width vocab max_length
     pieces        ordered embed, layer 0.., shared, head: {kind, index, cid, bytes, tensors{name: {dtype, shape}}}
     tied          {tensor of the last span: the tensor of `embed` it shares}
@@ -43,8 +50,20 @@ MAX_LAYERS = 4096
 MAX_TENSORS_PER_PIECE = 4096
 MAX_PIECE_BYTES = 1 << 40
 MAX_EOS = 64
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+MAX_LABELS = 4096
+DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "BOOL": 1}
 
+TASKS = (
+    "text-generation",
+    "fill-mask",
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "text2text-generation",
+)
+Output = Literal["logits", "hidden", "scores", "label"]
+Numerics = Literal["fp32", "bf16w"]
 PieceKind = Literal["embed", "layer", "shared", "head"]
 _ORDER: dict[str, int] = {"embed": 0, "layer": 1, "shared": 2, "head": 3}
 
@@ -106,14 +125,26 @@ class Pooling:
 
 
 @dataclass(frozen=True, slots=True)
+class Quantization:
+    """Weight-only: matrices as integers of `bits`, one fp32 scale for `group` consecutive values of a row."""
+
+    bits: Literal[8, 4]
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     name: str
     licence: str
     architecture: str
     config: dict[str, Any]
-    output: Literal["logits", "hidden"]
+    task: str
+    output: Output
+    labels: tuple[str, ...]
     causal: bool
-    numerics: Literal["fp32"]
+    numerics: Numerics
+    quantization: Quantization | None
+    encoder_layers: int
     layers: int
     width: int
     vocab: int
@@ -125,6 +156,30 @@ class Manifest:
     pooling: Pooling | None
     norms: tuple[tuple[float, float], ...]
     canary: Canary
+
+    def stack_of(self, span: Span) -> Span:
+        """The layers of the stack that a span belongs to. Raises ManifestError for one that crosses stacks."""
+        cut = self.encoder_layers
+        stack = Span(0, cut) if span.start < cut else Span(cut, self.layers)
+        if span.end > stack.end:
+            raise ManifestError(f"layers {span} reach over the end of the encoder at {cut}: a span is of one stack")
+        return stack
+
+    def takes_ids(self, span: Span) -> bool:
+        """Whether token ids enter the span, not hidden states: it begins a stack."""
+        return span.start == self.stack_of(span).start
+
+    def is_result(self, span: Span) -> bool:
+        """Whether what leaves the span is a result for the client: it ends a stack."""
+        return span.end == self.stack_of(span).end
+
+    def is_causal(self, span: Span) -> bool:
+        """Whether sessions at the span grow row by row; else they take one step (encoders)."""
+        return self.causal and span.start >= self.encoder_layers
+
+    def output_of(self, span: Span) -> Output:
+        """What leaves the span: hidden states but at the model's own end."""
+        return self.output if span.end == self.layers else "hidden"
 
     def to_bytes(self) -> bytes:
         """The canonical block. Raises ManifestError when it is larger than MAX_BYTES."""
@@ -210,9 +265,15 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "licence": manifest.licence,
         "architecture": manifest.architecture,
         "config": manifest.config,
+        "task": manifest.task,
         "output": manifest.output,
+        "labels": list(manifest.labels),
         "causal": manifest.causal,
         "numerics": manifest.numerics,
+        "quantization": None
+        if manifest.quantization is None
+        else {"bits": manifest.quantization.bits, "group": manifest.quantization.group},
+        "encoder_layers": manifest.encoder_layers,
         "layers": manifest.layers,
         "width": manifest.width,
         "vocab": manifest.vocab,
@@ -254,6 +315,8 @@ def _from_json(value: Any) -> Manifest:
         return Manifest(
             **{
                 **{key: value[key] for key in keys - {"format"}},
+                "labels": tuple(value["labels"]),
+                "quantization": None if value["quantization"] is None else Quantization(**value["quantization"]),
                 "pieces": tuple(_piece(piece) for piece in value["pieces"]),
                 "tokenizer": {
                     name: FileRef(_cid(ref["cid"]), ref["bytes"]) for name, ref in value["tokenizer"].items()
@@ -280,8 +343,14 @@ def _check(manifest: Manifest) -> None:
     """The bounds that everything after the parser relies on."""
     for name, high in (("layers", MAX_LAYERS), ("width", 1 << 17), ("vocab", 1 << 22), ("max_length", 1 << 22)):
         _bounded(f"{name}", getattr(manifest, name), 1, high)
-    _one_of("output", manifest.output, ("logits", "hidden"))
-    _one_of("numerics", manifest.numerics, ("fp32",))
+    _one_of("task", manifest.task, TASKS)
+    _one_of("output", manifest.output, ("logits", "hidden", "scores", "label"))
+    _one_of("numerics", manifest.numerics, ("fp32", "bf16w"))
+    _check_labels(manifest)
+    _bounded("encoder_layers", manifest.encoder_layers, 0, manifest.layers - 1)
+    if manifest.quantization is not None:
+        _one_of("quantization bits", manifest.quantization.bits, (8, 4))
+        _bounded("quantization group", manifest.quantization.group, 16, 1 << 20)
     _one_of("causal", manifest.causal, (True, False))
     if not all(isinstance(value, dict) for value in (manifest.config, manifest.generation, manifest.tied)):
         raise ManifestError("config, generation and tied are objects")
@@ -311,6 +380,14 @@ def _check(manifest: Manifest) -> None:
         if unsafe or not 0 < len(name) <= 100:
             raise ManifestError(f"tokenizer file name {name[:40]!r}")
         _bounded(f"bytes of {name}", ref.bytes, 1, 1 << 28)
+
+
+def _check_labels(manifest: Manifest) -> None:
+    if bool(manifest.labels) != (manifest.output in ("scores", "label")) or len(manifest.labels) > MAX_LABELS:
+        raise ManifestError(f"labels name the scores of a classifier, at most {MAX_LABELS}, and nothing else has any")
+    for label in manifest.labels:
+        if not isinstance(label, str) or not 0 < len(label) <= 100 or not label.isprintable():
+            raise ManifestError("a label is printable text of at most 100 characters")
 
 
 def _check_pieces(manifest: Manifest) -> None:

@@ -132,7 +132,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ],
     *[(name, value) for name in ("config", "generation", "tied") for value in (None, [], [["a", "b"]], "x", 5, DELETE)],
     *each("output", ["tokens", None, [], {}, True, DELETE]),
-    *each("numerics", ["bf16w", "FP32", None, [], {}, DELETE]),
+    *each("numerics", ["fp8", "FP32", None, [], {}, DELETE]),
     *each("causal", [0, 1, 1.0, "true", None, [], DELETE]),
     *each("pieces", [[], None, {}, "abc", 5, [None], [[]], [{}], DELETE]),
     *each("pieces/1/kind", ["embed", "head", "shared", "shard", "", None, [], {}, 1, True, DELETE]),
