@@ -1,0 +1,277 @@
+"""A span's forward and backward pass over one whole sequence, for clients that tune prompts or adapters.
+
+The span's own weights stay as they are. What gets gradients is the client's: the rows that enter the span, and
+low-rank adapters on its linear modules (Hu et al. 2021): y = W x + B A x, with A (r, in) and B (out, r). Nothing is
+kept between calls: a backward pass runs the forward pass again.
+
+Products run through the same kernels as served sessions; attention and masks are transformers' own, so a row's bits
+may differ from a session's in the last places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tallystick_model.ghosts import Leave
+from tallystick_model.kernels import CanonicalLinear, flushing_denormals
+from tallystick_model.span import SpanModel
+from tallystick_protocol.errors import BadTensor, ContextLengthExceeded, Rejected
+
+Hidden = Literal["none", "last", "all"]
+"""Hidden states that a forward pass returns besides: none, the rows that enter the head, or every layer's input too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A low-rank change of one linear module: a (r, in), b (out, r), fp32; y = W x + b a x."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a forward pass returns.
+
+    rows: (n, width) that leave the span, or of the last span the logits (keep or n, vocab). hidden: (k, n, width), the
+    inputs of the span's layers ("all") and on the last span what enters the head ("last", "all"); k may be 0.
+    """
+
+    rows: torch.Tensor
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """rows: (n, width), or None where token ids entered. adapters: the same names and shapes as were given."""
+
+    rows: torch.Tensor | None
+    adapters: dict[str, Adapter]
+
+
+class SpanGradients:
+    """Differentiable passes over a loaded span. On the thread that runs the span, never beside it."""
+
+    def __init__(self, model: SpanModel) -> None:
+        """Raises Rejected for a span of something else than a causal language model."""
+        manifest = model.manifest
+        if manifest.output != "logits" or not manifest.causal or manifest.encoder_layers:
+            raise Rejected(f"gradients are served for causal language models; {manifest.name} is another kind")
+        self.model = model
+        self.linears = _adaptable(model)
+
+    def forward(
+        self, rows: torch.Tensor, adapters: Mapping[str, Adapter], keep: int = 0, hidden: Hidden = "none"
+    ) -> Passed:
+        """Run the span over a whole sequence.
+
+        rows: (n,) int64 ids or (n, width) fp32 embeddings on the first span, hidden rows (n, width) on others. keep:
+        logits of the last so many rows only, 0 for all. Raises BadTensor, ContextLengthExceeded.
+        """
+        self._check(rows, adapters, keep)
+        with flushing_denormals(), torch.no_grad():
+            out, states = self._run(rows, adapters, keep, hidden)
+        states = [state.detach() for state in states]
+        empty = out.new_zeros(0, len(rows), self.model.manifest.width)
+        return Passed(_finite(out), _finite(torch.stack(states)) if states else empty)
+
+    def backward(
+        self, rows: torch.Tensor, adapters: Mapping[str, Adapter], grad: torch.Tensor, keep: int = 0
+    ) -> Gradients:
+        """Gradients of sum(grad * forward(...).rows). grad: the shape of those rows. Raises as `forward`."""
+        self._check(rows, adapters, keep)
+        with flushing_denormals(), torch.enable_grad():
+            entering = rows.clone().requires_grad_() if rows.is_floating_point() else rows
+            held = {
+                name: Adapter(adapter.a.clone().requires_grad_(), adapter.b.clone().requires_grad_())
+                for name, adapter in adapters.items()
+            }
+            out, _ = self._run(entering, held, keep, "none")
+            if grad.shape != out.shape or grad.dtype != torch.float32 or not bool(torch.isfinite(grad).all()):
+                raise BadTensor(f"the gradient of this pass is a finite fp32 tensor of shape {tuple(out.shape)}")
+            sought = [entering] if entering.is_floating_point() else []
+            sought += [tensor for adapter in held.values() for tensor in (adapter.a, adapter.b)]
+            if not sought:
+                raise BadTensor("there is nothing to differentiate by: ids came in, and no adapters")
+            found = [_finite(one) for one in torch.autograd.grad(out, sought, grad)]
+        entered = found.pop(0) if entering.is_floating_point() else None
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return Gradients(entered, {name: Adapter(a, b) for name, (a, b) in zip(held, pairs, strict=True)})
+
+    def _check(self, rows: torch.Tensor, adapters: Mapping[str, Adapter], keep: int) -> None:
+        manifest, first = self.model.manifest, self.model.is_first
+        if first and rows.dtype == torch.int64 and rows.ndim == 1:
+            if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < manifest.vocab:
+                raise BadTensor(f"token ids run from 0 to {manifest.vocab - 1}", vocab=manifest.vocab)
+        elif rows.dtype != torch.float32 or rows.ndim != 2 or rows.shape[1] != manifest.width:
+            raise BadTensor(f"this pass takes fp32 rows of width {manifest.width}", width=manifest.width)
+        elif not bool(torch.isfinite(rows).all()):
+            raise BadTensor("a row holds NaN or infinity")
+        if not 0 < len(rows) <= manifest.max_length:
+            raise ContextLengthExceeded(f"{len(rows)} rows; 1 to {manifest.max_length}", limit=manifest.max_length)
+        if not 0 <= keep <= len(rows):
+            raise BadTensor(f"logits of {keep} rows are wanted, there are {len(rows)}")
+        for name, adapter in adapters.items():
+            check_adapter(self.linears, name, adapter)
+
+    def _run(
+        self, rows: torch.Tensor, adapters: Mapping[str, Adapter], keep: int, hidden: Hidden
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model, spliced = self.model, self.model._spliced
+        skeleton, passage = spliced.skeleton, spliced.passage
+        states: list[torch.Tensor] = []
+        inputs: dict[str, Any] = {"use_cache": False, "position_ids": torch.arange(len(rows))[None]}
+        if rows.is_floating_point() and model.is_first:
+            inputs["inputs_embeds"] = rows[None]
+        else:
+            inputs["input_ids"] = rows[None] if model.is_first else torch.zeros(1, len(rows), dtype=torch.int64)
+        passage.received = None if model.is_first else rows[None]
+        passage.num_rows, passage.entered, passage.stop = len(rows), None, not model.is_last
+        passage.passing = None
+        arguments = {name: value for name, value in inputs.items() if name in skeleton.arguments}
+        if "inputs_embeds" in inputs and "inputs_embeds" not in arguments:
+            raise BadTensor(f"{model.manifest.name} takes token ids only")
+        spliced.selection[:] = [torch.arange(len(rows) - keep, len(rows))] if keep and spliced.selects else []
+        with ExitStack() as stack:
+            stack.callback(spliced.selection.clear)
+            stack.enter_context(_stock_attention(skeleton.config, skeleton.model))
+            stack.enter_context(_differentiable_products(skeleton.model))
+            stack.enter_context(_adapted(skeleton.model, adapters))
+            stack.enter_context(self._watching(states, hidden))
+            try:
+                logits = skeleton.model(**arguments).logits[0]
+            except Leave as leave:
+                return leave.hidden[0], states
+        return logits[-keep:] if keep and not spliced.selects else logits, states
+
+    @contextmanager
+    def _watching(self, states: list[torch.Tensor], hidden: Hidden) -> Iterator[None]:
+        """Collect the hidden states (n, width) that are asked for, in order."""
+        spliced, span = self.model._spliced, self.model.span
+        handles = []
+        if hidden == "all":
+            for index in range(span.start, span.end):
+                place = spliced.anatomy.layers[index].hidden
+                handles.append(
+                    spliced.skeleton.layers[index].register_forward_pre_hook(
+                        lambda _, args, kwargs, place=place: states.append(
+                            (args[place] if isinstance(place, int) else kwargs[place])[0]
+                        ),
+                        with_kwargs=True,
+                    )
+                )
+        if hidden != "none" and self.model.is_last:
+            head = spliced.skeleton.model.get_output_embeddings()
+            handles.append(head.register_forward_pre_hook(lambda _, args: states.append(args[0][0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def check_adapter(linears: Mapping[str, tuple[int, int]], name: str, adapter: Adapter) -> None:
+    """Raises BadTensor unless the adapter fits a linear module; linears: {module: (in, out)}."""
+    shape = linears.get(name)
+    if shape is None:
+        raise BadTensor(f"there is no linear module {name[:80]!r} in these layers to adapt")
+    (rank, inside), (outside, again) = _two(adapter.a), _two(adapter.b)
+    if (inside, outside) != shape or rank != again or rank < 1:
+        raise BadTensor(f"the adapter of {name} is a (r, {shape[0]}) and b ({shape[1]}, r)")
+    for tensor in (adapter.a, adapter.b):
+        if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+            raise BadTensor(f"the adapter of {name} is not finite fp32")
+
+
+def _two(tensor: torch.Tensor) -> tuple[int, int]:
+    return (tensor.shape[0], tensor.shape[1]) if tensor.ndim == 2 else (0, 0)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a module that adapters fit, else None."""
+    if isinstance(module, nn.Linear | CanonicalLinear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+
+
+def _adaptable(model: SpanModel) -> dict[str, tuple[int, int]]:
+    """The linear modules within the span's layers, by dotted name."""
+    stack, span = model._spliced.skeleton.stack, model.span
+    found = {}
+    for index in range(span.start, span.end):
+        for name, module in model._spliced.skeleton.layers[index].named_modules():
+            shape = linear_shape(module)
+            if shape is not None:
+                found[f"{stack}.{index}.{name}"] = shape
+    return found
+
+
+@contextmanager
+def _stock_attention(config: Any, model: Any) -> Iterator[None]:
+    """While held, the model attends, and builds its masks, as transformers does by itself."""
+    before = config._attn_implementation
+    config._attn_implementation = "sdpa" if type(model)._supports_sdpa else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def _differentiable_products(model: nn.Module) -> Iterator[None]:
+    """While held, products over packed weights have a derivative."""
+    products = [module for module in model.modules() if isinstance(module, CanonicalLinear)]
+    for module in products:
+        module.__dict__["forward"] = lambda x, module=module: _Product.apply(x, module)
+    try:
+        yield
+    finally:
+        for module in products:
+            del module.__dict__["forward"]
+
+
+class _Product(torch.autograd.Function):
+    """CanonicalLinear's own product forward; backward, the gradient times the plain weight, unpacked for the moment."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: CanonicalLinear) -> torch.Tensor:
+        ctx.module = module
+        return CanonicalLinear.forward(module, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] @ plain_weight(ctx.module), None
+
+
+def plain_weight(module: CanonicalLinear) -> torch.Tensor:
+    """The (out, in) fp32 weight of a product, a copy where it is packed."""
+    weight = module.weight.to_dense() if module.weight.is_mkldnn else module.weight
+    return weight[: module.out_features].to(torch.float32)
+
+
+@contextmanager
+def _adapted(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None]:
+    """While held, linear modules add what their adapters make of their input."""
+
+    def hook(adapter: Adapter) -> Any:
+        return lambda _, args, output: output + args[0] @ adapter.a.T @ adapter.b.T
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(adapter)) for name, adapter in adapters.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadTensor("the pass overflows: its result holds NaN or infinity; send smaller rows or adapters")
+    return tensor.detach()
