@@ -4,7 +4,9 @@ with tallystick.Client(key) as client:
     print(client.generate("Once upon a time").text)
 """
 
-from tallystick.client import Answer, AsyncClient, Client, Embedding, Retracted, Settings, Stream, Token
+from tallystick.blocking import Client
+from tallystick.client import AsyncClient, Embedding, Settings
+from tallystick.generation import Answer, Retracted, Stream, Token
 from tallystick.sampling import Sampling
 from tallystick.verdict import Verdict
 

@@ -117,7 +117,7 @@ class Audit:
 
     async def crop(self, position: int) -> None:
         """Roll the auditor back with everybody else."""
-        await self.remote.command(Kind.CROP, {}, position)
+        await self.remote.command(Frame(Kind.CROP, position=position))
         self.remote.crop(position, self._fed)
         self._fed = min(self._fed, position)
         self._pending = {}
@@ -165,11 +165,10 @@ class Audit:
 async def send_kept(session: Session, index: int, to: Remote, first: int, last: int) -> None:
     """Have the rows that entered hop `index` at positions [first, last) sent to another node's session."""
     if index == 0:
-        want = session.wanted(first, last)
-        await to.send_rows(session.input_rows(first, last), first, want)
+        await session.send_ids_to(to, first, last)
         return
     body = {"to": to.node, "session": to.session, "first": first, "last": last}
-    await session.hops[index - 1].command(Kind.REPLAY, body)
+    await session.hops[index - 1].command(Frame(Kind.REPLAY, body))
 
 
 async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) -> Ruling:

@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tallystick.client import Answer, AsyncClient, Retracted, Settings, Token
+from tallystick.client import AsyncClient, Settings
+from tallystick.generation import Answer, Retracted, Token
 from tallystick.publishing import cut, register, serve_content
 from tallystick.sampling import Sampling
 from tallystick_protocol.chain.book import load_book

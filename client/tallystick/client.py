@@ -1,76 +1,39 @@
-"""The SDK: `Client.generate`, `Client.stream`, `Client.embed`; `AsyncClient` underneath. Runs without torch."""
+"""The SDK, async: models, routes and sessions; answers, embeddings, single passes and decoders. Runs without torch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import secrets
-import threading
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from tallystick.decoding import Decoder
+from tallystick.generation import Answer, Stream
 from tallystick.network import Network, Survey
 from tallystick.payments import Purse
 from tallystick.repair import RolledBack
 from tallystick.route import Candidate, Weights, plan
-from tallystick.sampling import Sampling, pick
-from tallystick.session import Session, Setting
-from tallystick.tokens import TextStream
+from tallystick.sampling import Sampling
+from tallystick.session import Session
+from tallystick.setting import Setting, Sides
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
-from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute, TallystickError
+from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import Key
-from tallystick_protocol.types import Address, Digest, Wei
+from tallystick_protocol.types import Address, Digest, Span, Wei
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 AUDIT_PROBABILITY = 0.05
 TOP_K = 64
 DEFAULT_MAX_COST = Wei(10**19)
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token; `text` is what it made certain, possibly empty."""
-
-    id: int
-    text: str
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Retracted:
-    """The last tokens were computed by a node that was caught: take them, and so many characters, back."""
-
-    num_tokens: int
-    num_characters: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A finished generation. route: the nodes that carried it to the end, first hop first."""
-
-    text: str
-    ids: list[int]
-    prompt_ids: list[int]
-    finish_reason: str
-    route: list[Candidate]
-    verdict: Verdict
-    seconds: float
-    model: str
-
-    @property
-    def tokens_per_s(self) -> float:
-        return len(self.ids) / self.seconds if self.seconds else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +42,18 @@ class Embedding:
 
     vector: np.ndarray
     num_tokens: int
+    route: list[Candidate]
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What left a model for the wanted positions: rows (positions, values) fp32, the nodes, and the verdict on them.
+
+    values: the width for hidden states, the vocabulary for logits, the number of labels for classifiers.
+    """
+
+    rows: np.ndarray
     route: list[Candidate]
     verdict: Verdict
 
@@ -150,20 +125,49 @@ class AsyncClient:
 
     async def embed(self, text: str, *, model: str = "", verify: Policy = "audit") -> Embedding:
         """A sentence's embedding, pooled as the model's own files say. Raises as `stream`."""
+        record, manifest = await self.model(model)
+        pooling = manifest.pooling
+        if manifest.output != "hidden" or pooling is None:
+            raise ConfigError(f"{manifest.name} gives no embeddings; use an encoder model")
+        ids = (await self.network.tokens(record)).encode(text)
+        done = await self.run(model, ids, verify=verify)
+        vector = done.rows.mean(axis=0) if pooling.mode == "mean" else done.rows[0]
+        if pooling.normalize:
+            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        return Embedding(vector.astype(np.float32), len(ids), done.route, done.verdict)
+
+    async def run(
+        self,
+        model: str,
+        ids: list[int],
+        *,
+        token_types: list[int] | None = None,
+        want: list[int] | None = None,
+        verify: Policy = "audit",
+    ) -> Encoded:
+        """One pass over a model, or over the encoder of an encoder-decoder: what leaves it for the wanted positions.
+
+        token_types: one per id, for models that have them. want: ascending positions; None for all, or for the one
+        row of a sequence classifier. Raises as `stream`.
+        """
         _check_policy(verify)
         record, manifest = await self.model(model)
-        if manifest.output != "hidden" or manifest.pooling is None:
-            raise ConfigError(f"{manifest.name} gives no embeddings; use an encoder model")
-        tokens = await self.network.tokens(record)
-        ids = tokens.encode(text)
+        stack = manifest.stack_of(Span(0, 1))
+        _check_ids(manifest, ids, token_types)
         self._check_length(manifest, len(ids), 0)
+        last_only = manifest.output_of(stack) == "label"
+        wanted = want if want is not None else [len(ids) - 1] if last_only else list(range(len(ids)))
+        flags = [position in set(wanted) for position in range(len(ids))]
         verdict = Verdict(verify)
-        session = await self.open_session(record, manifest, len(ids), verdict)
+        sides = Sides(token_types=bytes(token_types or ()))
+        survey, route = await self.plan(record, manifest, stack)
+        setting = self._setting(record, manifest, stack, survey, len(ids), dense=True, sides=sides)
+        session = await self._open(setting, route, verdict)
         try:
             while True:
                 try:
-                    await session.feed(ids)
-                    rows = [await session.result(position) for position in range(len(ids))]
+                    await session.feed(ids[len(session.ids) :], flags[len(session.ids) :])
+                    rows = [await session.result(position) for position in wanted]
                     await self.finish(session, verify)
                     break
                 except RolledBack:
@@ -171,11 +175,52 @@ class AsyncClient:
         finally:
             await session.close()
             self.banned |= {accusation.node for accusation in verdict.accusations}
-        hidden = np.frombuffer(b"".join(rows), dtype="<f4").reshape(len(ids), manifest.width)
-        vector = hidden.mean(axis=0) if manifest.pooling.mode == "mean" else hidden[0]
-        if manifest.pooling.normalize:
-            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-        return Embedding(vector.astype(np.float32), len(ids), list(session.route), verdict)
+        values = np.frombuffer(b"".join(rows), dtype="<f4").reshape(len(wanted), -1)
+        return Encoded(values, list(session.route), verdict)
+
+    def decoder(
+        self,
+        model: str,
+        *,
+        max_length: int,
+        beams: int = 1,
+        dense: bool = False,
+        memory: np.ndarray | None = None,
+        verify: Policy = "audit",
+    ) -> Decoder:
+        """Continuations of a causal model, or of an encoder-decoder's decoder, under one's own control.
+
+        max_length: positions of each beam. dense: rows hold the logits of the whole vocabulary, not the largest 64.
+        memory: (source positions, width) fp32, what `run` gave for the source. The sessions open when the decoder is
+        entered (`async with`); raises as `stream` then.
+        """
+        _check_policy(verify)
+        verdict = Verdict(verify)
+
+        async def open_sessions(count: int) -> tuple[Manifest, list[Session]]:
+            record, manifest = await self.model(model)
+            stack = Span(manifest.encoder_layers, manifest.layers)
+            if not manifest.is_causal(stack):
+                raise ConfigError(f"{manifest.name} is bidirectional: it takes a text whole; use `run`")
+            self._check_length(manifest, max_length, 0)
+            sides = Sides(memory=_memory_rows(manifest, memory))
+            survey, route = await self.plan(record, manifest, stack)
+            setting = self._setting(record, manifest, stack, survey, max_length, dense, sides)
+            opened: list[Session] = []
+            try:
+                for _ in range(count):
+                    opened.append(await self._open(setting, list(route), verdict))
+                    route = opened[-1].route
+            except BaseException:
+                for session in opened:
+                    await session.close()
+                raise
+            return manifest, opened
+
+        def leave() -> None:
+            self.banned |= {accusation.node for accusation in verdict.accusations}
+
+        return Decoder(verdict, beams, dense, open_sessions, lambda session: self.finish(session, verify), leave)
 
     async def model(self, text: str) -> tuple[ModelRecord, Manifest]:
         """Find a model and its manifest; checks once that chain and contracts are the ones of the address book."""
@@ -186,24 +231,52 @@ class AsyncClient:
         return record, await self.network.manifest(record)
 
     async def open_session(self, record: ModelRecord, manifest: Manifest, max_length: int, verdict: Verdict) -> Session:
-        """Plan a route and open it, with an auditor per hop if the policy is `full`."""
+        """Plan a route and open it for rows of top-k logits, with an auditor per hop if the policy is `full`."""
+        stack = manifest.stack_of(Span(0, 1))
+        survey, route = await self.plan(record, manifest, stack)
+        return await self._open(self._setting(record, manifest, stack, survey, max_length), route, verdict)
+
+    async def plan(self, record: ModelRecord, manifest: Manifest, stack: Span) -> tuple[Survey, list[Candidate]]:
+        """The nodes there are, and the cheapest route over a stack. Raises NoRoute."""
+        settings = self.settings
         survey = await self.network.survey(record)
-        try:
-            route = self._plan(survey, manifest)
-        except NoRoute:
-            survey = await self.network.survey(record, fresh=True)
-            route = self._plan(survey, manifest)
-        setting = Setting(
+        for last in (False, True):
+            try:
+                route = plan(
+                    survey.candidates, manifest.layers, self.banned, settings.numeric_class, settings.weights, stack
+                )
+                return survey, route
+            except NoRoute:
+                if last:
+                    raise
+                survey = await self.network.survey(record, fresh=True)
+        raise AssertionError  # not reached
+
+    def _setting(
+        self,
+        record: ModelRecord,
+        manifest: Manifest,
+        stack: Span,
+        survey: Survey,
+        max_length: int,
+        dense: bool = False,
+        sides: Sides | None = None,
+    ) -> Setting:
+        return Setting(
             peers=self._peers,
             key=self._key,
             domain=self.chain.book.staking_domain,
             purse=self._purse,
             manifest=manifest,
+            stack=stack,
             candidates=survey.candidates,
             max_length=max_length,
-            top_k=min(TOP_K, manifest.vocab),
+            top_k=0 if dense else min(TOP_K, manifest.vocab),
             on_replaced=lambda: self.network.forget(record),
+            sides=sides or Sides(),
         )
+
+    async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
         session = Session(setting, route, verdict)
         session.avoid |= self.banned
         try:
@@ -212,10 +285,6 @@ class AsyncClient:
             await session.close()
             raise
         return session
-
-    def _plan(self, survey: Survey, manifest: Manifest) -> list[Candidate]:
-        settings = self.settings
-        return plan(survey.candidates, manifest.layers, self.banned, settings.numeric_class, settings.weights)
 
     async def finish(self, session: Session, verify: Policy) -> None:
         """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed."""
@@ -235,186 +304,27 @@ class AsyncClient:
             )
 
 
-class Stream:
-    """One generation in progress: iterate it, then read `.answer`."""
-
-    def __init__(
-        self,
-        client: AsyncClient,
-        prompt: str | list[int],
-        model: str,
-        max_tokens: int,
-        sampling: Sampling,
-        verify: Policy,
-        ignore_eos: bool,
-    ) -> None:
-        self._client = client
-        self._prompt = prompt
-        self._model = model
-        self._max_tokens = max_tokens
-        self._sampling = sampling
-        self._verify: Policy = verify
-        self._ignore_eos = ignore_eos
-        self._answer: Answer | None = None
-        self._session: Session | None = None
-        self._events: AsyncGenerator[Token | Retracted, None] = self._run()
-
-    @property
-    def answer(self) -> Answer:
-        """Raises TallystickError before the stream has ended."""
-        if self._answer is None:
-            raise TallystickError("the answer is not complete yet: iterate the stream to its end")
-        return self._answer
-
-    @property
-    def session_route(self) -> list[Candidate]:
-        """The nodes that carry the session now, first hop first; empty before it is open."""
-        return [] if self._session is None else list(self._session.route)
-
-    def __aiter__(self) -> AsyncIterator[Token | Retracted]:
-        return self._events
-
-    async def aclose(self) -> None:
-        """Stop; what was computed and checked has been paid."""
-        await self._events.aclose()
-
-    async def _run(self) -> AsyncGenerator[Token | Retracted, None]:
-        client = self._client
-        record, manifest = await client.model(self._model)
-        if manifest.output != "logits":
-            raise ConfigError(f"{manifest.name} does not generate text; use `embed`")
-        tokens = await client.network.tokens(record)
-        prompt = tokens.encode(self._prompt) if isinstance(self._prompt, str) else list(self._prompt)
-        if not prompt or any(type(i) is not int or not 0 <= i < manifest.vocab for i in prompt):
-            raise ConfigError("the prompt is empty or holds ids beyond the vocabulary")
-        client._check_length(manifest, len(prompt), self._max_tokens)
-        verdict = Verdict(self._verify)
-        session = await client.open_session(record, manifest, len(prompt) + self._max_tokens, verdict)
-        self._session = session
-        began = time.monotonic()
-        state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
-        try:
-            await session.feed(prompt)
-            while True:
-                try:
-                    while not state.done:
-                        row = await session.result(len(prompt) + len(state.ids) - 1)
-                        token = pick(row, self._sampling, len(prompt) + len(state.ids))
-                        yield state.accept(token)
-                        if not state.done:
-                            await session.feed([token])
-                    await client.finish(session, self._verify)
-                    break
-                except RolledBack as back:
-                    retracted = state.roll_back(back.position)
-                    if retracted.num_tokens:
-                        yield retracted
-                    await session.feed((prompt + state.ids)[back.position :])
-            seconds = time.monotonic() - began
-            finished = True
-        except BaseException:
-            finished = False
-            raise
-        finally:
-            await session.close()
-            client.banned |= {accusation.node for accusation in verdict.accusations}
-        if finished:
-            self._answer = Answer(
-                text=state.stream.text,
-                ids=state.ids,
-                prompt_ids=prompt,
-                finish_reason=state.finish_reason,
-                route=list(session.route),
-                verdict=verdict,
-                seconds=seconds,
-                model="0x" + record.id.hex(),
-            )
-
-
 def _check_policy(verify: str) -> None:
     if verify not in ("off", "audit", "full"):
         raise ConfigError(f"verify={verify!r} is not off, audit or full")
 
 
-class _Generation:
-    """The tokens decided so far."""
-
-    def __init__(self, prompt: list[int], stream: TextStream, manifest: Manifest, limit: int, ignore_eos: bool) -> None:
-        self.prompt = prompt
-        self.stream = stream
-        self.ids: list[int] = []
-        self._limit = limit
-        eos = manifest.generation.get("eos", [])
-        self._eos = set() if ignore_eos or not isinstance(eos, list) else set(eos)
-
-    @property
-    def done(self) -> bool:
-        return len(self.ids) >= self._limit or bool(self.ids and self.ids[-1] in self._eos)
-
-    @property
-    def finish_reason(self) -> str:
-        return "stop" if self.ids and self.ids[-1] in self._eos else "length"
-
-    def accept(self, token: int) -> Token:
-        self.ids.append(token)
-        return Token(token, self.stream.push(token), len(self.prompt) + len(self.ids) - 1)
-
-    def roll_back(self, position: int) -> Retracted:
-        """Rows from `position` on were wrong: the tokens after `position` were chosen from them."""
-        keep = max(position + 1 - len(self.prompt), 0)
-        dropped = len(self.ids) - keep
-        if dropped <= 0:
-            return Retracted(0, 0)
-        del self.ids[keep:]
-        return Retracted(dropped, self.stream.retract(dropped))
+def _check_ids(manifest: Manifest, ids: list[int], token_types: list[int] | None) -> None:
+    if not ids or any(type(i) is not int or not 0 <= i < manifest.vocab for i in ids):
+        raise ConfigError("there are no ids, or some beyond the vocabulary")
+    types = manifest.config.get("type_vocab_size") or 1
+    if token_types is not None and (
+        len(token_types) != len(ids) or not all(0 <= kind < min(types, 256) for kind in token_types)
+    ):
+        raise ConfigError(f"token types: one for each id, from 0 to {types - 1}")
 
 
-class Client:
-    """The same, for code that is not async: runs an event loop in a thread of its own. Use as a context manager."""
-
-    def __init__(self, key: Key, settings: Settings | None = None) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="tallystick", daemon=True)
-        self._thread.start()
-        self._async = AsyncClient(key, settings)
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def generate(self, prompt: str, **options: Any) -> Answer:
-        """As AsyncClient.generate."""
-        return self._wait(self._async.generate(prompt, **options))
-
-    def stream(self, prompt: str | list[int], **options: Any) -> Generator[Token | Retracted, None, Answer]:
-        """As AsyncClient.stream; the Answer is the generator's return value (`answer = yield from …`)."""
-        stream = self._async.stream(prompt, **options)
-        events = stream.__aiter__()
-        try:
-            while True:
-                try:
-                    yield self._wait(events.__anext__())  # type: ignore[arg-type]
-                except StopAsyncIteration:
-                    return stream.answer
-        finally:
-            self._wait(stream.aclose())
-
-    def embed(self, text: str, **options: Any) -> Embedding:
-        """As AsyncClient.embed."""
-        return self._wait(self._async.embed(text, **options))
-
-    def close(self) -> None:
-        self._wait(self._async.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=5)
-        self._loop.close()
-
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+def _memory_rows(manifest: Manifest, memory: np.ndarray | None) -> tuple[bytes, ...] | None:
+    """An encoder's states as rows. Raises ConfigError unless the model has an encoder and the states are its."""
+    if (memory is None) != (manifest.encoder_layers == 0):
+        raise ConfigError("an encoder-decoder's decoder takes `memory`, and nothing else does")
+    if memory is None:
+        return None
+    if memory.ndim != 2 or memory.shape[1] != manifest.width or not 0 < len(memory) <= manifest.max_length:
+        raise ConfigError(f"memory is (source positions, {manifest.width}) fp32")
+    return tuple(row.tobytes() for row in memory.astype("<f4"))

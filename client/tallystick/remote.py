@@ -6,10 +6,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from tallystick.checks import Terms
 from tallystick.payments import Purse
@@ -23,7 +22,7 @@ from tallystick_protocol.errors import (
     Unreachable,
     from_wire,
 )
-from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, take
+from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame, take
 from tallystick_protocol.messages import Opened, SessionOpen, session_id
 from tallystick_protocol.peer import Peers, WebSocketChannel, expect, sealed_field
 from tallystick_protocol.receipts import Receipt, pack_flags
@@ -50,7 +49,6 @@ class Opening:
     next: Address
     max_length: int
     top_k: int
-    one_shot: bool
 
 
 @dataclass(slots=True)
@@ -223,22 +221,30 @@ class Remote:
             self.failure = self.failure or error
             raise
 
-    async def send_rows(self, ids: list[bytes], position: int, want: list[bool], more: bool = False) -> None:
-        body = {"want": pack_flags(want), **({"more": True} if more else {})}
+    async def send_rows(self, ids: list[bytes], position: int, want: list[bool], types: bytes = b"") -> None:
+        """Token ids from `position` on; `want`: whose results are wanted; `types`: their token types, if any."""
+        body = {"want": pack_flags(want), **({"types": types} if types else {})}
         await self.send(rows_frame(Kind.STEP, DType.IDS, ids, position, body))
 
-    async def command(self, kind: Kind, body: dict[str, Any], position: int = 0) -> None:
+    async def give_memory(self, states: Sequence[bytes]) -> None:
+        """Send an encoder's states, fp32 rows, to a decoder's span. Raises Unreachable."""
+        step = rows_per_frame(len(states[0]))
+        for begin in range(0, len(states), step):
+            body = {"more": begin + step < len(states)}
+            await self.send(rows_frame(Kind.MEMORY, DType.F32, list(states[begin : begin + step]), begin, body))
+
+    async def command(self, frame: Frame) -> None:
         """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
         self._last_command += 1
         number = self._last_command
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._commands[number] = answer
         try:
-            await self.send(Frame(kind, {**body, "id": number}, position))
+            await self.send(replace(frame, body={**frame.body, "id": number}))
             async with asyncio.timeout(COMMAND_TIMEOUT_S):
                 await answer
         except TimeoutError:
-            raise Unreachable(f"{self.node} did not acknowledge {kind.name}", hop=self.node) from None
+            raise Unreachable(f"{self.node} did not acknowledge {frame.kind.name}", hop=self.node) from None
         finally:
             del self._commands[number]
 
@@ -267,6 +273,15 @@ class Remote:
         self.standing.crop(length)
         kept = len(self.standing.receipts)
         self.due_after = {index: rows for index, rows in self.due_after.items() if index < kept}
+
+    def fork(self, position: int, length: int, computed: int) -> None:
+        """Rolled back to `position` and filled up to `length` with rows that another session has paid for."""
+        self.crop(position, computed)
+        self._due_to = length
+
+    def rows_fed(self, length: int) -> int:
+        """Rows that are due or will be, when the session has `length`."""
+        return self.rows_due + max(0, length - self._due_to)
 
     def total(self, rows: int) -> Wei:
         """What the node is owed in all when `rows` rows of this session, and no other one's since, are paid."""

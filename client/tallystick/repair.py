@@ -14,7 +14,7 @@ from tallystick.remote import Remote
 from tallystick.route import auditors
 from tallystick.verdict import Accusation, Check
 from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, TallystickError
-from tallystick_protocol.frames import Kind
+from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
 
 if TYPE_CHECKING:
@@ -110,14 +110,14 @@ class Repair:
         for audit in self._session.audits:
             if audit.index == index + 1 and audit.remote.failure is None:
                 try:
-                    await audit.remote.command(Kind.ROUTE, {"previous": node})
+                    await audit.remote.command(Frame(Kind.ROUTE, {"previous": node}))
                 except TallystickError as error:
                     audit.remote.failure = audit.remote.failure or error
 
     async def tell_neighbour(self, index: int, body: dict[str, str]) -> None:
         """Tell a hop of its new neighbour; a hop that is gone as well is repaired in its turn."""
         try:
-            await self._session.hops[index].command(Kind.ROUTE, dict(body))
+            await self._session.hops[index].command(Frame(Kind.ROUTE, dict(body)))
         except TallystickError as error:
             self._session.hops[index].failure = self._session.hops[index].failure or error
 
@@ -181,6 +181,6 @@ class Repair:
         raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
-        await hop.command(Kind.CROP, {}, position)
+        await hop.command(Frame(Kind.CROP, position=position))
         hop.crop(position, computed)
         self._session.pending[hop] = {}

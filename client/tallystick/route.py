@@ -49,35 +49,37 @@ def plan(
     avoid: Collection[Address] = (),
     numeric_class: Digest | None = None,
     weights: Weights = Weights(),
+    stack: Span | None = None,
 ) -> list[Candidate]:
     """The cheapest chain of spans that covers [0, layers), first hop first; cost = time + price, spans used whole.
 
-    All hops are of one numeric class where that is possible, so that failovers are exact and audits sharp; with
-    `numeric_class`, of that one or none. Raises NoRoute naming the layers that nobody serves.
+    stack: cover these layers only (an encoder, a decoder). All hops are of one numeric class where that is possible, so
+    that failovers are exact and audits sharp; with `numeric_class`, of that one or none. Raises NoRoute naming the
+    layers that nobody serves.
     """
-    usable = [c for c in candidates if c.node not in avoid and c.span.end <= layers]
+    goal = stack or Span(0, layers)
+    usable = [c for c in candidates if c.node not in avoid and goal.start <= c.span.start and c.span.end <= goal.end]
     classes = {Digest(c.offer.numeric_class) for c in usable} if numeric_class is None else {numeric_class}
     found = [
         route
         for one in sorted(classes)
-        if (route := _cheapest([c for c in usable if c.offer.numeric_class == one], layers, weights)) is not None
+        if (route := _cheapest([c for c in usable if c.offer.numeric_class == one], goal, layers, weights)) is not None
     ]
     if not found and numeric_class is None:
-        mixed = _cheapest(usable, layers, weights)
+        mixed = _cheapest(usable, goal, layers, weights)
         found = [mixed] if mixed is not None else []
     if not found:
-        raise no_route([c for c in usable if numeric_class in (None, c.offer.numeric_class)], layers)
+        raise no_route([c for c in usable if numeric_class in (None, c.offer.numeric_class)], goal)
     return min(found, key=lambda route: sum(_cost(hop, layers, weights) for hop in route))
 
 
-def no_route(usable: list[Candidate], layers: int) -> NoRoute:
+def no_route(usable: list[Candidate], goal: Span) -> NoRoute:
     """The error that names the first gap and the command that would fill it."""
-    reachable = _reach(usable)
-    start = max(reachable)
+    start = max(_reach(usable, goal.start))
     onward = [c.span.start for c in usable if c.span.start > start]
-    end = min(onward, default=layers)
+    end = min(onward, default=goal.end)
     return NoRoute(
-        f"nobody serves layers [{start}, {end}) of {layers};"
+        f"nobody serves layers [{start}, {end}) of {goal};"
         f" to serve them: tallystick-node run --join --span {start}:{end}",
         start=start,
         end=end,
@@ -122,9 +124,9 @@ def _cost(candidate: Candidate, layers: int, weights: Weights) -> float:
     return HOP_COST + candidate.rtt_s / 2 + price * weights.seconds_per_wei
 
 
-def _cheapest(candidates: list[Candidate], layers: int, weights: Weights) -> list[Candidate] | None:
+def _cheapest(candidates: list[Candidate], goal: Span, layers: int, weights: Weights) -> list[Candidate] | None:
     """Shortest path over layer boundaries; spans only go forward, so one pass in order of their start is enough."""
-    best: dict[int, tuple[float, list[Candidate]]] = {0: (0.0, [])}
+    best: dict[int, tuple[float, list[Candidate]]] = {goal.start: (0.0, [])}
     for candidate in sorted(candidates, key=lambda c: (c.span.start, c.span.end, c.offer.price, c.node)):
         reached = best.get(candidate.span.start)
         if reached is None:
@@ -132,11 +134,11 @@ def _cheapest(candidates: list[Candidate], layers: int, weights: Weights) -> lis
         cost = reached[0] + _cost(candidate, layers, weights)
         if cost < best.get(candidate.span.end, (float("inf"), []))[0]:
             best[candidate.span.end] = (cost, [*reached[1], candidate])
-    return best[layers][1] if layers in best else None
+    return best[goal.end][1] if goal.end in best else None
 
 
-def _reach(candidates: list[Candidate]) -> set[int]:
-    reached = {0}
+def _reach(candidates: list[Candidate], start: int) -> set[int]:
+    reached = {start}
     for candidate in sorted(candidates, key=lambda c: c.span.start):
         if candidate.span.start in reached:
             reached.add(candidate.span.end)

@@ -10,17 +10,17 @@ import logging
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
-from tallystick.payments import Need, Purse
+from tallystick.payments import Need
 from tallystick.remote import Opening, Remote, fresh_nonce
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
+from tallystick.results import Results
 from tallystick.route import Candidate, auditors, draw, stand_ins
-from tallystick.sampling import parse_top_k
+from tallystick.setting import Setting
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import (
     ChainError,
@@ -32,12 +32,9 @@ from tallystick_protocol.errors import (
     TallystickError,
     Unreachable,
 )
-from tallystick_protocol.frames import DType, Frame, Kind, take
-from tallystick_protocol.manifest import Manifest
-from tallystick_protocol.peer import Peers
-from tallystick_protocol.receipts import Context, Receipt
-from tallystick_protocol.signing import Domain, Key
-from tallystick_protocol.types import WINDOW, ZERO_ADDRESS, Address, Wei, window_of
+from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.receipts import Receipt
+from tallystick_protocol.types import WINDOW, ZERO_ADDRESS, Address, SessionId, Wei, window_of
 from tallystick_protocol.vouchers import charge
 
 log = logging.getLogger(__name__)
@@ -46,21 +43,6 @@ STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
 AUDITOR_PRICE_FACTOR = 4
 _COINS = secrets.SystemRandom()
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a session needs of its client."""
-
-    peers: Peers
-    key: Key
-    domain: Domain
-    purse: Purse
-    manifest: Manifest
-    candidates: list[Candidate]
-    max_length: int
-    top_k: int
-    on_replaced: Callable[[], None]
 
 
 class Session:
@@ -74,7 +56,7 @@ class Session:
         self.avoid: set[Address] = set()
         self.ids: list[int] = []
         self._want: list[bool] = []
-        self._results: dict[int, bytes] = {}
+        self._results = Results(setting)
         self.pending: dict[Remote, dict[int, Receipt]] = {}
         self.audits: list[Audit] = []
         self.disputes: dict[int, Disagreement] = {}
@@ -89,7 +71,12 @@ class Session:
 
     @property
     def one_shot(self) -> bool:
-        return not self.setting.manifest.causal
+        return self.setting.one_shot
+
+    @property
+    def id(self) -> SessionId:
+        """The same at all hops."""
+        return self.hops[0].session
 
     @property
     def has_audits(self) -> bool:
@@ -132,7 +119,7 @@ class Session:
     def forget(self, position: int) -> None:
         """Forget the rows from `position` on, and what came of them."""
         del self.ids[position:], self._want[position:]
-        self._results = {p: row for p, row in self._results.items() if p < position}
+        self._results.forget(position)
 
     async def substitute(self, index: int, error: TallystickError) -> None:
         """Put another node of the span into the route. Raises NoRoute when there is none."""
@@ -163,7 +150,6 @@ class Session:
             next=self.route[index + 1].node if index + 1 < len(self.route) else ZERO_ADDRESS,
             max_length=self.setting.max_length,
             top_k=self.setting.top_k,
-            one_shot=self.one_shot,
         )
 
     async def connect(self, candidate: Candidate, opening: Opening) -> Remote:
@@ -178,12 +164,14 @@ class Session:
                 raise
             await asyncio.to_thread(setting.purse.refill, candidate.node)
             remote = await ask()
-        if not remembered:  # only now is it known what earlier sessions came to
-            try:
+        try:
+            if not remembered:  # only now is it known what earlier sessions came to
                 await asyncio.to_thread(setting.purse.top_up, candidate.node)
-            except BaseException:
-                await remote.close()
-                raise
+            if setting.sides.memory is not None:
+                await remote.give_memory(setting.sides.memory)
+        except BaseException:
+            await remote.close()
+            raise
         return remote
 
     async def _reserve(self, candidates: list[Candidate]) -> None:
@@ -241,32 +229,93 @@ class Session:
             next=ZERO_ADDRESS,
             max_length=self.setting.max_length,
             top_k=self.setting.top_k,
-            one_shot=self.one_shot,
         )
         return await self.connect(candidate, opening)
 
     # -- rows
 
-    async def feed(self, ids: list[int], want_last: bool = True) -> None:
-        """Append token ids to the session, in steps that fit into credit; the last one's result is wanted.
+    async def feed(self, ids: list[int], want: Sequence[bool] | None = None) -> None:
+        """Append token ids to the session, in steps that fit into credit.
 
-        A one-shot session takes one feed, and every row of it is wanted.
+        want: whose results are wanted, one flag per id; None for the last one's. A one-shot session takes one feed.
         """
         start = len(self.ids)
         self.ids += ids
-        self._want += [self.one_shot or (want_last and i == len(ids) - 1) for i in range(len(ids))]
+        self._want += [i == len(ids) - 1 for i in range(len(ids))] if want is None else list(want)
         await self.send_ids(start)
 
     async def send_ids(self, start: int) -> None:
-        rows = self.input_rows(start, len(self.ids))
-        step = len(rows) if self.one_shot else STEP_ROWS
-        for begin in range(0, len(rows), step):
-            at = start + begin
-            part = rows[begin : begin + step]
+        step = len(self.ids) if self.one_shot else STEP_ROWS
+        for begin in range(start, len(self.ids), max(step, 1)):
             try:
-                await self.hops[0].send_rows(part, at, self._want[at : at + len(part)])
+                await self.send_ids_to(self.hops[0], begin, min(begin + step, len(self.ids)))
             except Unreachable:
                 return  # `result` sees the failure and feeds whoever takes the place
+
+    async def send_ids_to(self, remote: Remote, first: int, last: int) -> None:
+        """Send the token ids of positions [first, last) to a hop that takes ids. Raises Unreachable."""
+        types = self.setting.sides.token_types[first:last]
+        await remote.send_rows(self.input_rows(first, last), first, self._want[first:last], types)
+
+    # -- going back, and on from elsewhere
+
+    async def crop(self, length: int) -> None:
+        """Forget the rows from `length` on, everywhere; what was computed is due. Raises RolledBack, NoRoute."""
+        await self._settle_windows(length)
+        await self._rewind(Frame(Kind.CROP, position=length), lambda remote: remote.crop(length, len(self.ids)))
+        self.forget(length)
+
+    async def fork_from(self, other: Session, shared: int) -> None:
+        """Hold what `other` holds; both begin with the same `shared` rows. Nothing is computed where the hops are the
+        same; else the rows are fed again. Raises RolledBack, NoRoute."""
+        length = len(other.ids)
+        await self._settle_windows(shared)
+        ids, want = other.ids[shared:], other._want[shared:]
+        if [hop.node for hop in self.hops] != [hop.node for hop in other.hops]:
+            await self.crop(shared)
+            await self.feed(ids, want)
+            return
+        frame = Frame(Kind.FORK, {"from": other.id, "to": length}, shared)
+        await self._rewind(frame, lambda remote: remote.fork(shared, length, len(self.ids)))
+        self.forget(shared)
+        self.ids += ids
+        self._want += want
+        self._results.rows |= {at: row for at, row in other._results.rows.items() if at >= shared}
+        self._wake()
+
+    async def computed(self) -> None:
+        """Wait until every hop has computed what was fed. Raises RolledBack, NoRoute."""
+        length = len(self.ids)
+        if self._want and self._want[-1]:
+            await self.result(length - 1)
+            return
+        await self._flush()
+        await self.until(lambda: all(hop.standing.covered >= length for hop in self.hops), STEP_TIMEOUT_S, "the rows")
+
+    async def _settle_windows(self, length: int) -> None:
+        """Wait until every complete window before `length` is signed for: its rows stay."""
+        complete = 0 if self.one_shot else length // WINDOW * WINDOW
+        await self.until(
+            lambda: all(hop.standing.covered >= complete for hop in self.hops), SETTLE_TIMEOUT_S, "receipts"
+        )
+
+    async def _rewind(self, frame: Frame, note: Callable[[Remote], None]) -> None:
+        """Give every hop the same command that takes rows back, auditors as well; a hop that fails is repaired."""
+        for audit in self.audits:
+            await audit.pause()
+        for hop in self.hops:
+            try:
+                await hop.command(frame)
+            except TallystickError as error:
+                hop.failure = hop.failure or error
+            note(hop)
+            self.pending[hop] = {}
+        for audit in self.audits:
+            try:
+                await audit.crop(frame.position)
+            except TallystickError as error:
+                audit.remote.failure = audit.remote.failure or error
+            audit.start()
 
     def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
         """Rows for the auditor of hop `index` did not come: refusing to send them is failing, as the hop before."""
@@ -275,33 +324,32 @@ class Session:
         at_fault.failure = at_fault.failure or error
         self._wake()
 
-    def wanted(self, first: int, last: int) -> list[bool]:
-        """Which of positions [first, last) the client asked results for."""
-        return self._want[first:last]
-
     def input_rows(self, first: int, last: int) -> list[bytes]:
         """What the client sends for positions [first, last): u32 little-endian ids."""
         return [token.to_bytes(4, "little") for token in self.ids[first:last]]
 
     async def result(self, position: int) -> bytes:
         """The row that left the model at a position. Raises RolledBack, NoRoute, Unreachable after STEP_TIMEOUT_S."""
-        await self.until(lambda: position in self._results, STEP_TIMEOUT_S, f"position {position}")
-        return self._results[position]
+        await self.until(lambda: position in self._results.rows, STEP_TIMEOUT_S, f"position {position}")
+        return self._results.rows[position]
 
     async def finish(self) -> None:
         """Have every row signed, checked as the policy says, and paid. Raises RolledBack."""
         if not self.ids:
             return
+        await self._flush()
+        await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
+
+    async def _flush(self) -> None:
         for remote in self._everybody():
             try:
                 await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
             except Unreachable:
                 continue
-        await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
 
     async def take_leave(self) -> None:
         """Close every session in order, so that the last vouchers are known to have arrived."""
-        partings = (remote.command(Kind.CLOSE, {}) for remote in self._everybody() if remote.failure is None)
+        partings = (remote.command(Frame(Kind.CLOSE)) for remote in self._everybody() if remote.failure is None)
         for outcome in await asyncio.gather(*partings, return_exceptions=True):
             if isinstance(outcome, TallystickError):
                 log.info("a session ended without a farewell (%s)", outcome)
@@ -347,32 +395,8 @@ class Session:
         return 0 if self.one_shot else window_of(receipt.first)
 
     def _on_result(self, remote: Remote, frame: Frame) -> None:
-        if remote is not self.hops[-1]:
-            return
-        positions = [frame.position + offset for offset in _set_bits(take(frame.body, "want", bytes))]
-        rows = self._result_rows_of(remote, frame)
-        if len(positions) != len(rows):
-            raise CorruptResult(
-                f"{remote.node} returned {len(rows)} rows for {len(positions)} positions", hop=remote.node
-            )
-        for position, row in zip(positions, rows, strict=True):
-            if position >= len(self.ids) or not self._want[position]:
-                continue  # cropped meanwhile
-            before = self._results.setdefault(position, row)
-            if before != row:
-                log.warning("%s gives another result for position %d than its predecessor", remote.node, position)
-
-    def _result_rows_of(self, remote: Remote, frame: Frame) -> list[bytes]:
-        """The rows of a RESULT. Raises CorruptResult for another form than was asked for."""
-        manifest = self.setting.manifest
-        logits = manifest.output == "logits"
-        form = (DType.TOP_K, self.setting.top_k) if logits else (DType.F32, manifest.width)
-        if (frame.dtype, frame.shape[2]) != form:
-            raise CorruptResult(f"{remote.node} returned rows of another form than was asked for", hop=remote.node)
-        rows = frame.rows()
-        if logits and any(int(parse_top_k(row)[0].max()) >= manifest.vocab for row in rows):
-            raise CorruptResult(f"{remote.node} returned ids beyond the vocabulary", hop=remote.node)
-        return rows
+        if remote is self.hops[-1]:
+            self._results.take(remote.node, frame, lambda at: at < len(self.ids) and self._want[at])
 
     async def _tend(self) -> None:
         """Check receipts as they come, in order of hops and windows; pay; compare audits."""
@@ -420,12 +444,13 @@ class Session:
         if receipt.last > beyond or (not self.one_shot and receipt.first != window * WINDOW):
             raise CorruptResult(f"{remote.node} signed positions {receipt.positions}", hop=remote.node)
         want = tuple(self._want[receipt.first : receipt.last])
-        context = Context(self.setting.manifest.numerics, "f32", self.setting.top_k, want)
+        context = self.setting.context(remote.candidate.span, want)
         arrived = remote.arrivals.pop(receipt, int(time.time()))
         check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, arrived)
 
     def _result_rows(self, receipt: Receipt) -> list[bytes]:
-        return [self._results.get(position, b"") if self._want[position] else b"" for position in receipt.positions]
+        rows = self._results.rows
+        return [rows.get(position, b"") if self._want[position] else b"" for position in receipt.positions]
 
     async def _pay_hop(self, index: int, hop: Remote) -> None:
         """Everything due, unless this hop is being audited: then what the audit has passed."""
@@ -493,7 +518,7 @@ class Session:
             if wei or book is self.verdict.paid:
                 book[remote.node] = Wei(book.get(remote.node, Wei(0)) + wei)
         if remote.node not in {accusation.node for accusation in self.verdict.accusations}:
-            fed = max(len(self.ids), due) - paid
+            fed = remote.rows_fed(len(self.ids)) - paid
             units = remote.candidate.span.units(remote.opening.num_layers)
             self.setting.purse.expect(remote.node, Wei(max(fed, 0) * units * remote.candidate.offer.price))
 
@@ -503,8 +528,3 @@ def _extension(hop: Remote, pending: dict[int, Receipt]) -> Receipt | None:
     last = len(hop.standing.receipts) - 1
     found = pending.get(last) if last >= 0 else None
     return found if found is not None and found.last > hop.standing.covered else None
-
-
-def _set_bits(packed: bytes) -> list[int]:
-    """The indices of set bits, least significant first."""
-    return [8 * i + bit for i, byte in enumerate(packed) for bit in range(8) if byte >> bit & 1]

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tallystick.cli import show
-from tallystick.client import Answer, AsyncClient
+from tallystick.client import AsyncClient
+from tallystick.generation import Answer
 from tallystick_devnet.localchain import repository
 from tallystick_devnet.localnet import READY_TIMEOUT_S, LocalNet, LocalNode, thirds
 from tallystick_devnet.processes import stop_all

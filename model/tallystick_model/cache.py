@@ -73,6 +73,16 @@ class KvCache:
         self._values[layer][0, :, first:last] = values
         return self._keys[layer], self._values[layer]
 
+    @torch.inference_mode()
+    def take(self, other: KvCache, first: int, last: int) -> None:
+        """Copy rows [first, last) of another session of the same span behind our `first` rows."""
+        self.reserve(last)
+        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
+            for layer, held in mine.items():
+                held[:, :, first:last] = theirs[layer][:, :, first:last]
+        self._written = max(self._written, last)
+        self.commit(last)
+
     def commit(self, length: int) -> None:
         """The step that wrote up to `length` is done."""
         self.length = length

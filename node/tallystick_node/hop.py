@@ -10,22 +10,24 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from tallystick_model.cache import KvCache
+from tallystick_node.billing import Billing
 from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
 from tallystick_node.links import Dialler, Link
+from tallystick_node.memory import Memory
 from tallystick_node.record import Record
 from tallystick_node.rows import RowFormat
 from tallystick_node.stake import Lookups
-from tallystick_node.till import Funds, Till
+from tallystick_node.till import Till
 from tallystick_node.windows import Terms, Windows
 from tallystick_protocol.errors import (
     BadFrame,
     BadPosition,
     BadSignature,
     ContextLengthExceeded,
-    PaymentRequired,
     SessionUnknown,
     TallystickError,
     Unauthorized,
@@ -34,14 +36,14 @@ from tallystick_protocol.errors import (
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame, take
 from tallystick_protocol.messages import SessionOpen
 from tallystick_protocol.peer import Channel, error_frame, sealed_field
-from tallystick_protocol.receipts import Receipt, pack_flags, unpack_flags
+from tallystick_protocol.receipts import Receipt, pack_flags, rows_root, unpack_flags
 from tallystick_protocol.signing import Domain, address_bytes, checksum_address, unseal
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
-from tallystick_protocol.vouchers import Voucher, charge
+from tallystick_protocol.vouchers import charge
 
 log = logging.getLogger(__name__)
 
-PAYMENT_TIMEOUT_S = 60.0
+MEMORY_TIMEOUT_S = 30.0
 PUSHED_FRAMES = 8
 QUEUED_COMMANDS = 64
 IDLE_TIMEOUT_S = 600.0
@@ -71,7 +73,16 @@ class Shop:
 class Hop:
     """A session. `run` serves it until the client closes or is gone."""
 
-    def __init__(self, shop: Shop, opened: SessionOpen, session: SessionId, control: Channel) -> None:
+    def __init__(
+        self,
+        shop: Shop,
+        opened: SessionOpen,
+        session: SessionId,
+        control: Channel,
+        find: Callable[[SessionId], Hop | None],
+        reserve: Callable[[int], None],
+    ) -> None:
+        """find: another session that is open here. reserve: takes so many more bytes, or raises Overloaded."""
         model = shop.engine.model
         manifest = model.manifest
         self.id = session
@@ -80,8 +91,13 @@ class Hop:
         self._open = opened
         self._control = control
         self._rows = RowFormat(manifest, model.span, opened.top_k)
-        self._cache = model.new_cache(opened.max_length)
-        self._one_shot = not manifest.causal
+        self._find, self._reserve = find, reserve
+        self._memory: Memory | None = Memory(manifest) if manifest.is_decoder(model.span) else None
+        self._cache = None if self._memory is not None else model.new_cache(opened.max_length)
+        self._remembers = asyncio.Event()
+        self._one_shot = not manifest.is_causal(model.span)
+        self._token_types: list[int] = []
+        self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
         self._record = Record(self._one_shot)
         terms = Terms(
             shop.node,
@@ -100,7 +116,6 @@ class Hop:
         self._pushed = asyncio.Semaphore(PUSHED_FRAMES)
         self._commands: asyncio.Queue[Frame] = asyncio.Queue(QUEUED_COMMANDS)
         self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
-        self._paid = asyncio.Event()
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
         self._next = opened.next
@@ -114,6 +129,7 @@ class Hop:
         self._link_crops = 0
         self._crop_moved = asyncio.Condition()
         self._held: list[bytes] = []
+        self._held_want: list[bool] = []
         self._heard_at = time.monotonic()
 
     @property
@@ -195,7 +211,8 @@ class Hop:
             frame = await self._control.receive()
             self._heard_at = time.monotonic()
             if frame.kind is Kind.VOUCHER:
-                await self._report(self._take_voucher(sealed_field(frame, "voucher")))
+                now = int(self._shop.clock())
+                await self._report(self._billing.take_voucher(sealed_field(frame, "voucher"), now))
             elif frame.kind is Kind.STEP and self._queued_rows + frame.num_rows > self._open.max_length:
                 await self._tell(ContextLengthExceeded("more rows are waiting than the session was opened for"))
             elif frame.kind is Kind.STEP:
@@ -229,6 +246,8 @@ class Hop:
         handlers = {
             Kind.FLUSH: self._on_flush,
             Kind.CROP: self._on_crop,
+            Kind.FORK: self._on_fork,
+            Kind.MEMORY: self._on_memory,
             Kind.ROUTE: self._on_route,
             Kind.REPLAY: self._on_replay,
             Kind.CLOSE: self._on_close,
@@ -269,8 +288,10 @@ class Hop:
         rows = self._rows.parse(frame)
         want = self._flags(frame)
         if self._one_shot:
-            await self._one_shot_step(rows, want, more=take(frame.body, "more", bool, False))
+            types = self._rows.token_types(frame)
+            await self._one_shot_step(rows, want, types, more=take(frame.body, "more", bool, False))
             return
+        await self._await_memory()
         known = self._record.new_rows(frame.position, rows)
         if known:
             _, before = self._record.outputs(Positions(frame.position, frame.position + known))
@@ -281,15 +302,23 @@ class Hop:
         if known < len(rows):
             await self._compute(rows[known:], want[known:])
 
-    async def _one_shot_step(self, rows: list[bytes], want: list[bool], more: bool) -> None:
+    async def _one_shot_step(self, rows: list[bytes], want: list[bool], types: list[int], more: bool) -> None:
         """A bidirectional span takes the whole sequence at once, however many frames it came in."""
         if len(self._record):
             raise BadPosition("this model is bidirectional: a session takes one step", expected=len(self._record))
         self._check_length(len(self._held) + len(rows))
+        if self._held and bool(types) != bool(self._token_types):
+            raise BadFrame("token types come with every row of a session or with none")
         self._held += rows
+        self._held_want += want
+        self._token_types += types
         if not more:
-            held, self._held = self._held, []
-            await self._compute(held, [True] * len(held))
+            held, self._held, want, self._held_want = self._held, [], self._held_want, []
+            if self._token_types:
+                self._windows.side = replace(
+                    self._windows.side, token_types=rows_root(bytes([kind]) for kind in self._token_types)
+                )
+            await self._compute(held, want)
 
     def _flags(self, frame: Frame) -> list[bool]:
         if "want" not in frame.body:
@@ -311,17 +340,18 @@ class Hop:
         self._check_length(start + len(rows))
         shop, model = self._shop, self._shop.engine.model
         cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
-        if not await self._book(cost):
+        if not await self._billing.book(cost, lambda: crops != self._crops):
             return  # cropped while it waited for a voucher
         async with self._moving:
             if crops != self._crops:
-                self._refund(cost)
+                self._billing.refund(cost)
                 return
             try:
-                result = await shop.engine.forward(self._rows.segment(self._cache, start, rows, want))
+                segment = self._rows.segment(self._cache, start, rows, want, self._token_types)
+                result = await shop.engine.forward(segment)
                 outputs = self._rows.outputs(result, want)
             except TallystickError:
-                self._refund(cost)
+                self._billing.refund(cost)
                 if self._cache is not None and self._cache.length > start:
                     self._cache.crop(start)  # its rows were computed, but are not fit to be signed
                 raise
@@ -361,74 +391,6 @@ class Hop:
             flags = pack_flags([True] * len(part) if kind is Kind.RESULT else want[begin : begin + limit])
             more = begin + limit < len(rows)
             await to.send(rows_frame(kind, dtype, part, position + begin, {"want": flags, "more": more}))
-
-    # -- money
-
-    async def _book(self, cost: Wei) -> bool:
-        """Charge a step as soon as it is within credit; False when a crop has made it void.
-
-        It is charged before it is computed: a client's sessions side by side share one credit. Raises PaymentRequired,
-        InsufficientFunds.
-        """
-        till, crops = self._shop.till, self._crops
-        while True:
-            if not till.has_credit(self.client, cost):
-                await self._wait_for_voucher(cost, crops)
-            funds = await self._funds(Wei(till.account(self.client).owed + cost))
-            if crops != self._crops:
-                return False
-            if till.has_credit(self.client, cost):
-                break
-        till.check_funds(self.client, cost, funds)
-        till.charge(self.client, cost)
-        return True
-
-    async def _wait_for_voucher(self, cost: Wei, crops: int) -> None:
-        till = self._shop.till
-        account = till.account(self.client)
-        due = PaymentRequired(
-            f"{account.unsigned} is owed and not yet signed for: send a voucher",
-            owed=str(account.owed),
-            signed=str(account.signed),
-        )
-        waiting = self._shop.waiting.setdefault(self.client, set())
-        waiting.add(self._paid)
-        self._paid.clear()
-        try:
-            await self._tell(due)
-            async with asyncio.timeout(PAYMENT_TIMEOUT_S):
-                while not till.has_credit(self.client, cost) and crops == self._crops:
-                    await self._paid.wait()
-                    self._paid.clear()
-        except TimeoutError:
-            raise due from None
-        finally:
-            waiting.discard(self._paid)
-            if not waiting:
-                self._shop.waiting.pop(self.client, None)
-
-    def _refund(self, cost: Wei) -> None:
-        self._shop.till.charge(self.client, Wei(-cost))
-        self._wake_all()
-
-    def _wake_all(self) -> None:
-        """Every session of this client that waits: they share one ledger."""
-        for paid in self._shop.waiting.get(self.client, ()):
-            paid.set()
-
-    async def _funds(self, at_least: Wei) -> Funds:
-        """The client's channel, from memory if that will do."""
-        known = self._shop.lookups.remembered(self.client, at_least)
-        if known is not None:
-            return known
-        return await asyncio.to_thread(self._shop.lookups.funds, self.client, at_least)
-
-    async def _take_voucher(self, sealed: bytes) -> None:
-        voucher, _ = unseal(self._shop.escrow_domain, Voucher, sealed)
-        funds = await self._funds(Wei(voucher.total))
-        now = int(self._shop.clock())
-        await asyncio.to_thread(self._shop.till.accept, sealed, self.client, funds, now)
-        self._wake_all()
 
     # -- receipts
 
@@ -478,23 +440,77 @@ class Hop:
         A hop that has fewer rows forgets none; it still waits for the hop before to say that it has heard.
         """
         async with self._moving:
-            async with self._signing:
-                length = min(frame.position, len(self._record))
-                self._record.crop(length)
-                self._windows.crop()
-                if self._cache is not None:
-                    self._cache.crop(length)
-                self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
-                self._held = []
-            for link in [link for link in (self._link, *self._side.values()) if link is not None]:
-                try:
-                    await link.send(Frame(Kind.CROP, position=frame.position))
-                except Unreachable:
-                    self._forget_link(link)
-            async with self._crop_moved:
-                self._crops += 1
-                self._crop_moved.notify_all()
-        self._paid.set()  # a step that waited for a voucher is void now
+            await self._rewind(min(frame.position, len(self._record)), frame.position)
+
+    async def _rewind(self, length: int, marked: int, refill: Callable[[], None] | None = None) -> None:
+        """Keep `length` rows, then take others by `refill`; the next hop hears of a crop to `marked`. Holds _moving."""
+        async with self._signing:
+            self._record.crop(length)
+            self._windows.crop()
+            if self._cache is not None:
+                self._cache.crop(length)
+            self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
+            self._held, self._held_want, self._token_types = [], [], []
+            if refill is not None:
+                refill()
+        for link in [link for link in (self._link, *self._side.values()) if link is not None]:
+            try:
+                await link.send(Frame(Kind.CROP, position=marked))
+            except Unreachable:
+                self._forget_link(link)
+        async with self._crop_moved:
+            self._crops += 1
+            self._crop_moved.notify_all()
+        self._billing.wake()  # a step that waited for a voucher is void now
+
+    async def _on_fork(self, frame: Frame) -> None:
+        """Go on from another session of this client: its rows [frame.position, to) replace ours from there on.
+
+        Nothing is computed, so nothing is charged; the receipts that follow say what is true of these rows here, too.
+        """
+        source = self._find(SessionId(take(frame.body, "from", bytes)))
+        first, last = frame.position, take(frame.body, "to", int)
+        if source is None or source is self or source.client != self.client:
+            raise SessionUnknown("no other session of yours with that id is open here")
+        mine, theirs = self._cache, source._cache
+        same = source._windows.side == self._windows.side
+        if not isinstance(mine, KvCache) or not isinstance(theirs, KvCache) or not same:
+            raise BadPosition("these sessions do not hold rows that one could go on from in the other")
+        early, late = sorted((self, source), key=lambda hop: hop.id)
+        async with early._moving, late._moving:
+            if not 0 <= first <= last <= len(source._record) or first > len(self._record):
+                raise BadPosition(f"rows [{first}, {last}) are not there to be taken", expected=len(source._record))
+            self._check_length(last)
+            if not self._record.shares(source._record, first):
+                raise BadPosition(f"the two sessions differ before position {first}")
+
+            def refill() -> None:
+                mine.take(theirs, first, last)
+                self._record.take(source._record, first, last)
+
+            await self._rewind(first, first, refill)
+        self._sign.set()
+
+    async def _on_memory(self, frame: Frame) -> None:
+        """The encoder's last hidden states, which a decoder attends to: before the first step, in one frame or more."""
+        if self._memory is None or self._cache is not None:
+            raise BadFrame("states of an encoder belong to a decoder's session, once, before its first step")
+        self._reserve(self._memory.take(frame))
+        if not take(frame.body, "more", bool, False):
+            states, root = self._memory.whole()
+            self._cache = self._shop.engine.model.new_cache(self._open.max_length, states)
+            self._windows.side = replace(self._windows.side, memory=root)
+            self._remembers.set()
+
+    async def _await_memory(self) -> None:
+        """The encoder's states come from the client, rows perhaps from the hop before: either may be first."""
+        if self._memory is None or self._remembers.is_set():
+            return
+        try:
+            async with asyncio.timeout(MEMORY_TIMEOUT_S):
+                await self._remembers.wait()
+        except TimeoutError:
+            raise BadPosition("a decoder takes the encoder's states (MEMORY) before its first step") from None
 
     async def _on_route(self, frame: Frame) -> None:
         """Another node takes the place of a neighbour: the one that pushes to us, or the one that we push to."""

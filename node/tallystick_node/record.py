@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tallystick_protocol.errors import BadPosition
 from tallystick_protocol.receipts import leaf, merkle_root
@@ -63,6 +64,15 @@ class Record:
         self._leaves += [leaf(row) for row in outputs]
         self._want += want
 
+    def shares(self, other: Record, length: int) -> bool:
+        """Whether both begin with the same `length` rows."""
+        return self._inputs[:length] == other._inputs[:length]
+
+    def take(self, other: Record, first: int, last: int) -> None:
+        """Append rows [first, last) of another session, which they would have been here, too."""
+        for rows, theirs in zip(self._parts(), other._parts(), strict=True):
+            rows.extend(theirs[first:last])
+
     def crop(self, length: int) -> None:
         """Forget every position from `length` on.
 
@@ -71,7 +81,7 @@ class Record:
         """
         if self._one_shot and 0 < length < len(self):
             raise BadPosition("this model is bidirectional: a session is rolled back to 0 or not at all", expected=0)
-        for rows in (self._inputs, self._outputs, self._leaves, self._want):
+        for rows in self._parts():
             del rows[length:]
 
     def outputs(self, positions: Positions) -> tuple[list[bytes], list[bool]]:
@@ -105,3 +115,6 @@ class Record:
             merkle_root(self._leaves[at.first : at.last]),
             tuple(self._want[at.first : at.last]),
         )
+
+    def _parts(self) -> tuple[list[Any], ...]:
+        return self._inputs, self._outputs, self._leaves, self._want

@@ -11,7 +11,7 @@ import torch
 from tallystick_model.ranking import top_k
 from tallystick_model.segments import Segment
 from tallystick_protocol.errors import BadTensor, CorruptResult
-from tallystick_protocol.frames import DType, Frame
+from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Span
 
@@ -19,19 +19,21 @@ SMALLEST_NORMAL = np.float32(1.1754944e-38)
 
 
 class RowFormat:
-    """What rows of one session look like at one span: token ids or hidden states in, hidden states or top-k out."""
+    """What rows of one session look like at one span: token ids or hidden states in, hidden states or results out."""
 
     def __init__(self, manifest: Manifest, span: Span, k: int) -> None:
+        """k: the largest logits of a position that the client wants; 0 for all of them, in the order of their ids."""
         self._manifest = manifest
         self._span = span
         self._k = min(k, manifest.vocab)
-        self.is_first = span.start == 0
-        self.is_last = span.end == manifest.layers
-        self._logits = self.is_last and manifest.output == "logits"
+        self.is_first = manifest.takes_ids(span)
+        self.is_last = manifest.is_result(span)
+        self._output = manifest.output_of(span)
+        self._one_shot = not manifest.is_causal(span)
 
     @property
     def result_dtype(self) -> DType:
-        return DType.TOP_K if self._logits else DType.F32
+        return DType.TOP_K if self._output == "logits" and self._k else DType.F32
 
     def parse(self, frame: Frame) -> list[bytes]:
         """The rows of a STEP. Raises BadTensor: wrong dtype or width, ids beyond the vocabulary, rows out of range."""
@@ -48,46 +50,71 @@ class RowFormat:
             if int(ids.max()) >= self._manifest.vocab:
                 raise BadTensor(f"token id {int(ids.max())} is beyond the vocabulary of {self._manifest.vocab}")
         else:
-            self._check(np.frombuffer(frame.tensor, dtype="<f4").reshape(-1, width), self._span.start, BadTensor)
+            rows = np.frombuffer(frame.tensor, dtype="<f4").reshape(-1, width)
+            check_rows(rows, self._manifest, self._span.start, BadTensor)
         return frame.rows()
 
-    def segment(self, cache: Any, start: int, rows: Sequence[bytes], want: Sequence[bool]) -> Segment:
+    def token_types(self, frame: Frame) -> list[int]:
+        """The token type of each row of a STEP, where the session gives them; one byte each in the body's `types`."""
+        types = list(take(frame.body, "types", bytes, b""))
+        if types and (not self.is_first or not self._one_shot or len(types) != frame.num_rows):
+            raise BadTensor("token types: one for each token id of a one-shot session")
+        if types and max(types) >= (self._manifest.config.get("type_vocab_size") or 1):
+            raise BadTensor(f"this model has no token type {max(types)}")
+        return types
+
+    def segment(
+        self, cache: Any, start: int, rows: Sequence[bytes], want: Sequence[bool], token_types: Sequence[int] = ()
+    ) -> Segment:
         """Rows as the span takes them: ids (n,) int64 or hidden states (n, width) float32."""
         data = bytearray(b"".join(rows))
         if self.is_first:
             payload = torch.frombuffer(data, dtype=torch.int32).to(torch.int64)
         else:
             payload = torch.frombuffer(data, dtype=torch.float32).view(len(rows), self._manifest.width)
-        wanted = [index for index, asked in enumerate(want) if asked] if self._logits else []
-        return Segment(cache, start, payload, wanted)
+        wanted = [index for index, asked in enumerate(want) if asked] if self._output != "hidden" else []
+        types = torch.tensor(token_types, dtype=torch.int64) if token_types else None
+        return Segment(cache, start, payload, wanted, types)
 
     def outputs(self, result: Any, want: Sequence[bool]) -> list[bytes]:
-        """The bytes of each output row; empty where logits were not wanted.
+        """The bytes of each output row; empty where a result was not wanted.
 
         Raises CorruptResult for rows that must never be signed: our own machine is broken.
         """
-        if not self._logits:
+        if self._output == "hidden":
             rows = result.numpy()
-            self._check(rows, self._span.end, CorruptResult)
-            return [row.tobytes() for row in rows]
+            check_rows(rows, self._manifest, self._span.end, CorruptResult)
+            return [row.tobytes() if asked or not self.is_last else b"" for row, asked in zip(rows, want, strict=True)]
         if not any(want):
             return [b""] * len(want)
+        lines = iter(self._results(result))
+        return [next(lines) if asked else b"" for asked in want]
+
+    def _results(self, result: Any) -> list[bytes]:
+        """The rows of the model's end: (wanted rows, values) float32 as they are, or their k largest."""
+        if self.result_dtype is DType.F32:
+            values = result.numpy()
+            if not bool(np.isfinite(values).all()):
+                raise CorruptResult("this node computed results that are not finite; nothing is signed")
+            return [row.tobytes() for row in values]
         ids, values = top_k(result, self._k)
         if not bool(torch.isfinite(values).all()):
             raise CorruptResult("this node computed logits that are not finite; nothing is signed")
         pairs = np.empty((ids.shape[0], self._k), dtype=[("id", "<u4"), ("value", "<f4")])
         pairs["id"], pairs["value"] = ids.numpy(), values.numpy()
-        lines = iter(pair.tobytes() for pair in pairs)
-        return [next(lines) if asked else b"" for asked in want]
+        return [pair.tobytes() for pair in pairs]
 
-    def _check(self, rows: Any, boundary: int, error: type[BadTensor] | type[CorruptResult]) -> None:
-        """Finite, no denormals, norms within the manifest's range for this boundary."""
-        if not bool(np.isfinite(rows).all()):
-            raise error(f"rows at layer boundary {boundary} hold NaN or infinity")
-        magnitude = np.abs(rows)
-        if bool(((magnitude > 0) & (magnitude < SMALLEST_NORMAL)).any()):
-            raise error(f"rows at layer boundary {boundary} hold denormal values")
-        low, high = self._manifest.norms[boundary]
-        norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1))
-        if not bool(((norms >= low) & (norms <= high)).all()):
-            raise error(f"a row's norm at layer boundary {boundary} is outside [{low:.3g}, {high:.3g}]")
+
+def check_rows(
+    rows: Any, manifest: Manifest, boundary: int, error: type[BadTensor] | type[CorruptResult]
+) -> None:
+    """Rows (n, width) float32: finite, no denormals, norms within the manifest's range for this layer boundary."""
+    if not bool(np.isfinite(rows).all()):
+        raise error(f"rows at layer boundary {boundary} hold NaN or infinity")
+    magnitude = np.abs(rows)
+    if bool(((magnitude > 0) & (magnitude < SMALLEST_NORMAL)).any()):
+        raise error(f"rows at layer boundary {boundary} hold denormal values")
+    low, high = manifest.norms[boundary]
+    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1))
+    if not bool(((norms >= low) & (norms <= high)).all()):
+        raise error(f"a row's norm at layer boundary {boundary} is outside [{low:.3g}, {high:.3g}]")

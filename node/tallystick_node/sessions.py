@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 from tallystick_node.hop import Hop, Shop
 from tallystick_protocol.errors import (
@@ -126,8 +127,8 @@ class Sessions:
             raise ContextLengthExceeded(
                 f"sessions here take at most {offer.max_length} positions", limit=offer.max_length
             )
-        if not 0 < opened.top_k <= TOP_K_MAX:
-            raise BadMessage(f"top_k is from 1 to {TOP_K_MAX}")
+        if not 0 <= opened.top_k <= TOP_K_MAX:
+            raise BadMessage(f"top_k is from 1 to {TOP_K_MAX}, or 0 for all logits")
         session = session_id(shop.domain.chain_id, opened.client, opened.nonce, ModelId(opened.model))
         return opened, session, digest(shop.domain, opened)
 
@@ -148,10 +149,16 @@ class Sessions:
         if full or self.draining:
             self.counters.refused += 1
             raise Overloaded("no room for another session now", retry_after_s=1 if not self.draining else 60)
-        hop = Hop(self._shop, opened, session, control)
+        hop = Hop(self._shop, opened, session, control, self._hops.get, partial(self._take_more, session))
         self._hops[session] = hop
         self._reserved[session] = needed
         return hop
+
+    def _take_more(self, session: SessionId, num_bytes: int) -> None:
+        """Reserve further bytes for an open session. Raises Overloaded."""
+        if self.reserved_bytes + num_bytes > self._cache_bytes:
+            raise Overloaded("no room for the encoder's states now", retry_after_s=1)
+        self._reserved[session] += num_bytes
 
     def _now(self) -> float:
         return self._shop.clock()

@@ -29,11 +29,20 @@ class Terms:
     numerics: str
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Roots over what the outputs depend on besides the rows: token types, and the encoder's states of a decoder."""
+
+    token_types: Digest | None = None
+    memory: Digest | None = None
+
+
 class Windows:
     """The standing receipts of one session at one hop."""
 
     def __init__(self, terms: Terms, record: Record) -> None:
         self.terms = terms
+        self.side = Side()
         self._record = record
         self._standing: list[Receipt] = []
         self._digests: list[Digest] = []
@@ -85,7 +94,9 @@ class Windows:
                     last=claim.positions.last,
                 )
         terms = self.terms
-        context = Context(terms.numerics, "f32", terms.top_k, claim.want)
+        context = Context(
+            terms.numerics, "f32", terms.top_k, claim.want, self.side.token_types, self.side.memory
+        )
         return Receipt(
             node=terms.node,
             model=terms.model,

@@ -9,7 +9,7 @@ offset  bytes  what
 8       12     shape: 3 x u32 little-endian (sessions, rows, values per row); zeros for none
 20      4      position of the first row, u32 little-endian
 24      4      body bytes, u32 little-endian, at most 64 KiB
-28      4      tensor bytes, u32 little-endian, at most 1 MiB, the product of shape and dtype exactly
+28      4      tensor bytes, u32 little-endian, at most 2 MiB, the product of shape and dtype exactly
 32             body: one msgpack map with string keys
                tensor
 """
@@ -29,7 +29,7 @@ MAGIC = b"TALY"
 VERSION = 1
 HEADER = struct.Struct("<4sBBBxIIIIII")
 MAX_BODY = 64 * 1024
-MAX_TENSOR = 1 << 20
+MAX_TENSOR = 2 << 20
 MAX_FRAME = HEADER.size + MAX_BODY + MAX_TENSOR
 MAX_POSITION = 1 << 22
 MAX_BODY_DEPTH = 4
@@ -53,6 +53,8 @@ class Kind(IntEnum):
     CLOSE = 13
     DONE = 14
     ERROR = 15
+    MEMORY = 16
+    FORK = 17
 
 
 class DType(IntEnum):

@@ -26,7 +26,9 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
     generation    {eos: [ids], ...}; eos may be missing
     pooling       null, or {"mode": "mean"|"cls", "normalize": bool} for sentence embeddings
     norms         per boundary 0..layers: [smallest, largest] row norm that a node accepts
-    canary        {ids, rows: [cid per boundary 0..layers], output: cid}: raw blocks of fp32 rows to be reproduced
+    canary        {ids, rows: [cid per boundary 0..layers], output: cid}: raw blocks of fp32 rows to be reproduced.
+                  Of an encoder-decoder, boundary encoder_layers is the encoder's result (after its last norm, what the
+                  decoder gets as memory), in norms and rows alike; the decoder's canary runs on the same ids over it
 """
 
 from __future__ import annotations
@@ -176,6 +178,10 @@ class Manifest:
     def is_causal(self, span: Span) -> bool:
         """Whether sessions at the span grow row by row; else they take one step (encoders)."""
         return self.causal and span.start >= self.encoder_layers
+
+    def is_decoder(self, span: Span) -> bool:
+        """Whether the span attends to an encoder's states."""
+        return 0 < self.encoder_layers <= span.start
 
     def output_of(self, span: Span) -> Output:
         """What leaves the span: hidden states but at the model's own end."""

@@ -5,6 +5,8 @@ A row is one position's bytes:
     token ids       4           u32 little-endian
     hidden state    4 x width   f32 little-endian
     top-k logits    8 x k       k times (u32 id, f32 value), by value descending, then id ascending
+    dense logits    4 x vocab   f32 little-endian, by id (a session with k = 0)
+    scores, label   4 x labels  f32 little-endian
 
 `input` and `output` are Merkle roots over the window's rows: leaf SHA256(0x00 || row), node
 SHA256(0x01 || left || right), an odd node is promoted. A row that nobody asked for (logits of a position not wanted) is
@@ -14,7 +16,7 @@ the empty string.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,9 +85,10 @@ def merkle_root(leaves: Sequence[Digest]) -> Digest:
 class Context:
     """Everything a window's outputs depend on besides its input rows and the session's earlier ones.
 
-    want: one flag per position of the window: were its logits asked for. token_types: root over the session's token
-    type ids for a bidirectional model, else None. Fields for masks, encoder states, soft prompts and adapters are added
-    here when a model needs them, so that no receipt is silent about an input.
+    want: one flag per position of the window: was its result asked for. token_types: root over the session's token
+    type ids (leaves of one byte each) at a span that takes them, else None. memory: root over the encoder states that
+    a decoder's span was given, else None. Fields for further side inputs are added here when a model needs them, so
+    that no receipt is silent about an input.
     """
 
     numerics: str
@@ -93,10 +96,12 @@ class Context:
     top_k: int
     want: tuple[bool, ...]
     token_types: Digest | None = None
+    memory: Digest | None = None
 
     def digest(self) -> Digest:
         """SHA-256 of the canonical dag-json of the fields; `want` as hex, position p in bit p % 8 of byte p // 8."""
         value = {
+            "memory": None if self.memory is None else self.memory.hex(),
             "numerics": self.numerics,
             "top_k": self.top_k,
             "token_types": None if self.token_types is None else self.token_types.hex(),
@@ -104,6 +109,11 @@ class Context:
             "wire": self.wire,
         }
         return Digest(hashlib.sha256(canonical_json.encode(value)).digest())
+
+
+def rows_root(rows: Iterable[bytes]) -> Digest:
+    """The Merkle root over rows. Raises ValueError for none."""
+    return merkle_root([leaf(row) for row in rows])
 
 
 def pack_flags(flags: Sequence[bool]) -> bytes:

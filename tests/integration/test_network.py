@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from conftest import Running
 from harness.waiting import eventually
 from tallystick import AsyncClient, Sampling, Token
-from tallystick.client import Answer, Stream
+from tallystick.generation import Answer, Stream
 from tallystick_protocol.types import WINDOW, Wei
 
 PROMPT = "The function returns a list of"

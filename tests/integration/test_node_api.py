@@ -795,7 +795,7 @@ def context(want: Sequence[bool], top_k: int = 8) -> bytes:
     """The context digest, written down anew: canonical JSON of everything an output depends on."""
     bits = sum(1 << position for position, asked in enumerate(want) if asked)
     packed = bits.to_bytes((len(want) + 7) // 8, "little").hex()
-    text = f'{{"numerics":"fp32","token_types":null,"top_k":{top_k},"want":"{packed}","wire":"f32"}}'
+    text = f'{{"memory":null,"numerics":"fp32","token_types":null,"top_k":{top_k},"want":"{packed}","wire":"f32"}}'
     return hashlib.sha256(text.encode()).digest()
 
 

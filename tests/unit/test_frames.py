@@ -77,7 +77,7 @@ def test_a_tensor_is_a_view_and_no_copy() -> None:
         "version 2": raw(version=2),
         "byte 7 set": raw(zero=1),
         "kind 0": raw(kind=0),
-        "kind 17": raw(kind=17),
+        "kind 200": raw(kind=200),
         "kind 255": raw(kind=255),
         "dtype 4": raw(dtype=4, shape=(1, 1, 1)),
         "dtype 255": raw(dtype=255, shape=(1, 1, 1)),

@@ -68,7 +68,7 @@ def test_the_context_names_everything_that_the_outputs_depend_on() -> None:
         Context("fp32", "f32", 64, (True, False, True), Digest(bytes(32))),
     ]
     assert len({context.digest() for context in (base, *others)}) == 6
-    text = b'{"numerics":"fp32","token_types":null,"top_k":64,"want":"05","wire":"f32"}'
+    text = b'{"memory":null,"numerics":"fp32","token_types":null,"top_k":64,"want":"05","wire":"f32"}'
     assert base.digest() == sha(text)
 
 

@@ -1,0 +1,65 @@
+"""The client for code that is not async."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Generator
+from typing import Any, TypeVar
+
+from tallystick.client import AsyncClient, Embedding, Settings
+from tallystick.generation import Answer, Retracted, Token
+from tallystick_protocol.signing import Key
+
+T = TypeVar("T")
+
+
+class Client:
+    """`AsyncClient` for code that is not async: runs an event loop in a thread of its own. Use as a context manager."""
+
+    def __init__(self, key: Key, settings: Settings | None = None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="tallystick", daemon=True)
+        self._thread.start()
+        self._async = AsyncClient(key, settings)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(self, prompt: str, **options: Any) -> Answer:
+        """As AsyncClient.generate."""
+        return self._wait(self._async.generate(prompt, **options))
+
+    def stream(self, prompt: str | list[int], **options: Any) -> Generator[Token | Retracted, None, Answer]:
+        """As AsyncClient.stream; the Answer is the generator's return value (`answer = yield from …`)."""
+        stream = self._async.stream(prompt, **options)
+        events = stream.__aiter__()
+        try:
+            while True:
+                try:
+                    yield self._wait(events.__anext__())  # type: ignore[arg-type]
+                except StopAsyncIteration:
+                    return stream.answer
+        finally:
+            self._wait(stream.aclose())
+
+    def embed(self, text: str, **options: Any) -> Embedding:
+        """As AsyncClient.embed."""
+        return self._wait(self._async.embed(text, **options))
+
+    def close(self) -> None:
+        self._wait(self._async.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=5)
+        self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise

@@ -1,0 +1,184 @@
+"""One answer, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tallystick.repair import RolledBack
+from tallystick.route import Candidate
+from tallystick.sampling import Sampling, pick
+from tallystick.session import Session
+from tallystick.tokens import TextStream
+from tallystick.verdict import Policy, Verdict
+from tallystick_protocol.errors import ConfigError, TallystickError
+from tallystick_protocol.manifest import Manifest
+
+if TYPE_CHECKING:
+    from tallystick.client import AsyncClient
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token; `text` is what it made certain, possibly empty."""
+
+    id: int
+    text: str
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retracted:
+    """The last tokens were computed by a node that was caught: take them, and so many characters, back."""
+
+    num_tokens: int
+    num_characters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished generation. route: the nodes that carried it to the end, first hop first."""
+
+    text: str
+    ids: list[int]
+    prompt_ids: list[int]
+    finish_reason: str
+    route: list[Candidate]
+    verdict: Verdict
+    seconds: float
+    model: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        return len(self.ids) / self.seconds if self.seconds else 0.0
+
+
+class Stream:
+    """One generation in progress: iterate it, then read `.answer`."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        prompt: str | list[int],
+        model: str,
+        max_tokens: int,
+        sampling: Sampling,
+        verify: Policy,
+        ignore_eos: bool,
+    ) -> None:
+        self._client = client
+        self._prompt = prompt
+        self._model = model
+        self._max_tokens = max_tokens
+        self._sampling = sampling
+        self._verify: Policy = verify
+        self._ignore_eos = ignore_eos
+        self._answer: Answer | None = None
+        self._session: Session | None = None
+        self._events: AsyncGenerator[Token | Retracted, None] = self._run()
+
+    @property
+    def answer(self) -> Answer:
+        """Raises TallystickError before the stream has ended."""
+        if self._answer is None:
+            raise TallystickError("the answer is not complete yet: iterate the stream to its end")
+        return self._answer
+
+    @property
+    def session_route(self) -> list[Candidate]:
+        """The nodes that carry the session now, first hop first; empty before it is open."""
+        return [] if self._session is None else list(self._session.route)
+
+    def __aiter__(self) -> AsyncIterator[Token | Retracted]:
+        return self._events
+
+    async def aclose(self) -> None:
+        """Stop; what was computed and checked has been paid."""
+        await self._events.aclose()
+
+    async def _run(self) -> AsyncGenerator[Token | Retracted, None]:
+        client = self._client
+        record, manifest = await client.model(self._model)
+        if manifest.output != "logits" or not manifest.causal or manifest.encoder_layers:
+            raise ConfigError(f"{manifest.name} is for {manifest.task}: it does not continue a text")
+        tokens = await client.network.tokens(record)
+        prompt = tokens.encode(self._prompt) if isinstance(self._prompt, str) else list(self._prompt)
+        if not prompt or any(type(i) is not int or not 0 <= i < manifest.vocab for i in prompt):
+            raise ConfigError("the prompt is empty or holds ids beyond the vocabulary")
+        client._check_length(manifest, len(prompt), self._max_tokens)
+        verdict = Verdict(self._verify)
+        session = await client.open_session(record, manifest, len(prompt) + self._max_tokens, verdict)
+        self._session = session
+        began = time.monotonic()
+        state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
+        try:
+            await session.feed(prompt)
+            while True:
+                try:
+                    while not state.done:
+                        row = await session.result(len(prompt) + len(state.ids) - 1)
+                        token = pick(row, self._sampling, len(prompt) + len(state.ids))
+                        yield state.accept(token)
+                        if not state.done:
+                            await session.feed([token])
+                    await client.finish(session, self._verify)
+                    break
+                except RolledBack as back:
+                    retracted = state.roll_back(back.position)
+                    if retracted.num_tokens:
+                        yield retracted
+                    await session.feed((prompt + state.ids)[back.position :])
+            seconds = time.monotonic() - began
+            finished = True
+        except BaseException:
+            finished = False
+            raise
+        finally:
+            await session.close()
+            client.banned |= {accusation.node for accusation in verdict.accusations}
+        if finished:
+            self._answer = Answer(
+                text=state.stream.text,
+                ids=state.ids,
+                prompt_ids=prompt,
+                finish_reason=state.finish_reason,
+                route=list(session.route),
+                verdict=verdict,
+                seconds=seconds,
+                model="0x" + record.id.hex(),
+            )
+
+
+class _Generation:
+    """The tokens decided so far."""
+
+    def __init__(self, prompt: list[int], stream: TextStream, manifest: Manifest, limit: int, ignore_eos: bool) -> None:
+        self.prompt = prompt
+        self.stream = stream
+        self.ids: list[int] = []
+        self._limit = limit
+        eos = manifest.generation.get("eos", [])
+        self._eos = set() if ignore_eos or not isinstance(eos, list) else set(eos)
+
+    @property
+    def done(self) -> bool:
+        return len(self.ids) >= self._limit or bool(self.ids and self.ids[-1] in self._eos)
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self.ids and self.ids[-1] in self._eos else "length"
+
+    def accept(self, token: int) -> Token:
+        self.ids.append(token)
+        return Token(token, self.stream.push(token), len(self.prompt) + len(self.ids) - 1)
+
+    def roll_back(self, position: int) -> Retracted:
+        """Rows from `position` on were wrong: the tokens after `position` were chosen from them."""
+        keep = max(position + 1 - len(self.prompt), 0)
+        dropped = len(self.ids) - keep
+        if dropped <= 0:
+            return Retracted(0, 0)
+        del self.ids[keep:]
+        return Retracted(dropped, self.stream.retract(dropped))

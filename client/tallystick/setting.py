@@ -1,0 +1,60 @@
+"""What one session works with: the layers it crosses, what enters them beside the rows, and the client's own things."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tallystick.payments import Purse
+from tallystick.route import Candidate
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.peer import Peers
+from tallystick_protocol.receipts import Context, rows_root
+from tallystick_protocol.signing import Domain, Key
+from tallystick_protocol.types import Digest, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What the outputs depend on besides the session's rows. The digests are what receipts must say of them.
+
+    token_types: one byte per position, for the span that takes the ids of a one-shot session; empty for none.
+    memory: the encoder's last hidden states, one fp32 row per source position, for a decoder's spans; None elsewhere.
+    """
+
+    token_types: bytes = b""
+    memory: tuple[bytes, ...] | None = None
+    types_root: Digest | None = field(init=False)
+    memory_root: Digest | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        types = rows_root(bytes([kind]) for kind in self.token_types) if self.token_types else None
+        object.__setattr__(self, "types_root", types)
+        object.__setattr__(self, "memory_root", None if self.memory is None else rows_root(self.memory))
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a session needs of its client. stack: the layers from token ids to a result. top_k 0: dense rows."""
+
+    peers: Peers
+    key: Key
+    domain: Domain
+    purse: Purse
+    manifest: Manifest
+    stack: Span
+    candidates: list[Candidate]
+    max_length: int
+    top_k: int
+    on_replaced: Callable[[], None]
+    sides: Sides = field(default_factory=Sides)
+
+    @property
+    def one_shot(self) -> bool:
+        """Whether the session takes all its rows in one step: encoders."""
+        return not self.manifest.is_causal(self.stack)
+
+    def context(self, span: Span, want: tuple[bool, ...]) -> Context:
+        """What a receipt of `span` must say about a window."""
+        types = self.sides.types_root if span.start == self.stack.start else None
+        return Context(self.manifest.numerics, "f32", self.top_k, want, types, self.sides.memory_root)

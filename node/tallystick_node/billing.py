@@ -1,0 +1,107 @@
+"""What one session costs its client: steps are charged as they come, vouchers taken, waited for where credit ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from tallystick_node.stake import Lookups
+from tallystick_node.till import Funds, Till
+from tallystick_protocol.errors import PaymentRequired, TallystickError
+from tallystick_protocol.signing import Domain, unseal
+from tallystick_protocol.types import Address, Wei
+from tallystick_protocol.vouchers import Voucher
+
+PAYMENT_TIMEOUT_S = 60.0
+
+
+class Billing:
+    """One session's side of its client's ledger, which all sessions of that client share."""
+
+    def __init__(
+        self,
+        till: Till,
+        lookups: Lookups,
+        waiting: dict[Address, set[asyncio.Event]],
+        client: Address,
+        escrow_domain: Domain,
+        tell: Callable[[TallystickError], Awaitable[None]],
+    ) -> None:
+        """waiting: the sessions of each client that wait for a voucher. tell: says to the client what is missing."""
+        self._till = till
+        self._lookups = lookups
+        self._waiting = waiting
+        self._client = client
+        self._escrow_domain = escrow_domain
+        self._tell = tell
+        self._paid = asyncio.Event()
+
+    async def book(self, cost: Wei, is_void: Callable[[], bool]) -> bool:
+        """Charge a step as soon as it is within credit; False when it has become void meanwhile.
+
+        It is charged before it is computed: a client's sessions side by side share one credit. Raises PaymentRequired,
+        InsufficientFunds.
+        """
+        till = self._till
+        while True:
+            if not till.has_credit(self._client, cost):
+                await self._wait_for_voucher(cost, is_void)
+            funds = await self._funds(Wei(till.account(self._client).owed + cost))
+            if is_void():
+                return False
+            if till.has_credit(self._client, cost):
+                break
+        till.check_funds(self._client, cost, funds)
+        till.charge(self._client, cost)
+        return True
+
+    def refund(self, cost: Wei) -> None:
+        """A step that was charged and not computed."""
+        self._till.charge(self._client, Wei(-cost))
+        self._wake_all()
+
+    def wake(self) -> None:
+        """What this session's step waits for may have become void."""
+        self._paid.set()
+
+    async def take_voucher(self, sealed: bytes, now: int) -> None:
+        """A voucher from the client; unix seconds. Raises what `Till.accept` raises."""
+        voucher, _ = unseal(self._escrow_domain, Voucher, sealed)
+        funds = await self._funds(Wei(voucher.total))
+        await asyncio.to_thread(self._till.accept, sealed, self._client, funds, now)
+        self._wake_all()
+
+    async def _wait_for_voucher(self, cost: Wei, is_void: Callable[[], bool]) -> None:
+        till = self._till
+        account = till.account(self._client)
+        due = PaymentRequired(
+            f"{account.unsigned} is owed and not yet signed for: send a voucher",
+            owed=str(account.owed),
+            signed=str(account.signed),
+        )
+        waiting = self._waiting.setdefault(self._client, set())
+        waiting.add(self._paid)
+        self._paid.clear()
+        try:
+            await self._tell(due)
+            async with asyncio.timeout(PAYMENT_TIMEOUT_S):
+                while not till.has_credit(self._client, cost) and not is_void():
+                    await self._paid.wait()
+                    self._paid.clear()
+        except TimeoutError:
+            raise due from None
+        finally:
+            waiting.discard(self._paid)
+            if not waiting:
+                self._waiting.pop(self._client, None)
+
+    def _wake_all(self) -> None:
+        for paid in self._waiting.get(self._client, ()):
+            paid.set()
+
+    async def _funds(self, at_least: Wei) -> Funds:
+        """The client's channel, from memory if that will do."""
+        known = self._lookups.remembered(self._client, at_least)
+        if known is not None:
+            return known
+        return await asyncio.to_thread(self._lookups.funds, self._client, at_least)
