@@ -1,0 +1,1 @@
+"""Which span a node serves, and why."""
