@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from tallystick.client import AsyncClient, Embedding, Settings
 from tallystick.generation import Answer, Retracted, Token
+from tallystick.tasks.api import WaitingTasks
 from tallystick_protocol.signing import Key
 
 T = TypeVar("T")
 
 
-class Client:
+class Client(WaitingTasks):
     """`AsyncClient` for code that is not async: runs an event loop in a thread of its own. Use as a context manager."""
 
     def __init__(self, key: Key, settings: Settings | None = None) -> None:

@@ -20,6 +20,7 @@ from tallystick.route import Candidate, Weights, plan
 from tallystick.sampling import Sampling
 from tallystick.session import Session
 from tallystick.setting import Setting, Sides
+from tallystick.tasks.api import Tasks
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
@@ -72,7 +73,7 @@ class Settings:
     weights: Weights = field(default_factory=Weights)
 
 
-class AsyncClient:
+class AsyncClient(Tasks):
     """A client of the network. Use as an async context manager."""
 
     def __init__(self, key: Key, settings: Settings | None = None) -> None:

@@ -50,6 +50,7 @@ class Network:
         self._store = LocalStore(cache / "store")
         self._surveys: dict[ModelId, Survey] = {}
         self._manifests: dict[ModelId, Manifest] = {}
+        self._tokens: dict[ModelId, Tokens] = {}
 
     async def find(self, text: str) -> ModelRecord:
         """A model by id, by a part of its id, or (empty) the only one. Raises UnknownModel listing what there is."""
@@ -75,11 +76,19 @@ class Network:
 
     async def tokens(self, record: ModelRecord) -> Tokens:
         """The model's tokenizer. Raises ManifestError when it has none."""
-        manifest = await self.manifest(record)
-        file = manifest.tokenizer.get("tokenizer.json")
-        if file is None:
-            raise ManifestError(f"{manifest.name} was published without a tokenizer.json: give token ids instead")
-        return Tokens(await self._file(record, file.cid, file.bytes))
+        if record.id not in self._tokens:
+            manifest = await self.manifest(record)
+            if "tokenizer.json" not in manifest.tokenizer:
+                raise ManifestError(f"{manifest.name} was published without a tokenizer.json: give token ids instead")
+            paths = {
+                name: await self._file(record, manifest.tokenizer[name].cid, manifest.tokenizer[name].bytes)
+                for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+                if name in manifest.tokenizer
+            }
+            self._tokens[record.id] = Tokens(
+                paths["tokenizer.json"], paths.get("tokenizer_config.json"), paths.get("chat_template.jinja")
+            )
+        return self._tokens[record.id]
 
     async def survey(self, record: ModelRecord, fresh: bool = False) -> Survey:
         """Every node's offer, asked in parallel."""

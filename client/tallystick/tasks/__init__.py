@@ -1,0 +1,1 @@
+"""Tasks over served models: text generation, fill-mask, classification, question answering, translation, features."""

@@ -1,0 +1,60 @@
+"""Source and target languages of translation models: which token or prefix names them.
+
+Three conventions are known. Codes as special tokens, in the source text and as the first target token: M2M100
+("__en__"), mBART ("en_XX"), NLLB ("eng_Latn"). A target code before the source text: Marian's models for several
+languages (">>fra<<"). Words before the source text: T5 ("translate English to German: "), whose words the caller gives.
+"""
+
+from __future__ import annotations
+
+import re
+
+from tallystick.tokens import Tokens
+from tallystick_protocol.errors import ConfigError
+
+_CODE = re.compile(r"__[a-z]{2,8}__|[a-z]{2,3}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
+
+
+def codes(tokens: Tokens) -> dict[str, int]:
+    """The language codes among a tokenizer's special tokens, and their ids."""
+    return {token: number for token, number in tokens.added.items() if _CODE.fullmatch(token)}
+
+
+def code_of(tokens: Tokens, language: str) -> int:
+    """The id of a language's code. Raises ConfigError naming some that there are."""
+    known = codes(tokens)
+    found = known.get(language, known.get(f"__{language}__"))
+    if found is None:
+        some = ", ".join(sorted(known)[:8])
+        raise ConfigError(f"no language {language[:40]!r}; the model has {len(known)}: {some}…")
+    return found
+
+
+def source_ids(tokens: Tokens, text: str, source: str | None, target: str | None) -> list[int]:
+    """A source text's ids, marked with its languages as the model's tokenizer does it. Raises ConfigError.
+
+    Where special tokens hold a language code (the tokenizer's default source), the source language's takes its place.
+    """
+    known = codes(tokens)
+    ids = tokens.encode(text)
+    if known:
+        if source is None:
+            return ids
+        wanted = code_of(tokens, source)
+        special = tokens.analyse(text).special
+        marks = [i for i, token in enumerate(ids) if special[i] and token in known.values()]
+        if not marks:  # M2M100 without a default source: the code comes first
+            return [wanted, *ids]
+        return [wanted if i in marks else token for i, token in enumerate(ids)]
+    mark = None if target is None else tokens.id_of(f">>{target}<<")
+    return ids if mark is None else [mark, *ids]
+
+
+def target_code(tokens: Tokens, target: str | None) -> int | None:
+    """The id that a translation begins with; None when the model knows no codes. Raises ConfigError."""
+    return None if target is None or not codes(tokens) else code_of(tokens, target)
+
+
+def takes_languages(tokens: Tokens, target: str) -> bool:
+    """Whether the vocabulary can name languages, one way or the other."""
+    return bool(codes(tokens)) or tokens.id_of(f">>{target}<<") is not None
