@@ -195,7 +195,7 @@ class Remote:
                 raise CorruptResult(f"a receipt of {self.node} is signed by {signer}", hop=self.node)
             self.arrivals[receipt] = int(time.time())
             on_receipt(self, receipt)
-        elif frame.kind is Kind.RESULT:
+        elif frame.kind in (Kind.RESULT, Kind.TENSOR):
             on_result(self, frame)
         elif frame.kind is Kind.DONE:
             self._answer(frame.body.get("of"), None)
@@ -233,7 +233,7 @@ class Remote:
             body = {"more": begin + step < len(states)}
             await self.send(rows_frame(Kind.MEMORY, DType.F32, list(states[begin : begin + step]), begin, body))
 
-    async def command(self, frame: Frame) -> None:
+    async def command(self, frame: Frame, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
         """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
         self._last_command += 1
         number = self._last_command
@@ -241,7 +241,7 @@ class Remote:
         self._commands[number] = answer
         try:
             await self.send(replace(frame, body={**frame.body, "id": number}))
-            async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 await answer
         except TimeoutError:
             raise Unreachable(f"{self.node} did not acknowledge {frame.kind.name}", hop=self.node) from None

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
@@ -20,14 +20,22 @@ from tallystick_protocol.errors import TallystickError, Unreachable
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 MAX_PACKED_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    segment: Segment
+    """A session's rows, which may be packed with others', or other work, which goes alone."""
+
+    task: Segment | Callable[[], Any]
     done: Callable[[Any, BaseException | None], None]
     cancelled: threading.Event
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it brings into a packed forward; work that goes alone fills one."""
+        return len(self.task) if isinstance(self.task, Segment) else MAX_PACKED_ROWS
 
 
 class Engine:
@@ -48,6 +56,14 @@ class Engine:
 
         Cancelling the caller drops the work if it has not begun.
         """
+        return await self._submit(segment)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of other work with the model, on its thread. Cancelling drops it if it has not begun."""
+        result: T = await self._submit(work)
+        return result
+
+    async def _submit(self, task: Segment | Callable[[], Any]) -> Any:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         cancelled = threading.Event()
@@ -63,7 +79,7 @@ class Engine:
         def done(result: Any, error: BaseException | None) -> None:
             loop.call_soon_threadsafe(resolve, result, error)
 
-        self._jobs.put(_Job(segment, done, cancelled))
+        self._jobs.put(_Job(task, done, cancelled))
         try:
             return await future
         except asyncio.CancelledError:
@@ -78,25 +94,38 @@ class Engine:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             batch = [job]
-            rows = len(job.segment)
+            rows = job.num_rows
             while rows < MAX_PACKED_ROWS and not self._jobs.empty():
                 following = self._jobs.get()
                 if following is None:
                     self._jobs.put(None)
                     break
                 batch.append(following)
-                rows += len(following.segment)
-            self._compute([waiting for waiting in batch if not waiting.cancelled.is_set()])
+                rows += following.num_rows
+            waiting = [job for job in batch if not job.cancelled.is_set()]
+            self._compute([job for job in waiting if isinstance(job.task, Segment)])
+            for job in waiting:
+                if not isinstance(job.task, Segment):
+                    self._work(job, job.task)
         while not self._jobs.empty():
             left = self._jobs.get()
             if left is not None:
                 left.done(None, Unreachable("the node is stopping"))
 
+    def _work(self, job: _Job, work: Callable[[], Any]) -> None:
+        try:
+            job.done(work(), None)
+        except TallystickError as error:
+            job.done(None, error)
+        except Exception as error:
+            log.exception("work with the model failed")
+            job.done(None, error)
+
     def _compute(self, batch: list[_Job]) -> None:
         if not batch:
             return
         try:
-            results = self.model.forward([job.segment for job in batch])
+            results = self.model.forward([job.task for job in batch if isinstance(job.task, Segment)])
         except TallystickError as error:
             if len(batch) == 1:
                 batch[0].done(None, error)

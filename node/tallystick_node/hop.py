@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from tallystick_model.cache import KvCache
 from tallystick_node.billing import Billing
 from tallystick_node.engine import Engine
+from tallystick_node.gradients import Passes
 from tallystick_node.journal import Journal
 from tallystick_node.links import Dialler, Link
 from tallystick_node.memory import Memory
@@ -98,6 +99,7 @@ class Hop:
         self._one_shot = not manifest.is_causal(model.span)
         self._token_types: list[int] = []
         self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
+        self._passes = Passes(shop.engine, shop.price, opened.max_length, self._billing, control.send, reserve)
         self._record = Record(self._one_shot)
         terms = Terms(
             shop.node,
@@ -213,6 +215,8 @@ class Hop:
             if frame.kind is Kind.VOUCHER:
                 now = int(self._shop.clock())
                 await self._report(self._billing.take_voucher(sealed_field(frame, "voucher"), now))
+            elif frame.kind is Kind.TENSOR:
+                await self._report(self._passes.take(frame))
             elif frame.kind is Kind.STEP and self._queued_rows + frame.num_rows > self._open.max_length:
                 await self._tell(ContextLengthExceeded("more rows are waiting than the session was opened for"))
             elif frame.kind is Kind.STEP:
@@ -249,6 +253,8 @@ class Hop:
             Kind.FORK: self._on_fork,
             Kind.MEMORY: self._on_memory,
             Kind.ROUTE: self._on_route,
+            Kind.FORWARD: self._passes.forward,
+            Kind.BACKWARD: self._passes.backward,
             Kind.REPLAY: self._on_replay,
             Kind.CLOSE: self._on_close,
         }

@@ -55,6 +55,9 @@ class Kind(IntEnum):
     ERROR = 15
     MEMORY = 16
     FORK = 17
+    FORWARD = 20
+    BACKWARD = 21
+    TENSOR = 22
 
 
 class DType(IntEnum):

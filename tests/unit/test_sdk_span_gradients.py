@@ -55,8 +55,8 @@ def reference_grads(whole: Any, embeds: torch.Tensor, adapters: dict[str, Adapte
     leaves = {n: Adapter(a.a.clone().requires_grad_(), a.b.clone().requires_grad_()) for n, a in adapters.items()}
 
     def hook(adapter: Adapter) -> Any:
-        return lambda _, args, out: out + torch.nn.functional.linear(
-            torch.nn.functional.linear(args[0], adapter.a), adapter.b
+        return lambda _, args, out: (
+            out + torch.nn.functional.linear(torch.nn.functional.linear(args[0], adapter.a), adapter.b)
         )
 
     handles = [whole.get_submodule(n).register_forward_hook(hook(a)) for n, a in leaves.items()]
