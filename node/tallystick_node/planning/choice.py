@@ -140,22 +140,23 @@ def consider_move(
     """Whether a machine that serves `span` should serve another one. others: the supply without it.
 
     It moves when layers are missing and it fills more of them elsewhere, or after MIN_DWELL_S when the soft bottleneck
-    gains at least MIN_GAIN of the node's share; never when that would make a layer missing.
+    gains at least MIN_GAIN of the node's share; never when a layer would be missing while it is on its way.
     """
     layers = stacks[-1].end
     here = with_server(others, span, machine.rate(span))
     lacking = missing(here, layers)
     if dwelt_s < (HOLE_DWELL_S if lacking else MIN_DWELL_S):
         return Verdict(None, f"it has served {span} for {dwelt_s:.0f} s only")
+    if not lacking and missing(others, layers):
+        return Verdict(None, "without it no route is complete, and a move takes a while")
     best = choose(candidates(others, stacks, machine), draw)
     if best is None or best.span == span:
         return Verdict(None, f"{span} is the best place")
     there = with_server(others, best.span, best.rate)
-    left = missing(there, layers)
-    if lacking or left:
-        if left < lacking:
-            return Verdict(best.span, f"{lacking} layers are missing, {left} if it serves {best.span}")
-        return Verdict(None, f"{lacking} layers are missing, {left} if it served {best.span}")
+    if lacking:
+        left = missing(there, layers)
+        words = f"{lacking} layers are missing, {left} if it served {best.span}"
+        return Verdict(best.span if left < lacking else None, words)
     now, then = (coverage(in_use(supply, layers), layers) for supply in (here, there))
     floor = min(machine.rate(span), best.rate)
     gained = soft_bottleneck(then, floor) / soft_bottleneck(now, floor) - 1.0
