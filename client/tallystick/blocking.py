@@ -32,7 +32,7 @@ class Client(WaitingTasks):
 
     def generate(self, prompt: str, **options: Any) -> Answer:
         """As AsyncClient.generate."""
-        return self._wait(self._async.generate(prompt, **options))
+        return self.wait(self._async.generate(prompt, **options))
 
     def stream(self, prompt: str | list[int], **options: Any) -> Generator[Token | Retracted, None, Answer]:
         """As AsyncClient.stream; the Answer is the generator's return value (`answer = yield from …`)."""
@@ -41,23 +41,29 @@ class Client(WaitingTasks):
         try:
             while True:
                 try:
-                    yield self._wait(events.__anext__())  # type: ignore[arg-type]
+                    yield self.wait(events.__anext__())  # type: ignore[arg-type]
                 except StopAsyncIteration:
                     return stream.answer
         finally:
-            self._wait(stream.aclose())
+            self.wait(stream.aclose())
 
     def embed(self, text: str, **options: Any) -> Embedding:
         """As AsyncClient.embed."""
-        return self._wait(self._async.embed(text, **options))
+        return self.wait(self._async.embed(text, **options))
 
     def close(self) -> None:
-        self._wait(self._async.close())
+        self.wait(self._async.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=5)
         self._loop.close()
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    @property
+    def asynchronous(self) -> AsyncClient:
+        """The client underneath: what it gives is awaited through `wait` alone."""
+        return self._async
+
+    def wait(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of work on the client's own event loop. Raises what it raises."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

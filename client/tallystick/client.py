@@ -13,7 +13,9 @@ import numpy as np
 
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Stream
+from tallystick.lanes import Workshop
 from tallystick.network import Network, Survey
+from tallystick.passes import Passes
 from tallystick.payments import Purse
 from tallystick.repair import RolledBack
 from tallystick.route import Candidate, Weights, plan
@@ -26,6 +28,7 @@ from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
 from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute
 from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, Digest, Span, Wei
@@ -222,6 +225,29 @@ class AsyncClient(Tasks):
             self.banned |= {accusation.node for accusation in verdict.accusations}
 
         return Decoder(verdict, beams, dense, open_sessions, lambda session: self.finish(session, verify), leave)
+
+    async def passes(self, model: str, *, max_length: int = MAX_ROWS, verify: Policy = "audit") -> Passes:
+        """Forward and backward passes for tuning (`async with await client.passes(...)`). max_length: rows of a pass.
+
+        Raises as `stream`.
+        """
+        _check_policy(verify)
+        record, manifest = await self.model(model)
+        stack = Span(manifest.encoder_layers, manifest.layers)
+        survey, route = await self.plan(record, manifest, stack)
+        workshop = Workshop(
+            peers=self._peers,
+            key=self._key,
+            domain=self.chain.book.staking_domain,
+            purse=self._purse,
+            manifest=manifest,
+            candidates=survey.candidates,
+            max_length=min(max_length, manifest.max_length, MAX_ROWS),
+            verdict=Verdict(verify),
+            audit_probability=self.settings.audit_probability,
+            avoid=self.banned,
+        )
+        return Passes(workshop, route)
 
     async def model(self, text: str) -> tuple[ModelRecord, Manifest]:
         """Find a model and its manifest; checks once that chain and contracts are the ones of the address book."""

@@ -90,6 +90,14 @@ class Network:
             )
         return self._tokens[record.id]
 
+    async def piece(self, record: ModelRecord, name: str) -> Path:
+        """One of the model's pieces as a file, checked against its CID. Raises ManifestError, BlockMissing."""
+        manifest = await self.manifest(record)
+        piece = next((piece for piece in manifest.pieces if piece.name == name), None)
+        if piece is None:
+            raise ManifestError(f"{manifest.name} has no piece {name}")
+        return await self._file(record, piece.cid, piece.bytes)
+
     async def survey(self, record: ModelRecord, fresh: bool = False) -> Survey:
         """Every node's offer, asked in parallel."""
         known = self._surveys.get(record.id)

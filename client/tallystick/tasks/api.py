@@ -86,7 +86,7 @@ class _Waits(Protocol):
     @property
     def _async(self) -> Any: ...
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T: ...
+    def wait(self, work: Coroutine[Any, Any, T]) -> T: ...
 
 
 class WaitingTasks:
@@ -94,45 +94,45 @@ class WaitingTasks:
 
     def text_generation(self: _Waits, inputs: str | Sequence[Message] | list[int], **options: Any) -> TaskAnswers:
         """As AsyncClient.text_generation."""
-        return self._wait(self._async.text_generation(inputs, **options))
+        return self.wait(self._async.text_generation(inputs, **options))
 
     def fill_mask(self: _Waits, text: str, **options: Any) -> Answers[Any]:
         """As AsyncClient.fill_mask."""
-        return self._wait(self._async.fill_mask(text, **options))
+        return self.wait(self._async.fill_mask(text, **options))
 
     def text_classification(self: _Waits, text: str, **options: Any) -> TaskAnswers:
         """As AsyncClient.text_classification."""
-        return self._wait(self._async.text_classification(text, **options))
+        return self.wait(self._async.text_classification(text, **options))
 
     def token_classification(self: _Waits, text: str, **options: Any) -> TaskAnswers:
         """As AsyncClient.token_classification."""
-        return self._wait(self._async.token_classification(text, **options))
+        return self.wait(self._async.token_classification(text, **options))
 
     def question_answering(self: _Waits, question: str, context: str, **options: Any) -> TaskAnswers:
         """As AsyncClient.question_answering."""
-        return self._wait(self._async.question_answering(question, context, **options))
+        return self.wait(self._async.question_answering(question, context, **options))
 
     def summarization(self: _Waits, text: str, **options: Any) -> TaskAnswers:
         """As AsyncClient.summarization."""
-        return self._wait(self._async.summarization(text, **options))
+        return self.wait(self._async.summarization(text, **options))
 
     def translation(self: _Waits, text: str, **options: Any) -> TaskAnswers:
         """As AsyncClient.translation."""
-        return self._wait(self._async.translation(text, **options))
+        return self.wait(self._async.translation(text, **options))
 
     def feature_extraction(self: _Waits, text: str, **options: Any) -> Answers[np.ndarray]:
         """As AsyncClient.feature_extraction."""
-        return self._wait(self._async.feature_extraction(text, **options))
+        return self.wait(self._async.feature_extraction(text, **options))
 
     def encode(self: _Waits, text: str, **options: Any) -> list[int]:
         """As AsyncClient.encode."""
-        return self._wait(self._async.encode(text, **options))
+        return self.wait(self._async.encode(text, **options))
 
     def decode(self: _Waits, ids: list[int], **options: Any) -> str:
         """As AsyncClient.decode."""
-        text: str = self._wait(self._async.decode(ids, **options))
+        text: str = self.wait(self._async.decode(ids, **options))
         return text
 
     def predictions(self: _Waits, ids: list[int], **options: Any) -> Answers[np.ndarray]:
         """As AsyncClient.predictions."""
-        return self._wait(self._async.predictions(ids, **options))
+        return self.wait(self._async.predictions(ids, **options))
