@@ -102,7 +102,7 @@ class Stream:
         client = self._client
         record, manifest = await client.model(self._model)
         if manifest.output != "logits" or not manifest.causal or manifest.encoder_layers:
-            raise ConfigError(f"{manifest.name} is for {manifest.task}: it does not continue a text")
+            raise ConfigError(f"{manifest.name} is for {manifest.task}: it does not generate text from a prompt")
         tokens = await client.network.tokens(record)
         prompt = tokens.encode(self._prompt) if isinstance(self._prompt, str) else list(self._prompt)
         if not prompt or any(type(i) is not int or not 0 <= i < manifest.vocab for i in prompt):

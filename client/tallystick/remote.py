@@ -104,7 +104,7 @@ class Remote:
         self._channel = channel
         self._domain = domain
         self.arrivals: dict[Receipt, int] = {}
-        self._commands: dict[int, asyncio.Future[None]] = {}
+        self._commands: dict[int, tuple[asyncio.Future[None], Callable[[], None]]] = {}
         self._last_command = 0
         self._reader: asyncio.Task[None] | None = None
         self._leave: Callable[[], None] | None = None
@@ -233,12 +233,17 @@ class Remote:
             body = {"more": begin + step < len(states)}
             await self.send(rows_frame(Kind.MEMORY, DType.F32, list(states[begin : begin + step]), begin, body))
 
-    async def command(self, frame: Frame, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
-        """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
+    async def command(
+        self, frame: Frame, timeout_s: float = COMMAND_TIMEOUT_S, on_done: Callable[[], None] = lambda: None
+    ) -> None:
+        """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers.
+
+        on_done: called when it has, before anything that the node sent afterwards is looked at.
+        """
         self._last_command += 1
         number = self._last_command
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._commands[number] = answer
+        self._commands[number] = answer, on_done
         try:
             await self.send(replace(frame, body={**frame.body, "id": number}))
             async with asyncio.timeout(timeout_s):
@@ -250,10 +255,11 @@ class Remote:
 
     def _answer(self, number: object, error: TallystickError | None) -> bool:
         """Settle a command; False when there is none of that number."""
-        answer = self._commands.get(number) if isinstance(number, int) else None
-        if answer is None or answer.done():
+        answer, on_done = self._commands.get(number, (None, None)) if isinstance(number, int) else (None, None)
+        if answer is None or on_done is None or answer.done():
             return False
         if error is None:
+            on_done()
             answer.set_result(None)
         else:
             answer.set_exception(error)

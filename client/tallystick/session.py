@@ -10,7 +10,8 @@ import logging
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 
 from tallystick.auditing import Audit, Disagreement, arbitrate
@@ -64,6 +65,7 @@ class Session:
         self._repair = Repair(self)
         self._nonce = fresh_nonce()
         self.attempt = 0
+        self._is_rewinding = False
         self._work = asyncio.Event()
         self._news = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
@@ -262,8 +264,9 @@ class Session:
     async def crop(self, length: int) -> None:
         """Forget the rows from `length` on, everywhere; what was computed is due. Raises RolledBack, NoRoute."""
         await self._settle_windows(length)
-        await self._rewind(Frame(Kind.CROP, position=length), lambda remote: remote.crop(length, len(self.ids)))
-        self.forget(length)
+        computed = len(self.ids)
+        async with self._rewinding(Frame(Kind.CROP, position=length), lambda remote: remote.crop(length, computed)):
+            self.forget(length)
 
     async def fork_from(self, other: Session, shared: int) -> None:
         """Hold what `other` holds; both begin with the same `shared` rows. Nothing is computed where the hops are the
@@ -276,12 +279,12 @@ class Session:
             await self.feed(ids, want)
             return
         frame = Frame(Kind.FORK, {"from": other.id, "to": length}, shared)
-        await self._rewind(frame, lambda remote: remote.fork(shared, length, len(self.ids)))
-        self.forget(shared)
-        self.ids += ids
-        self._want += want
-        self._results.rows |= {at: row for at, row in other._results.rows.items() if at >= shared}
-        self._wake()
+        computed = len(self.ids)
+        async with self._rewinding(frame, lambda remote: remote.fork(shared, length, computed)):
+            self.forget(shared)
+            self.ids += ids
+            self._want += want
+            self._results.rows |= {at: row for at, row in other._results.rows.items() if at >= shared}
 
     async def computed(self) -> None:
         """Wait until every hop has computed what was fed. Raises RolledBack, NoRoute."""
@@ -299,23 +302,39 @@ class Session:
             lambda: all(hop.standing.covered >= complete for hop in self.hops), SETTLE_TIMEOUT_S, "receipts"
         )
 
-    async def _rewind(self, frame: Frame, note: Callable[[Remote], None]) -> None:
-        """Give every hop the same command that takes rows back, auditors as well; a hop that fails is repaired."""
-        for audit in self.audits:
-            await audit.pause()
-        for hop in self.hops:
-            try:
-                await hop.command(frame)
-            except TallystickError as error:
-                hop.failure = hop.failure or error
+    @asynccontextmanager
+    async def _rewinding(self, frame: Frame, note: Callable[[Remote], None]) -> AsyncIterator[None]:
+        """Give every hop and auditor the command that takes rows back; within, the session's own books follow.
+
+        A hop that fails is repaired later. Receipts that come meanwhile wait.
+        """
+        self._is_rewinding = True
+        try:
+            for audit in self.audits:
+                await audit.pause()
+            for hop in self.hops:
+                await self._rewind_hop(hop, frame, note)
+            for audit in self.audits:
+                try:
+                    await audit.crop(frame.position)
+                except TallystickError as error:
+                    audit.remote.failure = audit.remote.failure or error
+            yield
+        finally:
+            self._is_rewinding = False
+            for audit in self.audits:
+                audit.start()
+            self._wake()
+
+    async def _rewind_hop(self, hop: Remote, frame: Frame, note: Callable[[Remote], None]) -> None:
+        def on_done() -> None:
             note(hop)
-            self.pending[hop] = {}
-        for audit in self.audits:
-            try:
-                await audit.crop(frame.position)
-            except TallystickError as error:
-                audit.remote.failure = audit.remote.failure or error
-            audit.start()
+            self.pending[hop] = {}  # what it signed before
+
+        try:
+            await hop.command(frame, on_done=on_done)
+        except TallystickError as error:
+            hop.failure = hop.failure or error
 
     def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
         """Rows for the auditor of hop `index` did not come: refusing to send them is failing, as the hop before."""
@@ -403,6 +422,8 @@ class Session:
         while True:
             await self._work.wait()
             self._work.clear()
+            if self._is_rewinding:
+                continue
             for index, hop in enumerate(self.hops):
                 try:
                     self._check_hop(index, hop)

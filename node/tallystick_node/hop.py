@@ -268,6 +268,7 @@ class Hop:
             command = number if type(number) is int and 0 <= number < 1 << 31 else 0
             if await self._report(handler(frame), command) and command:
                 await self._control.send(Frame(Kind.DONE, {"of": command}))
+            self._sign.set()  # only now: what is signed after a command is heard after its end
 
     async def _report(self, work: Awaitable[None], command: int = 0) -> bool:
         """Run a handler; an expected failure is told to the client and the session goes on where it was."""
@@ -495,7 +496,6 @@ class Hop:
                 self._record.take(source._record, first, last)
 
             await self._rewind(first, first, refill)
-        self._sign.set()
 
     async def _on_memory(self, frame: Frame) -> None:
         """The encoder's last hidden states, which a decoder attends to: before the first step, in one frame or more."""

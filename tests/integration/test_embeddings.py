@@ -84,5 +84,5 @@ async def test_tallystick_embed_prints_one_vector_a_sentence(
 
 async def test_a_model_without_a_head_refuses_to_generate(running: Running, embedding_model: str) -> None:
     async with AsyncClient(running.key, running.net.settings()) as client:
-        with pytest.raises(Exception, match="does not generate text"):
+        with pytest.raises(Exception, match="does not generate text from a prompt"):
             await client.generate("hello", model=embedding_model)
