@@ -17,6 +17,8 @@ from rich.table import Table
 
 from tallystick.client import AsyncClient, Settings
 from tallystick.generation import Answer, Retracted, Token
+from tallystick.inspection import list_models, verify_model
+from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
 from tallystick.sampling import Sampling
 from tallystick_protocol.chain.book import load_book
@@ -91,14 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     network.set_defaults(command=_network)
 
     models = commands.add_parser("models", help="models on chain")
+    models.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
+    models.add_argument("--json", action="store_true", help="one JSON list")
     models.set_defaults(command=_models)
+
+    verify = commands.add_parser("verify-model", help="fetch a model and check every byte of it")
+    verify.add_argument("cid", help="the CID of its manifest")
+    verify.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
+    verify.add_argument("--deep", action="store_true", help="also run its canary, layer by layer (takes torch)")
+    verify.add_argument("--json", action="store_true", help="one JSON object")
+    verify.set_defaults(command=_verify_model)
 
     publish = commands.add_parser(
         "publish", help="cut a local Hugging Face checkpoint into pieces and record it on chain"
     )
-    publish.add_argument("path", type=Path)
+    publish.add_argument("path", type=Path, help="a folder with config.json and safetensors, or a .gguf file")
+    publish.add_argument(
+        "--numerics", choices=["fp32", "bf16w"], default="fp32", help="bf16w: products of bf16 weights and inputs"
+    )
+    publish.add_argument("--quantize", choices=["int8", "int4"], help="store the layers' matrices as integers")
     publish.add_argument("--name")
-    publish.add_argument("--licence")
+    publish.add_argument("--licence", help="SPDX id or a sentence, where the checkpoint does not say it")
     publish.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
     publish.add_argument(
         "--ipfs", help="put the pieces into an IPFS daemon instead, for example /ip4/127.0.0.1/tcp/5001"
@@ -126,8 +141,7 @@ def _key(options: argparse.Namespace) -> Key:
 
 
 def _client(options: argparse.Namespace) -> AsyncClient:
-    sources = [*options.source, *filter(None, os.environ.get("TALLYSTICK_SOURCES", "").split(","))]
-    return AsyncClient(_key(options), Settings(rpc=options.rpc, book=Path(options.book), sources=sources))
+    return AsyncClient(_key(options), Settings(rpc=options.rpc, book=Path(options.book), sources=_sources(options)))
 
 
 async def _generate(options: argparse.Namespace) -> int:
@@ -235,21 +249,47 @@ async def _network(options: argparse.Namespace) -> int:
 
 async def _models(options: argparse.Namespace) -> int:
     chain = Chain(options.rpc, load_book(Path(options.book)))
-    for record in await asyncio.to_thread(chain.all_models):
-        print(f"0x{record.id.hex()}  {record.layers} layers  manifest sha2-256 {record.manifest.hex()}")
+    entries = await list_models(chain, Path(options.store), _sources(options))
+    if options.json:
+        print(json.dumps([entry.to_json() for entry in entries]))
+        return 0
+    table = Table(title=f"{len(entries)} models")
+    for column in ("name", "id", "task", "layers", "numerics", "weights", "size", "licence"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("id", "layers", "size"))
+    for entry in entries:
+        table.add_row(*entry.cells())
+    Console().print(table)
     return 0
 
 
 async def _publish(options: argparse.Namespace) -> int:
     store = DaemonStore(options.ipfs) if options.ipfs else LocalStore(Path(options.store))
-    say = Console(stderr=True).print
-    manifest = await asyncio.to_thread(cut, options.path, store, options.name, options.licence, say)
+    work = Path(options.store) / "publishing"
+    with ProgressBar() as bar:
+        manifest = await asyncio.to_thread(
+            cut, options.path, store, options.name, options.licence, bar.show,
+            numerics=options.numerics, quantize=options.quantize, work=work,
+        )  # fmt: skip
     print(f"manifest {manifest.cid}")
     if not options.no_register:
         chain = Chain(options.rpc, load_book(Path(options.book)))
         await asyncio.to_thread(register, chain, _key(options), manifest)
     print(f"model 0x{manifest.model_id.hex()}")
     return 0
+
+
+async def _verify_model(options: argparse.Namespace) -> int:
+    report = await verify_model(options.cid, Path(options.store), _sources(options), deep=options.deep)
+    if options.json:
+        print(json.dumps(report.to_json()))
+    else:
+        for line in report.lines():
+            print(line)
+    return 0 if report.sound else 1
+
+
+def _sources(options: argparse.Namespace) -> list[str]:
+    return [*options.source, *filter(None, os.environ.get("TALLYSTICK_SOURCES", "").split(","))]
 
 
 async def _content(options: argparse.Namespace) -> int:

@@ -3,34 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from aiohttp import web
 
+from tallystick_model.publishing.progress import Report, quiet
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.content.serving import BlockRequest, PinnedBlocks, answer
 from tallystick_protocol.content.store import LocalStore, Store
 from tallystick_protocol.errors import ConfigError, UnknownModel
-from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.manifest import Manifest, Numerics
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import ModelId
 
 
 def cut(
-    checkpoint: Path, store: Store, name: str | None, licence: str | None, progress: Callable[[str], None]
+    checkpoint: Path,
+    store: Store,
+    name: str | None = None,
+    licence: str | None = None,
+    progress: Report = quiet,
+    *,
+    numerics: Numerics = "fp32",
+    quantize: Literal["int8", "int4"] | None = None,
+    work: Path | None = None,
 ) -> Manifest:
-    """Publish a local Hugging Face checkpoint folder into a store, pinned. Needs the extra `[torch]`.
+    """Publish a Hugging Face checkpoint folder or a GGUF file into a store, pinned. Needs the extra `[torch]`.
 
-    Raises ConfigError without the extra, ManifestError for a checkpoint that cannot be served.
+    work: where an interrupted run leaves notes for the next one. Raises ConfigError without the extra or without room,
+    ManifestError for a checkpoint that cannot be served.
     """
     try:
         from tallystick_model.publish import publish
     except ImportError:
         raise ConfigError("publishing takes torch: pip install 'tallystick[torch]'") from None
-    manifest = publish(checkpoint, store, name=name, licence=licence, progress=progress)
+    manifest = publish(
+        checkpoint,
+        store,
+        name=name,
+        licence=licence,
+        numerics=numerics,
+        quantize=quantize,
+        progress=progress,
+        work=work,
+    )
     for cid in contents(manifest):
         store.pin(cid)
     return manifest

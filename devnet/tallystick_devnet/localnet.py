@@ -92,7 +92,7 @@ class LocalNet:
 
     def publish(self, checkpoint: Path, name: str | None = None) -> tuple[ModelId, Manifest]:
         """Cut a checkpoint into pieces, put them into the content store, record the model on chain."""
-        manifest = cut(checkpoint, self._store, name, _licence(checkpoint), self._say)
+        manifest = cut(checkpoint, self._store, name, _licence(checkpoint))
         model = register(self.chain.chain(), rich_key(), manifest)
         self._say(f"published {manifest.name}: {manifest.layers} layers, manifest {manifest.cid}")
         return model, manifest

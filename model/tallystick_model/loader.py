@@ -14,10 +14,11 @@ from tallystick_model.anatomy import LINEAR_TYPES, Anatomy, dissect
 from tallystick_model.attention import Batch, TiledSeat, attend_with, use_tallystick_attention
 from tallystick_model.ghosts import splice, watch_ends
 from tallystick_model.kernels import BlockwiseActivation, BlockwiseScope, CanonicalLinear
+from tallystick_model.publishing.quantize import read_weight, weight_shapes
 from tallystick_model.skeleton import Skeleton, build_skeleton, set_weight
 from tallystick_model.span import Execution, SpanModel, Spliced
 from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.manifest import Manifest, Piece, TensorSpec
+from tallystick_protocol.manifest import Manifest, Piece, Quantization, TensorSpec
 from tallystick_protocol.types import Span
 
 Source = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor]]
@@ -57,7 +58,9 @@ def fill_span(
     pieces = {piece.name: piece for piece in manifest.span_pieces(span)}
 
     def read(name: str, wanted: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        return read_piece(open_piece(pieces[name]), pieces[name], wanted) if wanted else {}
+        if not wanted:
+            return {}
+        return read_piece(open_piece(pieces[name]), pieces[name], wanted, manifest.quantization)
 
     spliced = assemble(skeleton, anatomy, span, read, execution)
     return SpanModel(manifest, span, spliced, execution)
@@ -77,10 +80,11 @@ def checked_anatomy(manifest: Manifest) -> tuple[Skeleton, Anatomy]:
     weights = skeleton.weights()
     for piece in manifest.pieces:
         expected = set(anatomy.weights_of(piece.name))
-        _same_names(piece.name, set(piece.tensors), expected)
-        for name, spec in piece.tensors.items():
-            if spec.shape != tuple(weights[name].shape):
-                raise ManifestError(f"{name} has shape {spec.shape} in the manifest, {tuple(weights[name].shape)} here")
+        shapes = weight_shapes(piece, manifest.quantization)
+        _same_names(piece.name, set(shapes), expected)
+        for name, shape in shapes.items():
+            if shape != tuple(weights[name].shape):
+                raise ManifestError(f"{name} has shape {shape} in the manifest, {tuple(weights[name].shape)} here")
     held = {piece.name for piece in manifest.pieces}
     for name, role in anatomy.roles.items():
         if role not in held and name not in anatomy.tied:
@@ -88,7 +92,9 @@ def checked_anatomy(manifest: Manifest) -> tuple[Skeleton, Anatomy]:
     return skeleton, anatomy
 
 
-def read_piece(path: Path, piece: Piece, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+def read_piece(
+    path: Path, piece: Piece, wanted: Iterable[str], quantization: Quantization | None = None
+) -> dict[str, torch.Tensor]:
     """The wanted tensors of a piece's file in fp32. Raises ManifestError unless the file is what the manifest lists."""
     try:
         size = path.stat().st_size
@@ -98,7 +104,7 @@ def read_piece(path: Path, piece: Piece, wanted: Iterable[str]) -> dict[str, tor
             _same_names(piece.name, set(file.keys()), set(piece.tensors))
             for name, spec in piece.tensors.items():
                 _same_spec(name, file.get_slice(name), spec)
-            return {name: _as_fp32(name, file.get_tensor(name)) for name in wanted}
+            return {name: _as_fp32(name, read_weight(file, name, piece, quantization)) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise ManifestError(f"{piece.name} cannot be read as safetensors: {str(error)[:120]}") from None
 

@@ -2,201 +2,221 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
-
-from tallystick_model.anatomy import Anatomy, dissect
-from tallystick_model.checkpoint import Checkpoint, match_names
-from tallystick_model.companions import find_licence, generation_settings, pooling, read_tokenizer, tokenizer_files
+from tallystick_model.anatomy import LINEAR_TYPES, Anatomy, dissect
+from tallystick_model.checkpoint import Checkpoint, TensorSource
+from tallystick_model.companions import Companions, companions, find_licence, generation_settings, pooling
 from tallystick_model.config import checkpoint_config
-from tallystick_model.loader import fill_span
-from tallystick_model.segments import Segment
+from tallystick_model.publishing.canary import CANARY_TEXT, Walk, canary_ids
+from tallystick_model.publishing.gguf import GgufCheckpoint
+from tallystick_model.publishing.job import Job, open_job
+from tallystick_model.publishing.matching import Weights, match
+from tallystick_model.publishing.pieces import Encoding, PieceReader
+from tallystick_model.publishing.precheck import check_disk, check_memory, peak_bytes
+from tallystick_model.publishing.progress import Meter, Progress, Report, quiet
+from tallystick_model.publishing.quantize import GROUPS, quantised_weights
+from tallystick_model.publishing.tasks import labels_of, task_of
 from tallystick_model.skeleton import Skeleton, build_skeleton
-from tallystick_model.span import SpanModel
 from tallystick_protocol.content.cid import Cid, Codec
-from tallystick_protocol.content.store import Store
+from tallystick_protocol.content.store import LocalStore, Store
 from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.manifest import Canary, FileRef, Manifest, Piece, PieceKind, TensorSpec
-from tallystick_protocol.types import Span
-
-CANARY_ROWS = 48
-CANARY_BLOCK_BYTES = 1 << 20
-CANARY_TEXT = (
-    "It was a bright cold day in April, and the clocks were striking thirteen: 3.14159, naïve, 東京, def f(x):"
+from tallystick_protocol.manifest import (
+    Canary,
+    FileRef,
+    Manifest,
+    Numerics,
+    Piece,
+    PieceKind,
+    Quantization,
 )
-NORM_MARGIN = 64.0
-"""Row norms are accepted down to the smallest one calibrated / 64, and up to the largest one x 64."""
 
-Progress = Callable[[str], None]
+Quantize = Literal["int8", "int4"]
 
 
 def publish(
-    checkpoint_dir: Path,
+    checkpoint: Path,
     store: Store,
     *,
     name: str | None = None,
     licence: str | None = None,
-    progress: Progress = lambda step: None,
+    numerics: Numerics = "fp32",
+    quantize: Quantize | None = None,
+    progress: Report = quiet,
+    work: Path | None = None,
 ) -> Manifest:
-    """Put a local Hugging Face checkpoint into the store, piece by piece, and return its manifest, stored as well.
+    """Put a Hugging Face checkpoint folder, or a GGUF file, into the store piece by piece; returns its manifest.
 
-    The same checkpoint gives the same bytes. Needs memory for one piece, and disk for the model next to the store.
-    Raises ManifestError, naming the cause and what to do, for a checkpoint that cannot be served exactly.
+    The same checkpoint and options give the same bytes. numerics and quantize make models of their own. work: a folder
+    for notes that let an interrupted run go on; by default in a local store, and none for another one. Memory: one
+    layer in fp32 and what is next to it; disk: the model once. Raises ManifestError, naming the cause and what to do,
+    for a checkpoint that cannot be served exactly; ConfigError when disk or memory do not suffice, or somebody else
+    publishes the same.
     """
-    checkpoint = Checkpoint(checkpoint_dir)
-    config = checkpoint_config(checkpoint.config)
-    skeleton = build_skeleton(config, _architecture(checkpoint))
-    anatomy = dissect(skeleton)
-    if anatomy.obstacles:
-        raise ManifestError(
-            f"no canonical execution for {_architecture(checkpoint)}: {'; '.join(anatomy.obstacles[:3])}",
-            reason="stock_only",
-        )
-    matched = match_names(checkpoint, skeleton, anatomy)
-    files = tokenizer_files(checkpoint, skeleton.config.vocab_size)
-    said = licence or find_licence(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="tallystick-publish-") as folder:
-        pieces = {}
-        for index, piece in enumerate(names := _piece_names(anatomy)):
-            progress(f"piece {index + 1} of {len(names)}: {piece}")
-            pieces[piece] = _write_piece(checkpoint, matched, anatomy, piece, Path(folder), store)
-        draft = Manifest(
-            name=name or checkpoint_dir.name,
-            licence=said,
-            architecture=_architecture(checkpoint),
-            config=config,
-            task="text-generation" if anatomy.output == "logits" else "feature-extraction",
+    with ExitStack() as stack:
+        if work is None and isinstance(store, LocalStore):
+            work = store.root / "publishing"
+        elif work is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tallystick-publish-")))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tallystick-tokenizer-")))
+        source: TensorSource = GgufCheckpoint(checkpoint, scratch) if _is_gguf(checkpoint) else Checkpoint(checkpoint)
+        plan = _Plan(source, numerics, quantize, scratch, name or checkpoint.stem, licence)
+        plan.check_room(store)
+        identity = {
+            "checkpoint": [str(checkpoint.resolve()), source.fingerprint()],
+            "config": plan.config,
+            "numerics": numerics,
+            "quantize": quantize,
+        }
+        job = stack.enter_context(open_job(work, identity))
+        return plan.carry_out(store, job, progress)
+
+
+def _is_gguf(checkpoint: Path) -> bool:
+    return checkpoint.suffix == ".gguf" and checkpoint.is_file()
+
+
+class _Plan:
+    """What will be published, found and checked before anything is written."""
+
+    def __init__(
+        self, source: TensorSource, numerics: Numerics, quantize: Quantize | None, scratch: Path, name: str,
+        licence: str | None,
+    ) -> None:  # fmt: skip
+        self.source, self.numerics = source, numerics
+        self.name, self.licence = name, licence or find_licence(source)
+        self.architecture = _architecture(source)
+        self.config = checkpoint_config(source.config)
+        self.skeleton: Skeleton = build_skeleton(self.config, self.architecture)
+        self.anatomy: Anatomy = dissect(self.skeleton)
+        if self.anatomy.obstacles:
+            raise ManifestError(
+                f"no canonical execution for {self.architecture}: {'; '.join(self.anatomy.obstacles[:3])}",
+                reason="stock_only",
+            )
+        self.weights: Weights = match(source, self.skeleton, self.anatomy)
+        self.vocab = int(self.skeleton.config.vocab_size)
+        self.task = task_of(self.config, self.architecture)
+        self.labels = labels_of(source.config, self.task, self.anatomy.output)
+        generates = self.task in ("text-generation", "text2text-generation") and self.anatomy.output == "logits"
+        self.generation = generation_settings(source, self.vocab, needs_eos=generates)
+        self.companions: Companions = companions(source, self.vocab, scratch, CANARY_TEXT)
+        self.quantization = None
+        if quantize is not None:
+            bits: Literal[8, 4] = 8 if quantize == "int8" else 4
+            self.quantization = Quantization(bits, GROUPS[bits])
+        self.encoding = self._encoding()
+
+    def _encoding(self) -> Encoding:
+        roles, rounded = self.anatomy.roles, frozenset[str]()
+        if self.numerics == "bf16w":
+            modules = self.skeleton.model.named_modules()
+            linear = {f"{name}.weight" for name, module in modules if type(module) in LINEAR_TYPES}
+            rounded = frozenset(linear & roles.keys())
+        if self.quantization is None:
+            return Encoding(rounded, frozenset(), None)
+        chosen = quantised_weights(self.skeleton, roles, self.quantization)
+        return Encoding(rounded - chosen, chosen, self.quantization)
+
+    def reader(self, piece: str, said: Callable[[int], None] = lambda count: None) -> PieceReader:
+        return PieceReader(self.weights, self.anatomy.weights_of(piece), self.encoding, said)
+
+    @property
+    def names(self) -> list[str]:
+        """Pieces in the manifest's order; `shared`, `embed` and `head` only where something is in them."""
+        names = ["embed", *(f"layer.{index}" for index in range(len(self.anatomy.layers))), "shared", "head"]
+        return [name for name in names if name.startswith("layer.") or self.anatomy.weights_of(name)]
+
+    def check_room(self, store: Store) -> None:
+        """Raises ConfigError when the disk of a local store, or memory, is too small."""
+        if isinstance(store, LocalStore):
+            check_disk(store.root, sum(self.reader(name).size for name in self.names))
+        shapes = self.skeleton.weights()
+        count = {
+            name: sum(shapes[weight].numel() for weight in self.anatomy.weights_of(name))
+            for name in (*self.names, "embed", "shared", "head")
+        }
+        layers = [count[name] for name in self.names if name.startswith("layer.")]
+        head = count["head"] + sum(shapes[weight].numel() for weight in self.anatomy.tied.values())
+        largest = max((tensor.numel() for tensor in shapes.values()), default=0)
+        check_memory(peak_bytes(layers, count["embed"], head, count["shared"], largest))
+
+    def carry_out(self, store: Store, job: Job, progress: Report) -> Manifest:
+        draft = self._draft(self._write(store, job, progress), store)
+        meter = Meter(progress, "canary", sum(piece.bytes for piece in draft.pieces if piece.kind == "layer"))
+        manifest = Walk(draft, self.anatomy, store, job, meter).calibrated(canary_ids(self.companions.canary, draft))
+        block = manifest.to_bytes()
+        checked = Manifest.from_bytes(block)
+        store.put_block(block, Codec.RAW)
+        progress(Progress("done", str(checked.cid), 1, 1, 0.0))
+        return checked
+
+    def _write(self, store: Store, job: Job, progress: Report) -> list[Piece]:
+        written, pieces = job.pieces(store), []
+        readers = {name: self.reader(name) for name in self.names}
+        meter = Meter(progress, "pieces", sum(reader.size for reader in readers.values()))
+        kinds: dict[str, PieceKind] = {"embed": "embed", "shared": "shared", "head": "head"}
+        for index, name in enumerate(self.names):
+            meter.begin(f"{name} ({index + 1} of {len(self.names)})")
+            if name in written:
+                meter.skip(written[name].bytes)
+            else:
+                reader = self.reader(name, meter.add)
+                number = int(name.removeprefix("layer.")) if name.startswith("layer.") else 0
+                cid = store.put_file(reader)
+                written[name] = Piece(kinds.get(name, "layer"), number, cid, reader.size, reader.tensors)
+                job.note(written[name])
+            pieces.append(written[name])
+        meter.end()
+        return pieces
+
+    def _draft(self, pieces: list[Piece], store: Store) -> Manifest:
+        """The manifest without its canary and norms."""
+        anatomy, files = self.anatomy, self.companions.files
+        return Manifest(
+            name=self.name,
+            licence=self.licence,
+            architecture=self.architecture,
+            config=self.config,
+            task=self.task,
             output=anatomy.output,
-            labels=(),
+            labels=self.labels,
             causal=anatomy.causal,
-            numerics="fp32",
-            quantization=None,
-            encoder_layers=0,
+            numerics=self.numerics,
+            quantization=self.quantization,
+            encoder_layers=getattr(anatomy, "encoder_layers", 0),
             layers=len(anatomy.layers),
             width=anatomy.width,
-            vocab=skeleton.config.vocab_size,
-            max_length=_max_length(skeleton),
-            pieces=tuple(pieces.values()),
+            vocab=self.vocab,
+            max_length=_max_length(self.skeleton),
+            pieces=tuple(pieces),
             tied=anatomy.tied,
             tokenizer={
-                file: FileRef(store.put_file(path), path.stat().st_size) for file, path in sorted(files.items())
+                file: FileRef(store.put_file(io.BytesIO(content)), len(content))
+                for file, content in sorted(files.items())
             },
-            generation=generation_settings(
-                checkpoint, skeleton.config.vocab_size, needs_eos=anatomy.output == "logits"
-            ),
-            pooling=pooling(checkpoint) if anatomy.output == "hidden" else None,
+            generation=self.generation,
+            pooling=pooling(self.source) if anatomy.output == "hidden" else None,
             norms=(),
             canary=Canary((), (), Cid.of_raw(b"")),
         )
-        tokenizer = read_tokenizer(files["tokenizer.json"])
-        encoded = tokenizer.encode(CANARY_TEXT, add_special_tokens=False).ids
-        walk = _Walk(draft, anatomy, lambda piece: Path(folder) / piece.name, store, progress)
-        manifest = walk.calibrated(_canary_ids(encoded, draft))
-    block = manifest.to_bytes()
-    store.put_block(block, Codec.RAW)
-    return Manifest.from_bytes(block)
 
 
-def _architecture(checkpoint: Checkpoint) -> str:
-    named = checkpoint.config.get("architectures")
+def _architecture(source: TensorSource) -> str:
+    named = source.config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ManifestError("config.json must name one class in `architectures`")
     return named[0]
 
 
 def _max_length(skeleton: Skeleton) -> int:
-    length = getattr(skeleton.config, "max_position_embeddings", None)
+    config: Any = skeleton.config
+    length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int):
         raise ManifestError("the config has no max_position_embeddings: add the longest sequence it was trained for")
     return length
-
-
-def _piece_names(anatomy: Anatomy) -> list[str]:
-    """Pieces in the manifest's order; `shared`, `embed` and `head` only where something is in them."""
-    names = ["embed", *(f"layer.{index}" for index in range(len(anatomy.layers))), "shared", "head"]
-    return [name for name in names if name.startswith("layer.") or anatomy.weights_of(name)]
-
-
-def _write_piece(
-    checkpoint: Checkpoint, matched: dict[str, str], anatomy: Anatomy, piece: str, folder: Path, store: Store
-) -> Piece:
-    tensors = {name: checkpoint.tensor(matched[name]).contiguous() for name in anatomy.weights_of(piece)}
-    path = folder / piece
-    save_file(tensors, path)  # sorted by alignment and name, no metadata: the same bytes every time
-    specs = {name: TensorSpec(checkpoint.spec(matched[name])[0], tuple(tensors[name].shape)) for name in tensors}
-    kinds: dict[str, PieceKind] = {"embed": "embed", "shared": "shared", "head": "head"}
-    index = int(piece.removeprefix("layer.")) if piece.startswith("layer.") else 0
-    return Piece(kinds.get(piece, "layer"), index, store.put_file(path), path.stat().st_size, specs)
-
-
-def _canary_ids(encoded: list[int], draft: Manifest) -> torch.Tensor:
-    """Up to CANARY_ROWS ids: the canary text as the tokenizer cuts it, then pseudo-random ones."""
-    count = max(1, min(CANARY_ROWS, draft.max_length, CANARY_BLOCK_BYTES // (4 * draft.width)))
-    return torch.tensor((encoded + _arithmetic_ids(count, draft.vocab))[:count])
-
-
-def _arithmetic_ids(count: int, vocab: int) -> list[int]:
-    """Ids that look random and are the same everywhere."""
-    digests = (hashlib.sha256(b"tallystick canary %d" % index).digest() for index in range(count))
-    return [int.from_bytes(digest[:8], "big") % vocab for digest in digests]
-
-
-class _Walk:
-    """Runs sequences through a model one layer at a time, so that memory holds one layer."""
-
-    def __init__(
-        self,
-        draft: Manifest,
-        anatomy: Anatomy,
-        open_piece: Callable[[Piece], Path],
-        store: Store,
-        progress: Progress,
-    ) -> None:
-        self._draft, self._anatomy, self._open_piece = draft, anatomy, open_piece
-        self._store, self._progress = store, progress
-
-    def calibrated(self, canary: torch.Tensor) -> Manifest:
-        """The draft with its canary and its norms; the canary is the first sequence that walks."""
-        draft, count = self._draft, min(64, self._draft.max_length)
-        repeated = torch.full((count,), int(canary[0]))
-        rows: list[torch.Tensor] = [canary, torch.tensor(_arithmetic_ids(count, draft.vocab)), repeated]
-        blocks: list[Cid] = []
-        norms: list[tuple[float, float]] = []
-        output = Cid.of_raw(b"")
-        for index in range(draft.layers):
-            self._progress(f"canary: layer {index + 1} of {draft.layers}")
-            model = self._load(Span(index, index + 1))
-            walked = [model.rows_between(Segment(model.new_cache(draft.max_length), 0, one)) for one in rows]
-            if index == 0:
-                blocks.append(self._keep(walked[0][0]))
-                norms.append(_norm_range([entered for entered, _ in walked]))
-            if model.is_last:
-                segment = Segment(model.new_cache(draft.max_length), 0, rows[0], wanted=[len(canary) - 1])
-                output = self._keep(model.forward([segment])[0])
-            rows = [left for _, left in walked]
-            blocks.append(self._keep(rows[0]))
-            norms.append(_norm_range(rows))
-        ids = tuple(int(token) for token in canary)
-        return replace(draft, norms=tuple(norms), canary=Canary(ids, tuple(blocks), output))
-
-    def _load(self, span: Span) -> SpanModel:
-        skeleton = build_skeleton(self._draft.config, self._draft.architecture)
-        return fill_span(self._draft, span, self._open_piece, skeleton, self._anatomy)
-
-    def _keep(self, rows: torch.Tensor) -> Cid:
-        if not bool(torch.isfinite(rows).all()):
-            raise ManifestError("the model computes NaN or infinity from ordinary text: its weights overflow in fp32")
-        return self._store.put_block(rows.numpy().astype("<f4").tobytes(), Codec.RAW)
-
-
-def _norm_range(sequences: list[torch.Tensor]) -> tuple[float, float]:
-    """The smallest and largest row norm, with the margin, to six digits."""
-    norms = torch.cat([rows.double().norm(dim=1) for rows in sequences])
-    low, high = float(norms.min()) / NORM_MARGIN, float(norms.max()) * NORM_MARGIN
-    return float(f"{low:.6g}"), float(f"{max(high, 1e-30):.6g}")

@@ -33,7 +33,7 @@ def test_the_same_checkpoint_gives_the_same_manifest(folder: Path, tmp_path: Pat
     assert one.manifest.to_bytes() == two.manifest.to_bytes()
     assert Manifest.from_bytes(one.store.get_block(one.manifest.cid)) == one.manifest
     assert (one.manifest.name, one.manifest.licence, one.manifest.generation["eos"]) == ("checkpoint", "cc0-1.0", [1])
-    assert set(one.manifest.tokenizer) == {"tokenizer.json", "tokenizer_config.json"}
+    assert set(one.manifest.tokenizer) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 
 def test_a_sharded_bf16_checkpoint_keeps_its_dtype_and_is_the_same_model(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""A publication's progress on the terminal: stage, bytes, speed and the time that is left, on standard error."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+
+from tallystick_model.publishing.progress import Progress
+
+_TITLES = {"pieces": "writing pieces", "canary": "running the canary"}
+
+
+class ProgressBar:
+    """One bar for each stage; as a context it clears the terminal's state when it ends."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[detail]}"),
+            console=console or Console(stderr=True),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        """Draw where a publication is. May be called from any thread."""
+        if progress.stage not in _TITLES:
+            return
+        if progress.stage not in self._tasks:
+            title = _TITLES[progress.stage]
+            self._tasks[progress.stage] = self._bar.add_task(title, total=progress.total, left="", detail="")
+        left = "" if progress.eta_s is None else f"{told(progress.eta_s)} left"
+        task = self._tasks[progress.stage]
+        self._bar.update(task, completed=progress.done, total=progress.total, left=left, detail=progress.detail)
+
+
+def told(seconds: float) -> str:
+    """A duration as people say it: 42 s, 3 min 10 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

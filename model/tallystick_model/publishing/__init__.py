@@ -1,0 +1,1 @@
+"""From a checkpoint on disk to pieces and a manifest in a store."""

@@ -1,0 +1,186 @@
+"""Which tensors of a checkpoint make which weight of the model: names, ties, and transformers' own conversions.
+
+transformers keeps checkpoints in the layout of their first release and converts while loading (experts that were
+stored one by one become one tensor, older names become the present ones). The same table is used here, one weight at a
+time, so that memory holds one weight.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from tallystick_model.anatomy import Anatomy
+from tallystick_model.checkpoint import CHUNK_BYTES, TORCH_DTYPES, TensorSource
+from tallystick_model.skeleton import BUILD_ERRORS, Skeleton
+from tallystick_protocol.errors import ManifestError
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(slots=True)
+class _Recipe:
+    """stored: the tensors that make a weight, in order, each with the pattern of the conversion it goes into."""
+
+    stored: list[tuple[str, str]]
+    conversion: Any = None
+    key: str = ""
+    """The weight that transformers names the conversion by: its first result."""
+
+
+class Weights:
+    """The weights of a model as a checkpoint holds them."""
+
+    def __init__(self, source: TensorSource, skeleton: Skeleton, recipes: dict[str, _Recipe]) -> None:
+        self._source, self._skeleton, self._recipes = source, skeleton, recipes
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.weights().items()}
+
+    def spec(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """dtype as safetensors writes it, and shape."""
+        dtypes = {self._source.spec(stored)[0] for stored, _ in self._recipes[name].stored}
+        widest = "F32" if len(dtypes) > 1 else dtypes.pop()
+        return widest, self._shapes[name]
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """A weight in runs of whole rows. Raises ManifestError when it holds NaN or infinity."""
+        recipe = self._recipes[name]
+        chunks = self._source.chunks(recipe.stored[0][0]) if recipe.conversion is None else self._converted(name)
+        for chunk in chunks:
+            if not bool(torch.isfinite(chunk).all()):
+                raise ManifestError(
+                    f"{name} holds NaN or infinity: the checkpoint is damaged, or its training overflowed"
+                )
+            yield chunk
+
+    def _converted(self, name: str) -> Iterator[torch.Tensor]:
+        recipe, (dtype, shape) = self._recipes[name], self.spec(name)
+        conversion = copy.deepcopy(recipe.conversion)
+        for stored, pattern in recipe.stored:
+            conversion.add_tensor(recipe.key, stored, pattern, lambda stored=stored: _whole(self._source, stored))
+        try:
+            made = conversion.convert(recipe.key, model=self._skeleton.model, config=self._skeleton.config)
+        except BUILD_ERRORS as error:
+            raise ManifestError(f"the tensors of {name} do not fit together: {str(error)[:120]}") from None
+        tensor = made.get(name)
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = None if tensor is None else tuple(tensor.shape)
+            raise ManifestError(f"{name} becomes {found} from the checkpoint; its config makes it {shape}")
+        tensor = tensor.to(TORCH_DTYPES[dtype])
+        yield from tensor.split(max(1, CHUNK_BYTES * len(tensor) // max(1, tensor.nbytes))) if shape else (tensor,)
+
+
+def match(source: TensorSource, skeleton: Skeleton, anatomy: Anatomy) -> Weights:
+    """Account for every tensor of a checkpoint and every weight that is stored.
+
+    Raises ManifestError naming what is missing, doubled, unknown or of another shape or dtype, and a tied weight stored
+    twice with two values.
+    """
+    found = _recipes(source, skeleton)
+    for late, early in (anatomy.tied | anatomy.aliases).items():
+        _settle_tie(source, found, late, early)
+    elsewhere = anatomy.tied.keys() | anatomy.aliases.keys()
+    needed = {name for name in anatomy.roles if name not in elsewhere}
+    missing = sorted(needed - found.keys())
+    if missing:
+        raise ManifestError(f"the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)")
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.weights().items()}
+    for name in sorted(needed):
+        _check(source, name, found[name], shapes[name])
+    return Weights(source, skeleton, {name: found[name] for name in needed})
+
+
+def _recipes(source: TensorSource, skeleton: Skeleton) -> dict[str, _Recipe]:
+    weights, prefix = skeleton.weights(), skeleton.model.base_model_prefix
+    table = get_model_conversion_mapping(skeleton.model)
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, _Recipe] = {}
+    for stored in sorted(source.names(), key=dot_natural_key):
+        plain = next((name for name in _spellings(stored, prefix) if name in weights), None)
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, weights)
+        if name in weights and pattern is not None:
+            recipe = found.setdefault(name, _Recipe([], by_pattern[pattern], name))
+            if recipe.conversion is None or recipe.conversion is not by_pattern[pattern]:
+                raise ManifestError(f"the checkpoint holds {name} twice, as {recipe.stored[0][0]} and in {stored}")
+            recipe.stored.append((stored, pattern))
+            continue
+        name = name if name in weights else plain or ""
+        if not name:
+            _expect_droppable(stored, skeleton, prefix)
+        elif name in found:
+            raise ManifestError(f"the checkpoint holds {name} twice, as {found[name].stored[0][0]} and {stored}")
+        else:
+            found[name] = _Recipe([(stored, "")])
+    for name, recipe in list(found.items()):
+        if recipe.conversion is not None:
+            first, *others = recipe.conversion.target_patterns
+            found |= {name.replace(first, other): recipe for other in others if name.replace(first, other) in weights}
+    return found
+
+
+def _check(source: TensorSource, name: str, recipe: _Recipe, shape: tuple[int, ...]) -> None:
+    for stored, _ in recipe.stored:
+        dtype, found = source.spec(stored)
+        if dtype not in TORCH_DTYPES:
+            raise ManifestError(f"{stored} is {dtype}; F32, F16 and BF16 are served")
+        if recipe.conversion is None and found != shape:
+            raise ManifestError(f"{stored} has shape {found}; its config makes it {shape}")
+    if recipe.conversion is not None and recipe.key == name and len(recipe.conversion.target_patterns) == 1:
+        held = sum(math.prod(source.spec(stored)[1]) for stored, _ in recipe.stored)
+        if held != math.prod(shape):
+            raise ManifestError(f"the parts of {name} hold {held} values; its config makes it {shape}")
+
+
+def _spellings(stored: str, prefix: str) -> Iterable[str]:
+    """A tensor's name with and without the base model's prefix, and in the spelling of older checkpoints."""
+    modern = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", stored))
+    for name in dict.fromkeys((stored, modern)):
+        yield name
+        yield f"{prefix}.{name}"
+        yield name.removeprefix(f"{prefix}.")
+
+
+def _expect_droppable(stored: str, skeleton: Skeleton, prefix: str) -> None:
+    """Tables that the model computes itself may be left out; anything else is refused."""
+    buffers = {name for name, _ in skeleton.model.named_buffers()}
+    patterns = skeleton.model._keys_to_ignore_on_load_unexpected or ()
+    if any(name in buffers for name in _spellings(stored, prefix)) or any(re.search(p, stored) for p in patterns):
+        return
+    if stored.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
+        return
+    raise ManifestError(
+        f"the checkpoint holds {stored}, which {type(skeleton.model).__name__} does not have: "
+        "is `architectures` in config.json right?"
+    )
+
+
+def _settle_tie(source: TensorSource, found: dict[str, _Recipe], late: str, early: str) -> None:
+    if early not in found and late in found:
+        found[early] = found.pop(late)
+    elif late in found and early in found:
+        one, other = found.pop(late), found[early]
+        if one.conversion is None and other.conversion is None and one.stored == other.stored:
+            return
+        if not _same(source, one.stored[0][0], other.stored[0][0]):
+            raise ManifestError(f"{late} and {early} are tied by the config but stored with two values")
+
+
+def _same(source: TensorSource, one: str, other: str) -> bool:
+    if source.spec(one) != source.spec(other):
+        return False
+    return all(torch.equal(a, b) for a, b in zip(source.chunks(one), source.chunks(other), strict=True))
+
+
+def _whole(source: TensorSource, name: str) -> torch.Tensor:
+    parts = list(source.chunks(name))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,61 @@
+"""How far a publication is, for whoever waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """stage: "pieces", "canary" or "done". done and total: bytes of weights that the stage went through and has to.
+
+    eta_s: seconds until the stage ends at its present speed; None before that can be told.
+    """
+
+    stage: str
+    detail: str
+    done: int
+    total: int
+    eta_s: float | None
+
+
+Report = Callable[[Progress], None]
+
+
+def quiet(progress: Progress) -> None:
+    """Reports to nobody."""
+
+
+class Meter:
+    """Counts the bytes of a stage and reports at most ten times a second."""
+
+    def __init__(self, report: Report, stage: str, total: int) -> None:
+        self._report, self._stage, self._total = report, stage, total
+        self._detail, self._done, self._skipped = "", 0, 0
+        self._start = time.monotonic()
+        self._last = 0.0
+
+    def begin(self, detail: str) -> None:
+        self._detail = detail
+        self._tell()
+
+    def add(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._last >= 0.1:
+            self._tell()
+
+    def skip(self, count: int) -> None:
+        """Bytes that an earlier run went through."""
+        self._skipped += count
+        self.add(count)
+
+    def end(self) -> None:
+        self._tell()
+
+    def _tell(self) -> None:
+        self._last = time.monotonic()
+        worked, elapsed = self._done - self._skipped, self._last - self._start
+        eta = (self._total - self._done) * elapsed / worked if worked > 0 and elapsed > 0.2 else None
+        self._report(Progress(self._stage, self._detail, self._done, self._total, eta))
