@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tallystick_model.cache import KvCache
 from tallystick_model.masks import Mask, recognise
-
-R = 4
-"""Query rows per tile. Part of the numerics: another R gives other bits."""
+from tallystick_model.tiles import R, Scores, attend
 
 ALIGNMENT = 16
 """Keys of a sliding window start at a multiple of this, so that every head's base address is 64-byte aligned."""
@@ -30,21 +27,24 @@ NAME = "tallystick"
 _PROBE = "tallystick_probe"
 
 _HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window", "is_causal"})
-"""Arguments that say what the mask says, or nothing. Every other argument must be absent, None, False or zero."""
+"""Arguments that say what the mask says, or nothing."""
+
+_KNOWN = _HARMLESS | {"scaling", "dropout", "softcap", "s_aux"}
+"""Arguments there is a rule for. Every other argument must be absent, None, False or zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """How one layer attends. window: keys a query sees, itself included; None for all.
+    """How one layer attends. groups: heads of keys and values; key_dim, value_dim: their lengths."""
 
-    groups: heads of keys and values; key_dim, value_dim: their lengths.
-    """
-
-    causal: bool
-    window: int | None
+    mask: Mask
     groups: int
     key_dim: int
     value_dim: int
+
+    @property
+    def causal(self) -> bool:
+        return self.mask.causal
 
 
 class Seat(Protocol):
@@ -107,11 +107,8 @@ class ProbeSeat:
             self._calls.append((None, f"attention takes {', '.join(sorted(strange))}, for which there is no rule"))
         elif said is None:
             self._calls.append((None, "its mask is none we can read"))
-        elif not said.causal and said.window is not None:
-            self._calls.append((None, "bidirectional attention in a window has no rule"))
         else:
-            plan = AttentionPlan(said.causal, said.window, key.shape[1], key.shape[-1], value.shape[-1])
-            self._calls.append((plan, ""))
+            self._calls.append((AttentionPlan(said, key.shape[1], key.shape[-1], value.shape[-1]), ""))
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
     def plan(self) -> tuple[AttentionPlan | None, str]:
@@ -119,9 +116,6 @@ class ProbeSeat:
         if len(self._calls) != 1:
             return None, f"it went {len(self._calls)} times through the attention interface, not once"
         return self._calls[0]
-
-
-_KNOWN = _HARMLESS | {"scaling", "dropout"}
 
 
 def _absent(value: Any) -> bool:
@@ -143,7 +137,7 @@ class Batch:
     """What every layer of one packed call needs to know."""
 
     placed: list[Placed] = field(default_factory=list)
-    window_masks: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[Mask, int, int, int], torch.Tensor] = field(default_factory=dict)
     staircase: torch.Tensor = field(default_factory=lambda: torch.zeros(R, 0))
 
     def causal_mask(self, keys: int) -> torch.Tensor:
@@ -153,13 +147,14 @@ class Batch:
             self.staircase[:, -R:] = torch.full((R, R), float("-inf")).triu(1)
         return self.staircase[:, -keys:]
 
-    def window_mask(self, tile: int, low: int, window: int) -> torch.Tensor:
-        """The same for keys low..tile + R of which a query sees the last `window`."""
-        found = self.window_masks.get((tile, window))
+    def mask(self, mask: Mask, tile: int, low: int, high: int) -> torch.Tensor:
+        """The same for queries tile.. and the keys low..high of any mask."""
+        found = self.masks.get((mask, tile, low, high))
         if found is None:
-            age = torch.arange(tile, tile + R)[:, None] - torch.arange(low, tile + R)
-            found = torch.zeros(age.shape).masked_fill((age < 0) | (age >= window), float("-inf"))
-            self.window_masks[tile, window] = found
+            seen = mask.sees(torch.arange(tile, tile + R), torch.arange(low, high))
+            seen[:, 0] |= ~seen.any(1)  # a query behind the last row sees something, or its softmax is NaN
+            found = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+            self.masks[mask, tile, low, high] = found
         return found
 
 
@@ -168,37 +163,43 @@ class TiledSeat:
 
     def __init__(self, layer: int, plan: AttentionPlan, batch: Batch) -> None:
         self._layer, self._plan, self._batch = layer, plan, batch
+        self._plain = plan.mask == Mask(plan.causal)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, arguments: dict[str, Any]
     ) -> torch.Tensor:
-        scale = arguments.get("scaling")
+        form = Scores(arguments.get("scaling"), arguments.get("softcap"), arguments.get("s_aux"))
         out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
         for segment in self._batch.placed:
             rows = slice(segment.begin, segment.end)
             attend = self._causal if self._plan.causal else self._bidirectional
-            out[0, rows] = attend(segment, query[:, :, rows], key[:, :, rows], value[:, :, rows], scale)
+            out[0, rows] = attend(segment, query[:, :, rows], key[:, :, rows], value[:, :, rows], form)
         return out
 
-    def _causal(self, segment: Placed, query: Any, key: Any, value: Any, scale: float | None) -> torch.Tensor:
+    def _causal(self, segment: Placed, query: Any, key: Any, value: Any, form: Scores) -> torch.Tensor:
         assert segment.cache is not None
         keys, values = segment.cache.write(self._layer, segment.first, key[0], value[0])
-        window, batch = self._plan.window, self._batch
+        rule, batch = self._plan.mask, self._batch
         tile = segment.first - segment.first % R
         tiles, skipped = _in_tiles(query[0], segment.first - tile)
         outs = []
         for rows in tiles:
             end = tile + R
-            low = 0 if window is None else max(0, tile - window + 1) // ALIGNMENT * ALIGNMENT
-            mask = batch.causal_mask(end) if window is None else batch.window_mask(tile, low, window)
-            outs.append(_attend(rows, keys[:, :, low:end], values[:, :, low:end], mask, scale))
+            low = rule.first_key(tile) // ALIGNMENT * ALIGNMENT
+            mask = batch.causal_mask(end) if self._plain else batch.mask(rule, tile, low, end)
+            outs.append(attend(rows, keys[:, :, low:end], values[:, :, low:end], mask, form))
             tile = end
         return _from_tiles(outs)[skipped : skipped + query.shape[2]]
 
-    def _bidirectional(self, segment: Placed, query: Any, key: Any, value: Any, scale: float | None) -> torch.Tensor:
+    def _bidirectional(self, segment: Placed, query: Any, key: Any, value: Any, form: Scores) -> torch.Tensor:
         tiles, _ = _in_tiles(query[0], 0)
         keys, values = key.contiguous(), value.contiguous()
-        return _from_tiles([_attend(rows, keys, values, None, scale) for rows in tiles])[: query.shape[2]]
+        count = keys.shape[2]
+        outs = []
+        for index, rows in enumerate(tiles):
+            mask = None if self._plain else self._batch.mask(self._plan.mask, index * R, 0, count)
+            outs.append(attend(rows, keys, values, mask, form))
+        return _from_tiles(outs)[: query.shape[2]]
 
 
 def _in_tiles(query: torch.Tensor, skipped: int) -> tuple[torch.Tensor, int]:
@@ -213,11 +214,3 @@ def _in_tiles(query: torch.Tensor, skipped: int) -> tuple[torch.Tensor, int]:
 def _from_tiles(outs: list[torch.Tensor]) -> torch.Tensor:
     """Tiles (1, heads, R, dim) as rows (tiles * R, heads, dim)."""
     return torch.cat([out[0].transpose(0, 1) for out in outs])
-
-
-def _attend(query: Any, keys: Any, values: Any, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
-    grouped = query.shape[1] != keys.shape[1]
-    out: torch.Tensor = F.scaled_dot_product_attention(
-        query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped
-    )
-    return out

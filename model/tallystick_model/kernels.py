@@ -12,16 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.operators import BLOCKWISE
+from tallystick_protocol.manifest import Numerics
 
 MAX_ROWS = 256
 """Rows per product. More are cut: what was measured is what is run."""
@@ -58,39 +56,55 @@ def flushing_denormals() -> Iterator[None]:
 
 
 class CanonicalLinear(nn.Module):
-    """x (..., in) -> (..., out), for nn.Linear and transformers' Conv1D; a row's bits do not depend on the others."""
+    """x (..., in) -> (..., out), for nn.Linear and transformers' Conv1D; a row's bits do not depend on the others.
+
+    numerics "fp32": all in fp32. "bf16w": weight, bias, x and the result are rounded to bf16 (to nearest, ties to even),
+    products are added up in fp32; x and the result are handed over as fp32.
+    """
 
     weight: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, packed: bool | None = None) -> None:
-        """weight: (out, in), fp32; it is copied into the packed layout."""
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        numerics: Numerics = "fp32",
+        packed: bool | None = None,
+    ) -> None:
+        """weight: (out, in), bias (out,), fp32; the weight is copied into the packed layout."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.packed = packed_operators_hold() if packed is None else packed
+        self.rounds = numerics == "bf16w"
+        self.packed = packed_operators_hold(numerics) if packed is None else packed
+        if self.rounds:
+            weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         if self.packed:
             kept = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_HINT)
         else:
-            kept = F.pad(weight, (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
+            bias = None if bias is None else bias.float()
+            kept = F.pad(weight.float(), (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
         self.register_buffer("weight", kept, persistent=False)
         self.bias = bias
 
     @staticmethod
-    def of(module: nn.Module) -> CanonicalLinear:
+    def of(module: nn.Module, numerics: Numerics = "fp32") -> CanonicalLinear:
         """The canonical form of an nn.Linear or Conv1D."""
-        if type(module) is Conv1D:
-            return CanonicalLinear(module.weight.detach().t().contiguous(), module.bias.detach())
-        assert isinstance(module, nn.Linear)
-        bias = None if module.bias is None else module.bias.detach()
-        return CanonicalLinear(module.weight.detach(), bias)
+        bias = None if module.bias is None else module.bias.detach()  # type: ignore[union-attr,operator]
+        weight = module.weight.detach()  # type: ignore[union-attr,operator]
+        weight = weight.t().contiguous() if type(module) is Conv1D else weight
+        return CanonicalLinear(weight, bias, numerics=numerics)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
+        if self.rounds:
+            rows = rows.bfloat16()
         num_rows = rows.shape[0]
         if num_rows > MAX_ROWS:
             out = torch.cat([self._product(part) for part in rows.split(MAX_ROWS)])
         else:
             out = self._product(rows)
-        return out.view(*x.shape[:-1], self.out_features)
+        return (out.float() if self.rounds else out).view(*x.shape[:-1], self.out_features)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         num_rows = rows.shape[0]
@@ -99,18 +113,19 @@ class CanonicalLinear(nn.Module):
         if self.packed:
             out = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), self.weight, self.bias, "none", [], "")
         else:
-            out = F.linear(rows.contiguous(), self.weight)[:, : self.out_features]
+            out = F.linear(rows.float().contiguous(), self.weight)[:, : self.out_features]
             out = out if self.bias is None else out + self.bias
+            out = out.bfloat16() if self.rounds else out
         return out[:num_rows]  # type: ignore[no-any-return]
 
 
 @cache
-def packed_operators_hold() -> bool:
+def packed_operators_hold(numerics: Numerics = "fp32") -> bool:
     """Whether the packed operators exist here and keep a row's bits at any number of rows."""
     try:
         values = (torch.arange(70 * 96, dtype=torch.float32) % 251 - 125) / 97
         rows, weight = values.view(70, 96), values.flip(0)[: 40 * 96].view(40, 96)
-        linear = CanonicalLinear(weight, None, packed=True)
+        linear = CanonicalLinear(weight, None, numerics=numerics, packed=True)
         whole = linear(rows)
         return all(torch.equal(linear(rows[at : at + n]), whole[at : at + n]) for at, n in ((0, 1), (3, 2), (5, 17)))
     except (RuntimeError, AttributeError):
@@ -149,42 +164,3 @@ class BlockwiseActivation(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return in_blocks(self.inner, x)
-
-
-class BlockwiseOperators(TorchDispatchMode):
-    """While active, BLOCKWISE operators run in blocks; in-place ones write the result back."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func._schema.name.partition("::")[2]
-        if name.rstrip("_") not in BLOCKWISE or not isinstance(args[0], torch.Tensor) or _has_tensor(args[1:]):
-            return func(*args, **kwargs)
-        out = in_blocks(lambda block: _fresh(func(block.clone(), *args[1:], **kwargs)), args[0])
-        return args[0].copy_(out) if name.endswith("_") else out
-
-
-class BlockwiseScope(nn.Module):
-    """A module whose own operators run in blocks (rotary tables, gates); attributes fall through to it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with BlockwiseOperators():
-            return self.inner(*args, **kwargs)
-
-
-def _has_tensor(values: Any) -> bool:
-    return any(isinstance(value, torch.Tensor) for value in values)
-
-
-def _fresh(out: Any) -> torch.Tensor:
-    first: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return first

@@ -22,7 +22,9 @@ _ROWWISE = """
     zeros_like ones_like empty_like full_like new_zeros new_ones new_empty new_full arange fill zero as_strided chunk
     native_layer_norm rms_norm _fused_rms_norm native_dropout pow[2] pow[0.5]
     mean[last] sum[last] amax[last] amin[last] var[last] _softmax[last] _log_softmax[last]
-    linalg_vector_norm[last] bmm[outer] mm[outer] index gather
+    linalg_vector_norm[last] bmm[outer] mm[outer] index gather index_select
+    topk[last] sort[last] argsort[last] argmax[last] max[last] min[last] cumsum[last] prod[last] logsumexp[last] lerp addcmul addcdiv
+    remainder fmod nan_to_num scatter[last] isnan isinf one_hot
 """
 ROWWISE = frozenset(_ROWWISE.split())
 
@@ -32,9 +34,23 @@ _BLOCKWISE = """
 """
 BLOCKWISE = frozenset(_BLOCKWISE.split())
 
-_REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "var", "_softmax", "_log_softmax", "linalg_vector_norm"})
-_DIM_AT = {"linalg_vector_norm": 2}
-_PRODUCTS = frozenset({"mm", "bmm"})
+PRODUCTS = {"mm": 1, "addmm": 2, "linear": 1, "matmul": 1}
+"""Products of rows with a matrix: where the matrix is among the arguments. With a weight for it, `mm[weight]`, there is
+a rule: it is packed like a linear module's."""
+
+SCOPED = BLOCKWISE | {f"{name}[weight]" for name in PRODUCTS}
+"""Operators that a module must be wrapped for (`scopes.py`)."""
+
+COVERED = ROWWISE | SCOPED
+"""Operators with a rule."""
+
+_REDUCTIONS = frozenset(
+    {"mean", "sum", "amax", "amin", "var", "_softmax", "_log_softmax", "linalg_vector_norm", "max", "min", "cumsum",
+     "prod", "logsumexp", "topk", "sort", "argsort", "argmax", "scatter"}
+)  # fmt: skip
+_DIM_AT = {"linalg_vector_norm": 2, "topk": 2}
+_LAST_UNLESS_SAID = frozenset({"topk", "sort", "argsort"})
+_BATCHED = frozenset({"mm", "bmm"})
 
 
 def operator_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -43,9 +59,11 @@ def operator_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
     name = name if name.startswith("__") else name.rstrip("_")
     if name in _REDUCTIONS:
         at = _DIM_AT.get(name, 1)
-        dims = kwargs.get("dim", args[at] if len(args) > at else None)
+        dims = kwargs.get("dim", args[at] if len(args) > at else (-1 if name in _LAST_UNLESS_SAID else None))
+        if name in ("max", "min") and isinstance(dims, torch.Tensor):
+            return "maximum"  # of two tensors
         return f"{name}[last]" if _is_last(dims, args[0].ndim) else f"{name}[across]"
-    if name in _PRODUCTS and args[0].shape[-1] == 1:
+    if name in _BATCHED and args[0].shape[-1] == 1:
         return f"{name}[outer]"
     if name == "pow" and len(args) > 1 and not isinstance(args[1], torch.Tensor) and args[1] in (2, 0.5):
         return f"pow[{args[1]:g}]"

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.kernels import BlockwiseOperators, CanonicalLinear, in_blocks, packed_operators_hold
+from tallystick_model.kernels import CanonicalLinear, in_blocks, packed_operators_hold
+from tallystick_model.scopes import CanonicalOperators
 
 SHAPES = [(168, 56), (37, 100), (1000, 1001), (3072, 1), (256, 688)]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -86,7 +87,7 @@ def test_plain_silu_does_not_keep_its_bits_so_the_test_above_means_something() -
 def test_operators_inside_a_scope_run_in_blocks_and_in_place() -> None:
     values = torch.randn(5, 37)
     expected = in_blocks(torch.sigmoid, values)
-    with BlockwiseOperators():
+    with CanonicalOperators():
         assert torch.equal(torch.sigmoid(values), expected)
         assert torch.equal(values.sigmoid_(), expected)
     assert torch.equal(values, expected)

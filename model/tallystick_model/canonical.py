@@ -1,0 +1,125 @@
+"""Putting the canonical rules into a spliced model, while its weights come in.
+
+Products (linear modules, experts) are packed piece by piece as they are filled. Where every operator has a rule, rows
+of several sessions share calls ("packed"), attention goes through our tiles, and modules with operators of their own
+run in scopes. Where not, every row of a causal model, and every one-shot segment, runs in a call of its own, with
+transformers' attention and cache: the shapes of a row's call then depend on its position alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tallystick_model.anatomy import LINEAR_TYPES, Anatomy
+from tallystick_model.attention import Batch, TiledSeat, attend_with, use_tallystick_attention
+from tallystick_model.experts import is_experts, pack_experts, use_tallystick_experts
+from tallystick_model.kernels import BlockwiseActivation, CanonicalLinear
+from tallystick_model.scopes import CanonicalOperators, CanonicalScope
+from tallystick_model.skeleton import Skeleton, configs_of
+from tallystick_protocol.manifest import Numerics
+from tallystick_protocol.types import Span
+
+
+class Canonical:
+    """The rules for one span of a skeleton. batch, selection: what a packed call is told before it runs.
+
+    stock: only what the numerics asks for (rounded products); attention and operators stay transformers'.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, anatomy: Anatomy, span: Span, numerics: Numerics, *, stock: bool = False
+    ) -> None:
+        self._skeleton, self._anatomy, self._span, self._numerics = skeleton, anatomy, span, numerics
+        self.batch = Batch()
+        self.selection: list[torch.Tensor] = []
+        self.packs = not stock and not anatomy.obstacles
+        one_shot = not anatomy.causal or (anatomy.encoder_layers > 0 and span.end <= anatomy.encoder_layers)
+        self._scopes = self.packs or (one_shot and not stock)
+        head = skeleton.model.get_output_embeddings()
+        self._head = head if self.packs and type(head) in LINEAR_TYPES else None
+        self.selects = self._head is not None
+        self._filled: set[str] = set()
+        for config in configs_of(skeleton.model):
+            if self.packs:
+                use_tallystick_attention(config)
+            use_tallystick_experts(config)
+
+    def fill(self, names: set[str]) -> None:
+        """These weights are in place: pack every module that is complete; its plain weights are freed."""
+        self._filled |= names
+        for name, module in list(self._skeleton.model.named_modules()):
+            own = {f"{name}.{leaf}" for leaf, held in module._parameters.items() if held is not None}
+            if not own or not own & names or not own <= self._filled:
+                continue
+            if is_experts(module):
+                pack_experts(module, self._numerics)
+            elif type(module) in LINEAR_TYPES:
+                packed: nn.Module = CanonicalLinear.of(module, self._numerics)
+                self._replace(name, Selecting(packed, self.selection) if module is self._head else packed)
+            elif type(module) is nn.Embedding and self._numerics == "bf16w":
+                self._replace(name, RoundedEmbedding(module.weight.detach()))
+
+    def finish(self) -> CanonicalOperators | None:
+        """All weights are in place. Returns the scope of the operators that the model's own forward calls, if any."""
+        if self._scopes:
+            self._put_scopes()
+        if self.packs:
+            for index in range(self._span.start, self._span.end):
+                layer = self._anatomy.layers[index]
+                assert layer.attention is not None
+                seat = TiledSeat(index, layer.attention, self.batch)
+                attend_with(self._skeleton.stack(layer.stack)[layer.module], seat)
+        if not self._scopes or "" not in self._anatomy.scoped:
+            return None
+        return CanonicalOperators(dict(self._skeleton.model.named_parameters()))
+
+    def _put_scopes(self) -> None:
+        inside = {}
+        for layer in self._anatomy.layers:
+            inside[f"{self._skeleton.stacks[layer.stack]}.{layer.module}."] = False
+        for layer in self._anatomy.layers[self._span.start : self._span.end]:
+            inside[f"{self._skeleton.stacks[layer.stack]}.{layer.module}."] = True
+        for name in sorted(self._anatomy.scoped - {""}, key=len, reverse=True):
+            if not all(here for prefix, here in inside.items() if (name + ".").startswith(prefix)):
+                continue
+            module = self._skeleton.model.get_submodule(name)
+            fits = BlockwiseActivation.fits(module)
+            self._replace(name, BlockwiseActivation(module) if fits else CanonicalScope(module))
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent, _, leaf = name.rpartition(".")
+        owner = self._skeleton.model.get_submodule(parent)
+        if isinstance(owner, nn.ModuleList):
+            owner[int(leaf)] = module
+        else:
+            setattr(owner, leaf, module)
+
+
+class Selecting(nn.Module):
+    """The head, for the rows that are wanted: (1, n, width) -> (1, len(selection), vocab)."""
+
+    def __init__(self, inner: nn.Module, selection: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.__dict__["selection"] = selection
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen: list[torch.Tensor] = self.__dict__["selection"]
+        out: torch.Tensor = self.inner(x[:, chosen[0]] if chosen else x)
+        return out
+
+
+class RoundedEmbedding(nn.Module):
+    """A table kept in bf16, whose rows are handed out in fp32 (numerics "bf16w")."""
+
+    weight: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """weight: (rows, width), fp32."""
+        super().__init__()
+        self.register_buffer("weight", weight.bfloat16(), persistent=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight).float()
