@@ -134,6 +134,10 @@ class Purse:
         """A session at the node has ended."""
         self._in_use[node] -= 1
 
+    def promised(self, node: Address) -> Wei:
+        """The highest total that was signed for a node."""
+        return self._totals.get(node, Wei(0))
+
     def promise(self, node: Address, more: Wei) -> bytes:
         """A sealed voucher for so much more than was promised before, in whichever session."""
         self._totals[node] = Wei(self._totals.get(node, Wei(0)) + more)

@@ -108,6 +108,7 @@ class Remote:
         self._last_command = 0
         self._reader: asyncio.Task[None] | None = None
         self._leave: Callable[[], None] | None = None
+        self._promised: Callable[[], Wei] = lambda: Wei(0)
 
     @property
     def node(self) -> Address:
@@ -150,6 +151,7 @@ class Remote:
             voucher = take(answer.body, "voucher", bytes)
             remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit))
             remote._leave = partial(purse.leave, candidate.node)
+            remote._promised = partial(purse.promised, candidate.node)
             return remote
         except ValueError as error:
             await channel.close()
@@ -201,8 +203,8 @@ class Remote:
             self._answer(frame.body.get("of"), None)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
-            if error.code == "payment_required":
-                return  # a reminder: the voucher is on its way, or withheld on purpose
+            if error.code == "payment_required" or self._is_overtaken(error):
+                return  # a reminder: the voucher is on its way, withheld on purpose, or was there before
             if "of" in frame.body:
                 error.fields.setdefault("hop", self.node)
                 self._answer(frame.body["of"], error)  # a command that failed, perhaps one that nobody waits for now
@@ -212,6 +214,11 @@ class Remote:
             self.told.append(error)
         else:
             raise BadFrame(f"{self.node} sent {frame.kind.name}")
+
+    def _is_overtaken(self, error: TallystickError) -> bool:
+        """Whether a voucher was refused because a higher one of ours, from a session beside this, had arrived."""
+        signed = str(error.fields.get("signed", ""))[:78]
+        return error.code == "bad_voucher" and signed.isdecimal() and int(signed) <= self._promised()
 
     async def send(self, frame: Frame) -> None:
         """Raises Unreachable, and remembers it."""
