@@ -1,9 +1,10 @@
-"""What a model is made of, found by one run on meta tensors: which piece every weight belongs to, how layers are
-called, how they attend, and whether canonical execution has a rule for everything in them.
+"""What a model is made of, found by runs on meta tensors: which piece every weight belongs to, how layers are called,
+what passes between them, how they attend, and whether canonical execution has a rule for everything in them.
 
 Every weight carries its name as a tag; a dispatch mode hands the tags of an operator's inputs to its outputs. What
-reaches the hidden state entering layer 0 is `embed`, what reaches any other input of a layer is `shared`, and what
-reaches the output although the last layer's output was replaced by a fresh tensor is `head`. No names, no shapes.
+reaches the tensors that enter the first layer is `embed`; what reaches a later layer from outside the stack, or any
+layer by another way than with the tokens, is `shared`; what reaches the output although the last layer's output was
+replaced by a fresh tensor is `head` (of an encoder: `shared`). No names, no shapes.
 """
 
 from __future__ import annotations
@@ -13,52 +14,91 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 from tallystick_model.attention import AttentionPlan, ProbeSeat, attend_with, probing
-from tallystick_model.operators import BLOCKWISE, ROWWISE
-from tallystick_model.skeleton import BUILD_ERRORS, Skeleton, named_weights
-from tallystick_model.taint import Taint, tensors_in
+from tallystick_model.experts import PROBE
+from tallystick_model.experts import PROBE
+from tallystick_model.obstacles import find_obstacles
+from tallystick_model.operators import SCOPED
+from tallystick_model.probe import PROBE_ROWS, ROWS, Call, Run, follow
+from tallystick_model.skeleton import BUILD_ERRORS, Skeleton, configs_of, named_weights
+from tallystick_model.streams import Place, Stream, memory_order
+from tallystick_model.taint import Taint
 from tallystick_protocol.errors import ManifestError
-
-_PROBE_ROWS = 13
-"""Rows of the probing run; where a module's output has this length, it follows the number of rows."""
+from tallystick_protocol.manifest import Output
+from tallystick_protocol.types import Span
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """hidden: where the hidden state is among a layer's arguments, a position or a keyword.
-    arity: 0 when the layer returns the hidden state alone, else the length of the tuple that it heads.
+    """stack: 0, or 1 for a decoder's; module: its place in the stack's ModuleList.
+    hidden: where the hidden state is among a layer's arguments.
+    output: what it returns, as a tree in which True marks the hidden state and False everything else.
     attention: how it attends; None when it does not go through the attention interface.
     """
 
-    hidden: int | str
-    arity: int
+    stack: int
+    module: int
+    hidden: Place
+    output: Any
     attention: AttentionPlan | None
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
     """roles: {weight: "embed" | "layer.<k>" | "shared" | "head"}; unused: weights that reach nothing that is served.
-    tied: {weight of the head: the weight of `embed` it shares}; aliases: {weight: the weight of its own piece}.
-    outputs: {module outside the stack: shape of its output, -1 where rows count}.
-    blockwise: modules with elementwise operators to be run in blocks ("" is the model itself).
-    obstacles: why there is no canonical execution; empty when there is.
+    tied: {weight of the head: the weight of `embed` it shares}; aliases: {weight: the weight of the same piece, or of
+    `shared`, that is stored for it}.
+    prologues: for each stack the weights that reach its first layer with the tokens.
+    streams: for each stack what passes between its layers, the hidden state first; ends: the hidden state that its
+    last layer returns. layers: of all stacks on one axis.
+    grafts: {weight of the first layer of a stack that later layers use: the module that holds it}.
+    blanks: for each stack {module outside it: what it returns, tensors as `Blank`s}.
+    masked: whether the forward needs an explicit mask; else some models make one from the ids.
+    scoped: modules that call operators themselves for which there is a rule to be run by ("" is the model itself).
+    obstacles: why sessions cannot share calls in canonical execution; empty when they can.
     """
 
     roles: dict[str, str]
     unused: tuple[str, ...]
     tied: dict[str, str]
     aliases: dict[str, str]
-    output: Literal["logits", "hidden"]
+    output: Output
     causal: bool
     width: int
+    memory_width: int
     layers: tuple[LayerShape, ...]
-    outputs: dict[str, tuple[int, ...]]
-    blockwise: frozenset[str]
+    prologues: tuple[frozenset[str], ...]
+    streams: tuple[tuple[Stream, ...], ...]
+    ends: tuple[Stream, ...]
+    grafts: dict[str, str]
+    blanks: tuple[dict[str, Any], ...]
+    masked: bool
+    scoped: frozenset[str]
     obstacles: tuple[str, ...]
+
+    @property
+    def encoder_layers(self) -> int:
+        return sum(layer.stack == 0 for layer in self.layers) if len(self.streams) > 1 else 0
+
+    def stack_span(self, stack: int) -> Span:
+        """The layers of a stack."""
+        cut = self.encoder_layers
+        return Span(0, cut) if stack == 0 and cut else Span(cut, len(self.layers))
+
+    def crossing(self, boundary: int, stack: int) -> list[Stream]:
+        """The streams that a row at a boundary holds; behind the last layer the hidden state alone."""
+        if boundary == self.stack_span(stack).end:
+            return [self.ends[stack]]
+        return [stream for stream in self.streams[stack] if stream.crosses(boundary)]
 
     def weights_of(self, piece: str) -> tuple[str, ...]:
         """The weights of a piece as it is stored, sorted: tied and aliased ones are stored elsewhere, once."""
@@ -67,139 +107,210 @@ class Anatomy:
 
 
 @dataclass(slots=True)
-class _Record:
-    """What the hooks of one run saw."""
+class _Found:
+    """What is learnt of one stack. first: the layer of the whole axis that its first one is."""
 
-    hidden: dict[int, int | str] = field(default_factory=dict)
-    arity: dict[int, int] = field(default_factory=dict)
-    width: int = 0
+    first: int
+    layers: list[LayerShape] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
+    end: Stream | None = None
     embed: set[str] = field(default_factory=set)
     shared: set[str] = field(default_factory=set)
-    left: torch.Tensor | None = None
-    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def dissect(skeleton: Skeleton) -> Anatomy:
     """Probe a skeleton. Raises ManifestError when its forward cannot be followed on meta tensors."""
-    record, taint = _Record(), Taint(skeleton.weights(), skip=LINEAR_TYPES)
+    try:
+        return _dissect(skeleton, masked=False)
+    except ManifestError:
+        return _dissect(skeleton, masked=True)
+
+
+def _dissect(skeleton: Skeleton, *, masked: bool) -> Anatomy:
+    taint = Taint(skeleton.weights(), skip=LINEAR_TYPES)
     seats = [ProbeSeat() for _ in skeleton.layers]
-    handles = [*_watch_layers(skeleton, record, taint), *_watch_outside(skeleton, record)]
     for layer, seat in zip(skeleton.layers, seats, strict=True):
         attend_with(layer, seat)
+    runs: list[Run] = []
+    experts = {id(config): (config, config._experts_implementation) for config in configs_of(skeleton.model)}
     try:
-        with torch.no_grad(), probing(skeleton.config), taint.naming(skeleton.model), taint:
-            output = skeleton.model(**_probe_inputs(skeleton))
+        for config, _ in experts.values():
+            config._experts_implementation = PROBE
+        with torch.no_grad(), probing(skeleton.config), taint.naming(skeleton.model):
+            for index in range(len(skeleton.stacks)):
+                memory_width = runs[0].output.last_hidden_state.shape[-1] if index else None
+                runs.append(follow(skeleton, index, taint, memory_width, masked=masked))
     except BUILD_ERRORS as error:
         raise ManifestError(f"{type(skeleton.model).__name__} cannot be probed: {str(error)[:160]}") from None
     finally:
-        for handle in handles:
-            handle.remove()
-    if len(record.arity) != len(skeleton.layers):
-        raise ManifestError(f"{type(skeleton.model).__name__} does not run each of its layers")
-    return _conclude(skeleton, record, taint, seats, output)
+        for config, before in experts.values():
+            config._experts_implementation = before
+    return _conclude(skeleton, runs, taint, seats, masked=masked)
 
 
-def _probe_inputs(skeleton: Skeleton) -> dict[str, Any]:
-    ids = torch.zeros(1, _PROBE_ROWS, dtype=torch.long)
-    inputs = {"input_ids": ids, "position_ids": torch.arange(_PROBE_ROWS)[None], "use_cache": False}
-    return {name: value for name, value in inputs.items() if name in skeleton.arguments}
-
-
-def _watch_layers(skeleton: Skeleton, record: _Record, taint: Taint) -> list[Any]:
-    """Hooks that note each layer's inputs and outputs and cut the taint after the last one."""
-    handles = []
-    last = len(skeleton.layers) - 1
-
-    def entering(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named: dict[int | str, Any] = dict(enumerate(args))
-        named.update(kwargs)
-        place = _hidden_place(named, record.left)
-        record.hidden[index] = place
-        hidden = named[place]
-        record.width = hidden.shape[-1]
-        if index == 0:
-            record.embed |= taint.tags(hidden)
-        for key, value in named.items():
-            if key != place:
-                record.shared |= {tag for tensor in tensors_in(value) for tag in taint.tags(tensor)}
-
-    def leaving(index: int, output: Any) -> Any:
-        whole = isinstance(output, torch.Tensor)
-        record.arity[index] = 0 if whole else len(output)
-        record.left = output if whole else output[0]
-        if index != last:
-            return None
-        fresh = torch.empty(record.left.shape, device="meta")  # empty_like would carry the tags along
-        return fresh if whole else (fresh, *output[1:])
-
-    for index, layer in enumerate(skeleton.layers):
-        enter = lambda module, args, kwargs, index=index: entering(index, args, kwargs)  # noqa: E731
-        leave = lambda module, args, output, index=index: leaving(index, output)  # noqa: E731
-        handles += [
-            layer.register_forward_pre_hook(enter, with_kwargs=True),
-            layer.register_forward_hook(leave),
-        ]
-    return handles
-
-
-def _hidden_place(named: dict[int | str, Any], left: torch.Tensor | None) -> int | str:
-    """Where the hidden state is: the argument that the layer before returned; for the first one, by convention."""
-    if left is not None:
-        for place, value in named.items():
-            if value is left:
-                return place
-    return 0 if isinstance(named.get(0), torch.Tensor) else "hidden_states"
-
-
-def _watch_outside(skeleton: Skeleton, record: _Record) -> list[Any]:
-    """Hooks that note the output shapes of modules outside the stack."""
-
-    def note(name: str, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            record.outputs[name] = tuple(-1 if length == _PROBE_ROWS else length for length in output.shape)
-
-    return [
-        module.register_forward_hook(lambda module, args, output, name=name: note(name, output))
-        for name, module in skeleton.model.named_modules()
-        if name and not (name + ".").startswith(skeleton.stack + ".") and not skeleton.stack.startswith(name + ".")
-    ]
-
-
-def _conclude(skeleton: Skeleton, record: _Record, taint: Taint, seats: list[ProbeSeat], output: Any) -> Anatomy:
-    served = getattr(output, "logits", None)
-    kind: Literal["logits", "hidden"] = "hidden" if served is None else "logits"
-    served = output.last_hidden_state if served is None else served
-    roles = _roles(skeleton, record, taint.tags(served))
-    tied, aliases = _sort_ties(skeleton, roles)
+def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[ProbeSeat], *, masked: bool) -> Anatomy:
+    kind, served = _served(skeleton, runs[-1].output)
     plans = [seat.plan() for seat in seats]
-    layers = tuple(LayerShape(record.hidden[index], record.arity[index], plan) for index, (plan, _) in enumerate(plans))
-    blockwise = frozenset(module for module, name in taint.operators if name in BLOCKWISE)
+    found: list[_Found] = []
+    first = 0
+    for index, run in enumerate(runs):
+        found.append(_read(skeleton, index, run, first, taint, plans))
+        first += len(run.calls)
+    if len(runs) > 1:
+        found[0].shared |= _names(taint.tags(runs[0].output.last_hidden_state))
+    roles = _roles(skeleton, found, _names(frozenset().union(*(taint.tags(tensor) for tensor in served))))
+    tied, aliases = _sort_ties(skeleton, roles)
+    layers = tuple(layer for one in found for layer in one.layers)
+    memory_width = int(runs[0].output.last_hidden_state.shape[-1]) if len(runs) > 1 else 0
+    ends = tuple(one.end for one in found if one.end is not None)
+    widths = [
+        sum(stream.width for stream in one.streams if stream.crosses(boundary))
+        for one in found
+        for boundary in range(one.first, one.first + len(one.layers))
+    ]
+    last = [call.arguments for call in runs[-1].calls]
     return Anatomy(
         roles,
         tuple(sorted(name for name in skeleton.weights() if name not in roles)),
         tied,
         aliases,
         kind,
-        all(plan.causal for plan, _ in plans if plan) if any(plan for plan, _ in plans) else kind == "logits",
-        record.width,
+        _is_causal(skeleton, plans, kind, last),
+        max(*widths, *(end.width for end in ends), memory_width),
+        memory_width,
         layers,
-        record.outputs,
-        blockwise,
-        tuple(_obstacles(skeleton, taint, plans)),
+        tuple(frozenset(one.embed) for one in found),
+        tuple(tuple(one.streams) for one in found),
+        ends,
+        _grafts(skeleton, roles, layers),
+        tuple(run.blanks for run in runs),
+        masked,
+        frozenset(module for module, name in taint.operators if name in SCOPED),
+        tuple(find_obstacles(skeleton, taint, plans, [one.streams for one in found], [len(r.calls) for r in runs])),
     )
 
 
-def _roles(skeleton: Skeleton, record: _Record, head: frozenset[str]) -> dict[str, str]:
+def _served(skeleton: Skeleton, output: Any) -> tuple[Output, list[torch.Tensor]]:
+    """What kind of output the model has, and the tensors of it."""
+    if getattr(output, "start_logits", None) is not None:
+        return "scores", [output.start_logits, output.end_logits]
+    logits = getattr(output, "logits", None)
+    if logits is None and getattr(output, "prediction_logits", None) is not None:
+        raise ManifestError(f"{type(skeleton.model).__name__} has several heads: publish one with a single task")
+    if logits is None:
+        return "hidden", [output.last_hidden_state]
+    if type(skeleton.model).__name__ in _classes(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES):
+        return "label", [logits]
+    if type(skeleton.model).__name__.endswith("ForTokenClassification"):
+        return "scores", [logits]
+    return "logits", [logits]
+
+
+def _classes(mapping: Any) -> set[str]:
+    return {name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)}
+
+
+def _is_causal(skeleton: Skeleton, plans: list[Any], kind: Output, last: list[dict[int | str, Any]]) -> bool:
+    """Read off the masks; where attention does not go through the interface, by what the class is for."""
+    masks = [plan for plan, _ in plans[-len(last) :] if plan]
+    if len(skeleton.stacks) > 1:
+        return True
+    if masks:
+        return all(plan.causal for plan in masks)
+    return type(skeleton.model).__name__ in _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and bool(
+        getattr(skeleton.config, "is_decoder", True) or kind == "logits"
+    )
+
+
+def _read(skeleton: Skeleton, index: int, run: Run, first: int, taint: Taint, plans: list[Any]) -> _Found:
+    """The layers and streams of one stack."""
+    found = _Found(first)
+    calls = run.calls
+    modules = sum(len(skeleton.stack(earlier)) for earlier in range(index))
+    places = _hidden_places(calls, taint)
+    hidden = places[0].get(calls[0].args, calls[0].kwargs)
+    uses = {first + k: place for k, place in enumerate(places)}
+    found.streams.append(_stream(hidden, 0, uses, "the hidden state"))
+    found.embed |= _names(taint.tags(hidden))
+    sides: dict[tuple[Any, ...], tuple[torch.Tensor, dict[int, Place]]] = {}
+    for k, call in enumerate(calls):
+        for place, leaf in _leaves(call):
+            tags = taint.tags(leaf)
+            if place == places[k]:
+                found.shared |= _names(tags) if k else set()
+            elif ROWS not in tags:
+                found.shared |= _names(tags)
+            else:
+                sides.setdefault(taint.identity(leaf), (leaf, {}))[1][first + k] = place
+                (found.embed if taint.born(leaf) == 0 else found.shared).update(_names(tags))
+        shape = _marked(call.output)
+        plan = plans[modules + call.module][0]
+        found.layers.append(LayerShape(index, call.module, places[k], shape, plan))
+    for leaf, used in sides.values():
+        born = taint.born(leaf)
+        found.streams.append(_stream(leaf, first + born if born else 0, used, f"what layer {min(used)} takes"))
+    found.end = _stream(calls[-1].left, first + len(calls), {}, "the hidden state")
+    return found
+
+
+def _leaves(call: Call) -> list[tuple[Place, torch.Tensor]]:
+    return [
+        (Place(name, index), leaf)
+        for name, given in call.arguments.items()
+        for index, leaf in enumerate(tree_flatten(given)[0])
+        if isinstance(leaf, torch.Tensor)
+    ]
+
+
+def _hidden_places(calls: list[Call], taint: Taint) -> list[Place]:
+    """Where each call takes the hidden state: what the layer before returned; else where most others take it."""
+    places: list[Place | None] = [None]
+    for before, call in zip(calls, calls[1:], strict=False):
+        left = before.left
+        places.append(next((place for place, leaf in _leaves(call) if leaf is left), None))
+    known = next((place for place in places if place is not None), None)
+    for k, call in enumerate(calls):
+        candidates = [place for place, leaf in _leaves(call) if ROWS in taint.tags(leaf) and leaf.is_floating_point()]
+        if places[k] is None:
+            if not candidates:
+                raise ManifestError("a layer takes nothing that depends on the tokens")
+            places[k] = known if known in candidates else candidates[0]
+    return [place for place in places if place is not None]
+
+
+def _stream(tensor: torch.Tensor, born: int, uses: dict[int, Place], what: str) -> Stream:
+    shape = tuple(-1 if length == PROBE_ROWS else length for length in tensor.shape)
+    if shape.count(-1) != 1:
+        raise ManifestError(f"{what} depends on the tokens and is {shape}, not one row for each of them")
+    return Stream(shape, memory_order(tensor), tensor.dtype, born, uses)
+
+
+def _marked(output: Any) -> Any:
+    leaves, spec = tree_flatten(output)
+    at = next(index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor))
+    return tree_unflatten([index == at for index in range(len(leaves))], spec)
+
+
+def _names(tags: frozenset[str]) -> set[str]:
+    return {tag for tag in tags if not tag.startswith("<")}
+
+
+def _roles(skeleton: Skeleton, found: list[_Found], head: set[str]) -> dict[str, str]:
     roles = {}
-    stack = skeleton.stack + "."
+    shared: set[str] = set().union(*(one.shared for one in found))
+    embed: set[str] = set().union(*(one.embed for one in found))
+    modules: dict[str, list[int]] = {}
+    for index, one in enumerate(found):
+        for number, layer in enumerate(one.layers):
+            modules.setdefault(f"{skeleton.stacks[index]}.{layer.module}.", []).append(one.first + number)
     for name in skeleton.weights():
-        if name.startswith(stack):
-            roles[name] = "layer." + name[len(stack) :].partition(".")[0]
-        elif name in record.shared:
+        prefix = next((prefix for prefix in modules if name.startswith(prefix)), None)
+        if prefix is not None:
+            alone = len(modules[prefix]) == 1 and name not in shared
+            roles[name] = f"layer.{modules[prefix][0]}" if alone else "shared"
+        elif name in shared or (name in embed and name in head):
             roles[name] = "shared"
-        elif name in record.embed and name in head:
-            raise ManifestError(f"{name} reaches both the first layer and the output: the last span would need the ids")
-        elif name in record.embed:
+        elif name in embed:
             roles[name] = "embed"
         elif name in head:
             roles[name] = "head"
@@ -207,33 +318,39 @@ def _roles(skeleton: Skeleton, record: _Record, head: frozenset[str]) -> dict[st
 
 
 def _sort_ties(skeleton: Skeleton, roles: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Ties from head to embed, and ties within a piece. Raises ManifestError for any other."""
+    """Ties from head to embed, and from any weight to one that every span of it has. May move weights to `shared`."""
+    groups: dict[str, list[str]] = {}
+    for late in skeleton.ties:
+        early = late
+        while early in skeleton.ties:
+            early = skeleton.ties[early]
+        groups.setdefault(early, [early]).append(late)
     tied: dict[str, str] = {}
     aliases: dict[str, str] = {}
-    for late, early in skeleton.ties.items():
-        one, other = roles.get(late), roles.get(early)
-        if one is None or other is None:
-            continue
-        if one == other:
-            aliases[late] = early
-        elif {one, other} == {"embed", "head"}:
-            head, embed = (late, early) if one == "head" else (early, late)
-            tied[head] = embed
-        else:
-            raise ManifestError(f"{late} ({one}) is tied to {early} ({other}), which no piece can hold for both")
+    for group in groups.values():
+        names = [name for name in group if name in roles]
+        kinds = {roles[name] for name in names}
+        if kinds == {"embed", "head"}:
+            front = [name for name in names if roles[name] == "embed"]
+            tied |= {name: front[0] for name in names if roles[name] == "head"}
+            names = front
+        elif len(kinds) > 1:
+            roles |= dict.fromkeys(names, "shared")
+        aliases |= dict.fromkeys(names[1:], names[0]) if names else {}
     return tied, aliases
 
 
-def _obstacles(skeleton: Skeleton, taint: Taint, plans: list[tuple[AttentionPlan | None, str]]) -> list[str]:
-    found = [f"layer {index}: {why}" for index, (plan, why) in enumerate(plans) if plan is None]
-    if len({plan.causal for plan, _ in plans if plan}) > 1:
-        found.append("some layers are causal, others not")
-    if "position_ids" not in skeleton.arguments:
-        found.append("its forward takes no position_ids")
-    without_rule = sorted({name for _, name in taint.operators} - ROWWISE - BLOCKWISE)
-    if without_rule:
-        found.append(f"no rule for the operators {', '.join(without_rule[:8])}")
-    return found
+def _grafts(skeleton: Skeleton, roles: dict[str, str], layers: tuple[LayerShape, ...]) -> dict[str, str]:
+    """Modules of a stack's first layer whose weights later layers use without the tokens."""
+    grafts = {}
+    for index, stack in enumerate(skeleton.stacks):
+        first = next(layer for layer in layers if layer.stack == index)
+        once = sum(layer.stack == index and layer.module == first.module for layer in layers) == 1
+        prefix = f"{stack}.{first.module}."
+        if once:
+            shared = [name for name, role in roles.items() if role == "shared" and name.startswith(prefix)]
+            grafts |= {name: name.rpartition(".")[0] for name in shared}
+    return grafts
 
 
 def module_weights(module: Any, prefix: str) -> set[str]:

@@ -1,4 +1,5 @@
-"""Stand-ins for what is elsewhere: parameter-free modules that keep a model's own forward going over one span."""
+"""Stand-ins for what is elsewhere: modules that keep their place, without weights, and answer for a model's own forward
+to go on over one span."""
 
 from __future__ import annotations
 
@@ -7,97 +8,165 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tallystick_model.anatomy import Anatomy, module_weights
-from tallystick_model.skeleton import Skeleton
+from tallystick_model.anatomy import Anatomy, LayerShape, module_weights
+from tallystick_model.probe import Blank
+from tallystick_model.skeleton import Skeleton, set_weight
 from tallystick_protocol.types import Span
 
 
 class Leave(Exception):
-    """Carries the hidden state (1, n, width) out of the model's forward."""
+    """Carries the streams at the span's end out of the model's forward."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.hidden = hidden
-
-
-class Ghost(nn.Module):
-    """Answers calls in place of a module; every attribute it lacks is the original's."""
-
-    def __init__(self, original: nn.Module, answer: Callable[..., Any]) -> None:
-        super().__init__()
-        # Not through nn.Module's setattr: the original's (meta) parameters must not become ours.
-        self.__dict__["original"] = original
-        self.__dict__["answer"] = answer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["original"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["answer"](*args, **kwargs)
+    def __init__(self, streams: list[torch.Tensor]) -> None:
+        self.streams = streams
 
 
 class Passage:
-    """What goes through one forward of a spliced model: set before it, read by ghosts and hooks within.
+    """What goes through one forward of a spliced model: set before it, read by the stand-ins within.
 
-    received: (1, n, width), what enters the span (None on the first); stop: leave after the span's last layer;
-    passing: called with the index of every ghost layer that is passed.
+    batch, num_rows: of the rows that travel. received: the streams that enter the span (None where ids do).
+    stop: leave after the last layer of the stack; other spans leave anyway. passing: called with the index of every
+    layer that is passed, on the axis of all layers. entered: the streams that entered the span's first layer.
     """
 
     def __init__(self) -> None:
+        self.batch = 1
         self.num_rows = 0
-        self.received: torch.Tensor | None = None
+        self.received: list[torch.Tensor] | None = None
         self.stop = True
         self.passing: Callable[[int], None] | None = None
-        self.entered: torch.Tensor | None = None
+        self.entered: list[torch.Tensor] = []
+        self._turn = 0
+        self._leaving: dict[int, torch.Tensor] = {}
+
+    def begin(self, layer: int) -> None:
+        """Before every forward: the first layer of the stack is the next to be called."""
+        self._turn = layer
+        self._leaving = {}
+
+    def next_layer(self) -> int:
+        self._turn += 1
+        return self._turn - 1
 
 
 def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> Passage:
-    """Cut the span out of a skeleton, in place: ghosts for layers, prologue and unused modules that are elsewhere."""
+    """Cut the span out of a skeleton, in place: layers, prologue and unused modules that are elsewhere answer blanks."""
     passage = Passage()
-    if span.start > 0:
-        for name in _outermost(skeleton, {name for name, role in anatomy.roles.items() if role == "embed"}):
-            _replace_by_placeholder(skeleton.model, name, anatomy, passage)
-    for name in _outermost(skeleton, set(anatomy.unused)):
-        _replace_by_placeholder(skeleton.model, name, anatomy, passage)
-    layers = skeleton.layers
-    for index in range(len(layers)):
-        if not span.start <= index < span.end:
-            layers[index] = _ghost_layer(layers[index], index, anatomy.layers[index].arity, passage)
+    stack = anatomy.layers[span.start].stack
+    absent = set(anatomy.unused)
+    if span.start > anatomy.stack_span(stack).start:
+        absent |= {name for name in anatomy.prologues[stack] if anatomy.roles[name] == "embed"}
+        _graft(skeleton, anatomy, span)
+    for name in _outermost(skeleton, absent):
+        _blank_out(skeleton.model.get_submodule(name), anatomy.blanks[stack].get(name), anatomy, passage)
+    for layer in skeleton.stack(stack):
+        layer.forward = _Turn(layer.forward, anatomy, span, passage)
     return passage
 
 
-def watch_ends(skeleton: Skeleton, anatomy: Anatomy, span: Span, passage: Passage) -> None:
-    """Hooks on the span's first and last layer: note what enters, leave with what comes out."""
-    place = anatomy.layers[span.start].hidden
+class _Turn:
+    """A layer's forward: its own in the span; before and behind it the hidden state is handed on."""
 
-    def entering(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        passage.entered = args[place] if isinstance(place, int) else kwargs[place]
+    def __init__(self, forward: Callable[..., Any], anatomy: Anatomy, span: Span, passage: Passage) -> None:
+        self._forward, self._span, self._passage = forward, span, passage
+        self._layers = anatomy.layers
+        self._stack = anatomy.stack_span(anatomy.layers[span.start].stack)
+        number = anatomy.layers[span.start].stack
+        self._entering = anatomy.crossing(span.start, number)
+        self._leaving = anatomy.crossing(span.end, number) if span.end < self._stack.end else []
 
-    def leaving(module: Any, args: Any, output: Any) -> None:
-        if passage.stop:
-            raise Leave(output if isinstance(output, torch.Tensor) else output[0])
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        index = self._passage.next_layer()
+        shape = self._layers[index]
+        if index < self._span.start:
+            return self._hand_on(index, shape, args, kwargs)
+        if index >= self._span.end:
+            self._take_leave(index, args, kwargs)
+            return self._hand_on(index, shape, args, kwargs)
+        args, kwargs = self._enter(index, args, kwargs)
+        output = self._forward(*args, **kwargs)
+        if index == self._stack.end - 1 and self._passage.stop:
+            raise Leave([_hidden_of(output, shape)])
+        return output
 
-    skeleton.layers[span.start].register_forward_pre_hook(entering, with_kwargs=True)
-    skeleton.layers[span.end - 1].register_forward_hook(leaving)
-
-
-def _ghost_layer(original: nn.Module, index: int, arity: int, passage: Passage) -> Ghost:
-    def answer(*args: Any, **kwargs: Any) -> Any:
+    def _hand_on(self, index: int, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passage = self._passage
         if passage.passing is not None:
             passage.passing(index)
-        return passage.received if arity == 0 else (passage.received, *[None] * (arity - 1))
+        hidden = passage.received[0] if passage.received is not None else shape.hidden.get(args, kwargs)
+        leaves, spec = tree_flatten(shape.output)
+        return tree_unflatten([hidden if leaf else None for leaf in leaves], spec)
 
-    return Ghost(original, answer)
+    def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's arguments, with what was received in its place."""
+        passage, first = self._passage, index == self._span.start
+        for number, stream in enumerate(self._entering):
+            place = stream.uses.get(index)
+            if passage.received is None or place is None or (number == 0 and not first):
+                continue
+            args, kwargs = place.put(args, kwargs, passage.received[number])
+        if first:
+            own = passage.received
+            passage.entered = own if own is not None else [self._layers[index].hidden.get(args, kwargs)]
+        return args, kwargs
+
+    def _take_leave(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Collect the streams that leave; go when all are there."""
+        passage, found = self._passage, self._passage._leaving
+        for number, stream in enumerate(self._leaving):
+            if number in found or (number == 0 and index != self._span.end):
+                continue
+            before = next((at for at, other in enumerate(self._entering) if other is stream and number), None)
+            if before is not None and passage.received is not None:
+                found[number] = passage.received[before]
+            elif index in stream.uses:
+                found[number] = stream.uses[index].get(args, kwargs)
+        if len(found) == len(self._leaving):
+            raise Leave([found[number] for number in range(len(found))])
 
 
-def _replace_by_placeholder(model: Any, name: str, anatomy: Anatomy, passage: Passage) -> None:
-    shape = anatomy.outputs.get(name, (1, -1, anatomy.width))
+def _hidden_of(output: Any, shape: LayerShape) -> torch.Tensor:
+    leaves, _ = tree_flatten(output)
+    marks, _ = tree_flatten(shape.output)
+    return leaves[marks.index(True)]  # type: ignore[no-any-return]
 
-    def answer(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.zeros([passage.num_rows if length == -1 else length for length in shape])
 
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, Ghost(model.get_submodule(name), answer))
+def _graft(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> None:
+    """Give the span's first layer the modules of the stack's first one that later layers use.
+
+    With them go the truth values of the modules they are in, by which a layer knows that it has them.
+    """
+    stack = anatomy.layers[span.start].stack
+    first = anatomy.stack_span(stack).start
+    here, there = anatomy.layers[span.start].module, anatomy.layers[first].module
+    prefix = f"{skeleton.stacks[stack]}."
+    for module in sorted({module for name, module in anatomy.grafts.items() if name.startswith(prefix)}):
+        inner = module.removeprefix(f"{prefix}{there}.")
+        owner, _, leaf = inner.rpartition(".")
+        source = skeleton.stack(stack)[there].get_submodule(owner)
+        target = skeleton.stack(stack)[here].get_submodule(owner)
+        setattr(target, leaf, getattr(source, leaf))
+        for name, value in vars(source).items():
+            if isinstance(value, bool) and name != "training":
+                setattr(target, name, value)
+
+
+def _blank_out(module: nn.Module, blank: Any, anatomy: Anatomy, passage: Passage) -> None:
+    """Let a module return zeros of the shapes that were seen; of the hidden state's where it was not."""
+    if blank is None:
+        blank = Blank((1, -1, anatomy.width), torch.get_default_dtype())
+
+    def zeros(leaf: Any) -> Any:
+        if not isinstance(leaf, Blank):
+            return leaf
+        shape = [passage.num_rows if length == -1 else length for length in leaf.shape]
+        if leaf.shape[:1] == (1,):
+            shape[0] = passage.batch
+        return torch.zeros(shape, dtype=leaf.dtype)
+
+    module.forward = lambda *args, **kwargs: tree_map(zeros, blank)
 
 
 def _outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
@@ -108,3 +177,14 @@ def _outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
         if own and own <= weights and not any(name.startswith(outer + ".") for outer in found):
             found.append(name)
     return found
+
+
+def fill_blanks(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> None:
+    """Zeros without memory for the weights outside the layers, in whose place the span's own are put afterwards.
+
+    A span's forward may touch weights that it does not hold, in what it computes before its first layer.
+    """
+    stack = skeleton.stacks[anatomy.layers[span.start].stack] + "."
+    for name, tensor in skeleton.weights().items():
+        if not name.startswith(stack) and tensor.device.type == "meta":
+            set_weight(skeleton.model, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))

@@ -7,8 +7,9 @@ told apart from it (`Skeleton.ties`).
 from __future__ import annotations
 
 import inspect
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,58 +33,101 @@ _building = threading.Lock()
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """model: an eval-mode transformers model, parameters and persistent buffers on meta.
-    stack: the dotted name of its ModuleList of layers.
+    stacks: the dotted names of its ModuleLists of layers: one, or the encoder's and the decoder's.
     ties: {name: the earlier name it shares its tensor with}, as the class and the config tie them.
     """
 
     model: Any
     config: Any
-    stack: str
+    stacks: tuple[str, ...]
     ties: dict[str, str]
 
     @property
-    def layers(self) -> nn.ModuleList:
-        found = self.model.get_submodule(self.stack)
+    def layers(self) -> list[nn.Module]:
+        """The layers of all stacks, encoder first."""
+        return [layer for index in range(len(self.stacks)) for layer in self.stack(index)]
+
+    def stack(self, index: int) -> nn.ModuleList:
+        found = self.model.get_submodule(self.stacks[index])
         assert isinstance(found, nn.ModuleList)
         return found
+
+    def runner(self, index: int) -> Any:
+        """The module whose forward runs a stack: the encoder for the first of two, else the model."""
+        return self.model.get_encoder() if len(self.stacks) > 1 and index == 0 else self.model
 
     @property
     def arguments(self) -> frozenset[str]:
         """The names that the model's forward takes."""
-        return frozenset(inspect.signature(type(self.model).forward).parameters)
+        return arguments_of(self.model)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every tensor that a checkpoint holds: parameters and persistent buffers, by name, shapes as they will be."""
         return named_weights(self.model)
 
 
-def build_skeleton(config_values: dict[str, Any], architecture: str) -> Skeleton:
-    """Build the model of a manifest's config. Raises ManifestError when it cannot be built or has no layer stack."""
+def arguments_of(module: Any) -> frozenset[str]:
+    """The names that a module's forward takes."""
+    return frozenset(inspect.signature(type(module).forward).parameters)
+
+
+def build_skeleton(
+    config_values: dict[str, Any],
+    architecture: str,
+    labels: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Skeleton:
+    """Build the model of a manifest's config.
+
+    labels: of a classifier, whose head has a row for each. dtype: what its parameters and buffers are made in.
+    Raises ManifestError when it cannot be built or has no layer stack.
+    """
     config = build_config(config_values)
     cls = model_class(config, architecture)
+    if labels:
+        config.num_labels = len(labels)
     config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
     try:
-        with _building, _parameters_on_meta(), no_init_weights():
+        with _building, _parameters_on_meta(), no_init_weights(), _default_dtype(dtype):
             model = cls(config)
+        model.eval().requires_grad_(False)
+        _keep_in_fp32(model)
+        ties = _untie(model)
+        _persistent_buffers_to_meta(model)
+        stacks = find_stacks(model)
     except BUILD_ERRORS as error:
         raise ManifestError(f"{architecture} cannot be built from its config: {str(error)[:160]}") from None
-    model.eval().requires_grad_(False)
-    ties = _untie(model)
-    _persistent_buffers_to_meta(model)
-    return Skeleton(model, config, find_stack(model), ties)
+    return Skeleton(model, model.config, stacks, ties)
 
 
-def find_stack(model: Any) -> str:
-    """The dotted name of the outermost ModuleList that holds most parameters. Raises ManifestError without one."""
+def configs_of(model: Any) -> list[Any]:
+    """The config objects that a model's modules read; some models give their parts copies."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(found.values())
+
+
+def find_stacks(model: Any) -> tuple[str, ...]:
+    """The dotted names of the layer stacks. Raises ManifestError when there is none."""
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return (_find_stack(model, model),)
+    encoder, decoder = model.get_encoder(), model.get_decoder()
+    if encoder is None or decoder is None or encoder is decoder or decoder is model:
+        return (_find_stack(model, model),)
+    return _find_stack(model, encoder), _find_stack(model, decoder)
+
+
+def _find_stack(model: Any, within: Any) -> str:
+    """The outermost ModuleList in `within` that holds most parameters, by its name in the model."""
     sizes = {
         name: sum(tensor.numel() for tensor in module.parameters())
-        for name, module in model.named_modules()
+        for name, module in within.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if not sizes:
-        raise ManifestError(f"{type(model).__name__} has no list of layers to cut")
+        raise ManifestError(f"{type(within).__name__} has no list of layers to cut")
     # Modules come outermost first and `max` keeps the first of equals.
-    return max(sizes, key=lambda name: sizes[name])
+    largest = within.get_submodule(max(sizes, key=lambda name: sizes[name]))
+    return next(name for name, module in model.named_modules() if module is largest)
 
 
 def named_weights(module: Any) -> dict[str, torch.Tensor]:
@@ -97,7 +141,12 @@ def named_weights(module: Any) -> dict[str, torch.Tensor]:
 
 
 def set_weight(model: Any, name: str, value: torch.Tensor) -> None:
-    """Put a tensor where a parameter or persistent buffer of that name is."""
+    """Put a tensor where a parameter or persistent buffer of that name is, in its dtype."""
+    owner, _, leaf = name.rpartition(".")
+    _replace_tensor(model, name, value.to(getattr(model.get_submodule(owner), leaf).dtype))
+
+
+def _replace_tensor(model: Any, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
@@ -114,16 +163,34 @@ def _untie(model: Any) -> dict[str, str]:
     for name, tensor in list(weights.items()):
         if id(tensor) in first:
             ties[name] = first[id(tensor)]
-            set_weight(model, name, torch.empty_like(tensor, device="meta"))
+            _replace_tensor(model, name, torch.empty_like(tensor, device="meta"))
         else:
             first[id(tensor)] = name
     return ties
 
 
+def _keep_in_fp32(model: Any) -> None:
+    """The weights that a class wants in fp32 whatever the others are in."""
+    for pattern in model._keep_in_fp32_modules_strict or ():
+        for name, tensor in named_weights(model).items():
+            if re.search(rf"(^|\.){pattern}(\.|$)", name):
+                _replace_tensor(model, name, tensor.float())
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _persistent_buffers_to_meta(model: Any) -> None:
     for name, tensor in named_weights(model).items():
         if tensor.device.type != "meta":
-            set_weight(model, name, tensor.to("meta"))
+            _replace_tensor(model, name, tensor.to("meta"))
 
 
 @contextmanager

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from tallystick_model.anatomy import Anatomy
-from tallystick_model.attention import Batch, R
+from tallystick_model.attention import R
 from tallystick_model.cache import CacheShape, KvCache
+from tallystick_model.canonical import Canonical
 from tallystick_model.ghosts import Leave, Passage
-from tallystick_model.kernels import MIN_ROWS, BlockwiseOperators, flushing_denormals
+from tallystick_model.kernels import MIN_ROWS, flushing_denormals
 from tallystick_model.packing import Part, pack
+from tallystick_model.probe import ordinary_id
+from tallystick_model.scopes import CanonicalOperators
 from tallystick_model.segments import Cache, Segment, cut, offset_rows, place, token_types_of, wanted_in
-from tallystick_model.skeleton import Skeleton
+from tallystick_model.skeleton import Skeleton, arguments_of
+from tallystick_model.streams import pack_rows, unpack_rows
 from tallystick_model.stock import StockCache
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded
-from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.manifest import Manifest, Output
 from tallystick_protocol.types import Span
 
 Execution = Literal["canonical", "stock"]
@@ -27,14 +32,16 @@ Execution = Literal["canonical", "stock"]
 
 @dataclass(slots=True)
 class Spliced:
-    """A skeleton with a span spliced in and its weights in place. `selection` picks the rows that reach the head."""
+    """A skeleton with a span spliced in and its weights in place.
+
+    rules: the canonical ones, if any; operators: the scope of those that the model's own forward calls.
+    """
 
     skeleton: Skeleton
     anatomy: Anatomy
     passage: Passage
-    batch: Batch
-    selection: list[torch.Tensor]
-    selects: bool
+    rules: Canonical | None
+    operators: CanonicalOperators | None
 
 
 class SpanModel:
@@ -44,11 +51,20 @@ class SpanModel:
         self.manifest = manifest
         self.span = span
         self.execution: Execution = execution
-        self.is_first = span.start == 0
-        self.is_last = span.end == manifest.layers
+        self.is_first = manifest.takes_ids(span)
+        self.is_last = manifest.is_result(span)
+        self.causal = manifest.is_causal(span)
         self._spliced = spliced
-        self._returns_logits = self.is_last and manifest.output == "logits"
-        self._scoped = "" in spliced.anatomy.blockwise
+        anatomy = spliced.anatomy
+        self._stack_number = anatomy.layers[span.start].stack
+        self._stack = anatomy.stack_span(self._stack_number)
+        self._output: Output | None = manifest.output_of(span) if self.is_last else None
+        self._runner = spliced.skeleton.runner(self._stack_number)
+        self._arguments = arguments_of(self._runner)
+        self._entering = anatomy.crossing(span.start, self._stack_number)
+        self._leaving = anatomy.crossing(span.end, self._stack_number)
+        self._ordinary_id = ordinary_id(spliced.skeleton.config)
+        self._packs = spliced.rules is not None and spliced.rules.packs
         shapes = {index: spliced.anatomy.layers[index].attention for index in range(span.start, span.end)}
         self._cache_shapes = {
             index: CacheShape(plan.groups, plan.key_dim, plan.value_dim) for index, plan in shapes.items() if plan
@@ -57,30 +73,46 @@ class SpanModel:
     @property
     def row_bytes(self) -> int:
         """Cache bytes that one position of a session takes in this span (fp32)."""
-        return sum(shape.row_bytes for shape in self._cache_shapes.values()) if self.manifest.causal else 0
+        return sum(shape.row_bytes for shape in self._cache_shapes.values()) if self.causal else 0
 
-    def new_cache(self, max_length: int) -> Cache | None:
-        """An empty cache for a session of at most that many positions; None for bidirectional models.
+    def new_cache(self, max_length: int, memory: torch.Tensor | None = None) -> Cache | None:
+        """An empty cache for a session of at most that many positions; None for bidirectional models and encoders.
 
-        Raises ContextLengthExceeded beyond the manifest's max_length.
+        memory: (m, width) fp32, what the encoder's last span returned, for spans of its decoder.
+        Raises ContextLengthExceeded beyond the manifest's max_length, BadTensor for a memory that does not fit.
         """
         if not 0 < max_length <= self.manifest.max_length:
             raise ContextLengthExceeded(
                 f"{max_length} positions; {self.manifest.name} takes 1 to {self.manifest.max_length}",
                 max_length=self.manifest.max_length,
             )
-        if not self.manifest.causal:
+        remembered = self._check_memory(memory)
+        if not self.causal:
             return None
-        if self.execution == "stock":
-            return StockCache(self._spliced.skeleton.config, self.span, max_length)
+        if not self._packs:
+            return StockCache(self._spliced.skeleton.config, self.span, self._stack, max_length, remembered)
         return KvCache(self._cache_shapes, max_length)
+
+    def _check_memory(self, memory: torch.Tensor | None) -> torch.Tensor | None:
+        """(1, m, the encoder's own width), in the dtype that layers compute in."""
+        if (memory is not None) != (self._stack_number > 0):
+            raise BadTensor("spans of a decoder take the encoder's output when a session opens, others take none")
+        if memory is None:
+            return None
+        if memory.dtype != torch.float32 or memory.ndim != 2 or memory.shape[1] != self.manifest.width:
+            raise BadTensor(f"an encoder's output is fp32 rows of width {self.manifest.width}")
+        if not 0 < len(memory) <= self.manifest.max_length or not bool(torch.isfinite(memory).all()):
+            raise BadTensor(f"an encoder's output has 1 to {self.manifest.max_length} rows, all finite")
+        anatomy = self._spliced.anatomy
+        return memory[None, :, : anatomy.memory_width].to(anatomy.ends[0].dtype)
 
     def forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
         """Extend sessions by their segments' rows, all packed in one call.
 
-        Returns for each segment the hidden rows (n, width) fp32 that leave the span, or on the last span of a model
-        with output "logits" the fp32 logits (len(wanted), vocab). Canonical rows are the same bits however the rows
-        were cut or packed. Raises BadTensor, BadPosition, ContextLengthExceeded before anything is changed; on any
+        Returns for each segment the hidden rows (n, width) fp32 that leave the span; on the last span what the
+        manifest's output says: fp32 logits (len(wanted), vocab), scores (len(wanted), labels), or a label's scores
+        (1, labels) where the segment's last row is wanted and (0, labels) where it is not.
+        Canonical rows are the same bits however the rows were cut or packed. Raises BadTensor, BadPosition, ContextLengthExceeded before anything is changed; on any
         error the caches are as they were.
         """
         for segment in segments:
@@ -90,12 +122,11 @@ class SpanModel:
         before = [segment.cache.length if segment.cache else 0 for segment in segments]
         try:
             with flushing_denormals():
-                return self._run(segments, logits=self._returns_logits)
+                return self._run(segments, output=self._output)
         except BaseException:
             for segment, length in zip(segments, before, strict=True):
                 if segment.cache is not None:
-                    segment.cache.commit(max(length, segment.cache.length))
-                    segment.cache.crop(length)
+                    _roll_back(segment.cache, length)
             raise
 
     def rows_between(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,10 +136,9 @@ class SpanModel:
         """
         self._check(segment)
         with flushing_denormals():
-            leaving = self._run([segment], logits=False, stop=True)[0]
-        entered = self._spliced.passage.entered
-        assert entered is not None
-        return entered[0, : len(segment)] + 0.0, leaving
+            leaving = self._run([segment], output=None, stop=True)[0]
+        entered = pack_rows(self._entering, self._spliced.passage.entered, self.manifest.width)
+        return entered[: len(segment)] + 0.0, leaving
 
     def _check(self, segment: Segment) -> None:
         rows, manifest = segment.rows, self.manifest
@@ -131,8 +161,10 @@ class SpanModel:
     def _check_position(self, segment: Segment) -> None:
         cache = segment.cache
         limit = self.manifest.max_length if cache is None else cache.max_length
-        if self.manifest.causal != (cache is not None):
+        if self.causal != (cache is not None):
             raise BadPosition("causal models take a cache, bidirectional ones none")
+        if isinstance(cache, StockCache) and cache.lost:
+            raise BadPosition("a step of this session failed halfway and cannot be taken back: open a new session")
         if segment.first != (cache.length if cache else 0):
             raise BadPosition(f"rows from {segment.first}; next is {cache.length if cache else 0}")
         if segment.first + len(segment) > limit:
@@ -146,12 +178,19 @@ class SpanModel:
     def _num_types(self) -> int:
         return int(self.manifest.config.get("type_vocab_size") or 1)
 
-    def _run(self, segments: Sequence[Segment], *, logits: bool, stop: bool = False) -> list[torch.Tensor]:
+    def _run(
+        self, segments: Sequence[Segment], *, output: Output | None, stop: bool = False
+    ) -> list[torch.Tensor]:
         outs: list[list[torch.Tensor]] = [[] for _ in segments]
         with torch.inference_mode():
             for parts in self._calls(segments):
-                wanted = [wanted_in(segments[part.segment], part) for part in parts] if logits else None
-                done = self._call(segments, parts, wanted, stop or not self.is_last)
+                rowwise = output in ("logits", "scores", "label")
+                wanted = [wanted_in(segments[part.segment], part) for part in parts] if rowwise else None
+                if wanted is not None and output == "label":  # of the last row alone
+                    last = [len(segments[part.segment]) == part.last for part in parts]
+                    wanted = [rows[-1:] if end and rows[-1:] == [len(part) - 1] else []
+                              for rows, end, part in zip(wanted, last, parts, strict=True)]  # fmt: skip
+                done = self._call(segments, parts, wanted, stop)
                 for part, out in zip(parts, done, strict=True):
                     outs[part.segment].append(out)
                     cache = segments[part.segment].cache
@@ -162,69 +201,113 @@ class SpanModel:
     def _calls(self, segments: Sequence[Segment]) -> list[list[Part]]:
         if self.execution == "stock":
             return [[Part(index, 0, len(segment))] for index, segment in enumerate(segments)]
+        if not self._packs:  # a row's call then has the shapes of its position, whoever travels with it
+            return [[Part(index, row, row + 1)] for index, segment in enumerate(segments) for row in range(len(segment))
+                    ] if self.causal else [[Part(index, 0, len(segment))] for index, segment in enumerate(segments)]  # fmt: skip
         for segment in segments:
             if isinstance(segment.cache, KvCache):
                 segment.cache.reserve(segment.first + len(segment) + R - 1)
-        return pack([len(segment) for segment in segments], divisible=self.manifest.causal)
+        lengths = [len(segment) for segment in segments]
+        if self._output == "label":  # the head takes one row of a whole call
+            return [[replace(part, segment=index) for part in call]
+                    for index, length in enumerate(lengths) for call in pack([length], divisible=self.causal)]  # fmt: skip
+        return pack(lengths, divisible=self.causal)
 
     def _call(
         self, segments: Sequence[Segment], parts: list[Part], wanted: list[list[int]] | None, stop: bool
     ) -> list[torch.Tensor]:
         """One forward over the rows of `parts`; hidden rows, or the wanted rows' logits, of each."""
         spliced, passage = self._spliced, self._spliced.passage
+        cache = segments[parts[0].segment].cache
         inputs, num_rows = self._inputs(segments, parts)
-        passage.num_rows, passage.entered = num_rows, None
         flat = [] if wanted is None else offset_rows(parts, wanted)
         passage.stop = stop or (wanted is not None and not flat)
-        if self.execution == "stock":
-            self._prepare_stock(segments[parts[0].segment].cache, num_rows)
+        rules = spliced.rules
+        if rules is None or not rules.packs:
+            self._prepare_stock(cache, num_rows)
         else:
-            spliced.batch.placed = place(segments, parts)
-            spliced.batch.window_masks.clear()
-            spliced.selection[:] = [torch.tensor(flat)] if flat else []
+            rules.batch.placed = place(segments, parts)
+            rules.batch.masks.clear()
+            rules.selection[:] = [torch.tensor(flat)] if flat else []
         try:
-            with BlockwiseOperators() if self._scoped and self.execution == "canonical" else nullcontext():
-                output = spliced.skeleton.model(**inputs)
+            with spliced.operators or nullcontext():
+                output = self.run_model(inputs, num_rows)
         except Leave as leave:
-            self._pass_rest(segments[parts[0].segment].cache, num_rows)
+            if isinstance(cache, StockCache):
+                cache.pass_rest(num_rows)
             if wanted is not None:
-                return [leave.hidden.new_zeros(0, self.manifest.vocab) for _ in parts]
-            return cut(leave.hidden[0], parts)
+                return [torch.zeros(0, self._output_width()) for _ in parts]
+            return cut(pack_rows(self._leaving, leave.streams, self.manifest.width), parts)
         if wanted is None:
-            return cut(output.last_hidden_state[0], parts)
-        rows = output.logits[0] if flat and spliced.selects else output.logits[0, flat]
-        return list(rows.split([len(rows_of_part) for rows_of_part in wanted]))
+            return cut(self._widened(output.last_hidden_state[0].float()), parts)
+        if self._output == "label":
+            return [output.logits.float()]
+        if getattr(output, "start_logits", None) is not None:
+            scores = torch.stack([output.start_logits[0], output.end_logits[0]], dim=1)[flat]
+        else:
+            scores = output.logits[0] if flat and rules is not None and rules.selects else output.logits[0, flat]
+        return list(scores.float().split([len(rows_of_part) for rows_of_part in wanted]))
+
+    def run_model(self, inputs: dict[str, Any], num_rows: int) -> Any:
+        """One forward of the spliced model. Raises `Leave` with the streams where the span ends before the model."""
+        passage = self._spliced.passage
+        passage.num_rows, passage.entered = num_rows, []
+        passage.begin(self._stack.start)
+        return self._runner(**inputs)
+
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(rows, (0, self.manifest.width - rows.shape[1]))
+
+    def _output_width(self) -> int:
+        return len(self.manifest.labels) or self.manifest.vocab
 
     def _inputs(self, segments: Sequence[Segment], parts: list[Part]) -> tuple[dict[str, Any], int]:
         """The model's arguments for packed rows, and how many: few canonical rows travel with copies of themselves."""
-        arguments = self._spliced.skeleton.arguments
         rows = torch.cat([segments[part.segment].rows[part.first : part.last] for part in parts])
         positions = torch.cat([torch.arange(part.first, part.last) + segments[part.segment].first for part in parts])
         types = token_types_of(segments, parts)
-        if self.execution == "canonical" and len(rows) < MIN_ROWS:
-            again = torch.arange(MIN_ROWS) % len(rows)
+        if self._packs and len(rows) < MIN_ROWS:
+            again = torch.arange(MIN_ROWS).clamp(max=len(rows) - 1)
             rows, positions = rows[again], positions[again]
             types = None if types is None else types[again]
-        num_rows = len(rows)
-        self._spliced.passage.received = None if self.is_first else rows[None]
-        inputs: dict[str, Any] = {
-            "input_ids": rows[None] if self.is_first else torch.zeros(1, num_rows, dtype=torch.int64),
-            "use_cache": False,
-        }
-        if "position_ids" in arguments:
-            inputs["position_ids"] = positions[None]
-        if types is not None and "token_type_ids" in arguments:
-            inputs["token_type_ids"] = types[None]
+        received = None if self.is_first else unpack_rows(self._entering, rows)
+        self._spliced.passage.received = received
+        ids = rows[None] if self.is_first else torch.full((1, len(rows)), self._ordinary_id)
         cache = segments[parts[0].segment].cache
-        if isinstance(cache, StockCache):
+        return self.arguments(ids, positions[None], types, cache if isinstance(cache, StockCache) else None), len(rows)
+
+    def arguments(
+        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, cache: StockCache | None
+    ) -> dict[str, Any]:
+        """What the model's forward is given: ids and positions (batch, n), of the rows behind those in the cache."""
+        first = "decoder_" if self._stack_number > 0 else ""
+        inputs: dict[str, Any] = {f"{first}input_ids": ids, f"{first}position_ids": positions, "use_cache": False}
+        if types is not None:
+            inputs["token_type_ids"] = types[None]
+        if self._spliced.anatomy.masked:
+            before = cache.length if cache is not None else 0
+            inputs[f"{first}attention_mask"] = torch.ones(len(ids), before + ids.shape[1], dtype=torch.int64)
+        if cache is not None:
             inputs |= {"past_key_values": cache.inner, "use_cache": True}
-        return {name: value for name, value in inputs.items() if name in arguments}, num_rows
+            if cache.memory is not None:
+                inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=cache.memory)
+        return {name: value for name, value in inputs.items() if name in self._arguments}
 
     def _prepare_stock(self, cache: Cache | None, num_rows: int) -> None:
-        self._spliced.passage.passing = (
-            (lambda index: cache.pass_layer(index, num_rows)) if isinstance(cache, StockCache) else None
-        )
-
-    def _pass_rest(self, cache: Cache | None, num_rows: int) -> None:
+        passage = self._spliced.passage
+        passage.passing = None
         if isinstance(cache, StockCache):
-            cache.pass_rest(num_rows)
+            cache.begin()
+            passage.passing = lambda index: cache.pass_layer(index, num_rows)
+
+
+def _roll_back(cache: Cache, length: int) -> None:
+    """Take a failed step back; where the architecture cannot, the session is lost."""
+    if isinstance(cache, StockCache):
+        try:
+            cache.crop(length)
+        except RuntimeError:
+            cache.lost = True
+    else:
+        cache.commit(max(length, cache.length))
+        cache.crop(length)

@@ -1,4 +1,4 @@
-"""The cache of a stock session: transformers' own, with an entry for every layer of the model.
+"""The cache of a stock session: transformers' own, with an entry for every layer of the stack.
 
 Entries of layers that are elsewhere are mirrors: the same class, fed with meta tensors, one row for every token that
 passes. So they answer questions about lengths and masks exactly as the real ones would, and hold no data.
@@ -9,52 +9,92 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from tallystick_protocol.types import Span
 
 
 class StockCache:
-    """One session's transformers cache for a span; `length` is the clock."""
+    """One session's transformers cache for a span; `length` is the clock.
 
-    def __init__(self, config: Any, span: Span, max_length: int) -> None:
+    stack: the layers of the span's stack. memory: (m, width) fp32, an encoder's output, for its decoder.
+    `lost` is set when a step failed that cannot be taken back.
+    """
+
+    def __init__(
+        self, config: Any, span: Span, stack: Span, max_length: int, memory: torch.Tensor | None = None
+    ) -> None:
         self.max_length = max_length
         self.length = 0
-        self._span = span
-        self.inner = DynamicCache(config=config)
-        for layer in self.inner.layers:
-            if hasattr(layer, "activate_past_recording"):
+        self.memory = memory
+        self.lost = False
+        self._span, self._stack = span, stack
+        own = DynamicCache(config=config)
+        self.inner = own if memory is None else EncoderDecoderCache(own, DynamicCache(config=config))
+        self._layers: list[Any] = own.layers
+        self._stepping = False
+        for layer in self._layers:
+            if hasattr(layer, "activate_past_recording") and not isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.activate_past_recording()
 
+    def begin(self) -> None:
+        """A step begins; `commit` ends it."""
+        self._stepping = True
+
     def pass_layer(self, index: int, num_rows: int) -> None:
-        """A layer that is elsewhere was passed by that many tokens."""
-        row = torch.empty(1, 1, num_rows, 1, device="meta")
-        self.inner.layers[index].update(row, row)
+        """A layer that is elsewhere was passed by that many tokens. index: on the axis of all layers."""
+        if index - self._stack.start < len(self._layers):
+            _pass(self._layers[index - self._stack.start], num_rows)
 
     def pass_rest(self, num_rows: int) -> None:
         """The forward ended with this span; the layers behind it have been passed, too."""
-        for index in range(self._span.end, len(self.inner.layers)):
+        for index in range(self._span.end, self._stack.end):
             self.pass_layer(index, num_rows)
 
     def commit(self, length: int) -> None:
         self.length = length
+        self._stepping = False
 
     @torch.inference_mode()
     def crop(self, length: int) -> None:
         """Forget rows from `length` on, also those of a step that failed halfway.
 
-        Raises RuntimeError where the architecture cannot.
+        Raises RuntimeError where the architecture cannot: a recurrent state has no rows to forget.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop {self.length} rows to {length}")
-        for layer in self.inner.layers:
+        if self._stepping or length < self.length:
+            for layer in self._layers:
+                self._crop_layer(layer, length)
+        self.length = length
+        self._stepping = False
+
+    def _crop_layer(self, layer: Any, length: int) -> None:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            raise RuntimeError("this model keeps recurrent states, which cannot be rolled back: open a new session")
+        if isinstance(layer, CacheLayerMixin):
             surplus = layer.get_seq_length() - length
             if surplus > 0:
-                layer.crop(-surplus)
-        self.length = length
+                layer.crop(-surplus)  # type: ignore[attr-defined]
 
     @property
     def size_bytes(self) -> int:
-        own = self.inner.layers[self._span.start : self._span.end]
-        held = [tensor for layer in own if layer.is_initialized for tensor in (layer.keys, layer.values)]
+        first = self._stack.start
+        own = self._layers[self._span.start - first : self._span.end - first]
+        held = [tensor for layer in own for tensor in _tensors(layer)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _pass(layer: Any, num_rows: int) -> None:
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+    if isinstance(layer, CacheLayerMixin):
+        row = torch.empty(1, 1, num_rows, 1, device="meta")
+        layer.update(row, row)
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    states = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    candidates = [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
+    return [tensor for tensor in candidates if isinstance(tensor, torch.Tensor)]
