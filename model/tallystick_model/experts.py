@@ -23,8 +23,9 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_pro
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts behind the interface: their weights stacked, (experts, out, in) or transposed."""
-    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts"))
+    """Whether a module holds experts behind the interface: weights stacked, (experts, out, in) or transposed."""
+    names = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
+    return all(hasattr(module, name) for name in names)
 
 
 def use_tallystick_experts(config: Any) -> None:

@@ -58,8 +58,8 @@ def flushing_denormals() -> Iterator[None]:
 class CanonicalLinear(nn.Module):
     """x (..., in) -> (..., out), for nn.Linear and transformers' Conv1D; a row's bits do not depend on the others.
 
-    numerics "fp32": all in fp32. "bf16w": weight, bias, x and the result are rounded to bf16 (to nearest, ties to even),
-    products are added up in fp32; x and the result are handed over as fp32.
+    numerics "fp32": all in fp32. "bf16w": weight, bias, x and the result are rounded to bf16 (to nearest, ties to
+    even), products are added up in fp32; x and the result are handed over as fp32.
     """
 
     weight: torch.Tensor

@@ -23,8 +23,8 @@ _ROWWISE = """
     native_layer_norm rms_norm _fused_rms_norm native_dropout pow[2] pow[0.5]
     mean[last] sum[last] amax[last] amin[last] var[last] _softmax[last] _log_softmax[last]
     linalg_vector_norm[last] bmm[outer] mm[outer] index gather index_select
-    topk[last] sort[last] argsort[last] argmax[last] max[last] min[last] cumsum[last] prod[last] logsumexp[last] lerp addcmul addcdiv
-    remainder fmod nan_to_num scatter[last] isnan isinf one_hot
+    topk[last] sort[last] argsort[last] argmax[last] max[last] min[last] cumsum[last] prod[last] logsumexp[last]
+    lerp addcmul addcdiv remainder fmod nan_to_num scatter[last] isnan isinf one_hot
 """
 ROWWISE = frozenset(_ROWWISE.split())
 

@@ -1,8 +1,9 @@
 """One attention tile: R query rows against the keys they may see, in a call whose shape the positions alone decide.
 
 Plain scores go through `scaled_dot_product_attention`. Soft caps (Gemma 2) and sinks (GPT-OSS) are between the product
-and the softmax; there the tile is computed step by step: products of at least two matrices (one alone is split between
-threads, which changes bits; docs/numerics.md), the softmax over the keys, and the product with the values.
+and the softmax; there the tile is computed step by step: the product with the keys, the softmax over them, and the
+product with the values. Products are of at least two matrices side by side: one alone is split between threads, which
+changes bits (docs/numerics.md); so a model with one head goes step by step, too.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def attend(
 
     Returns (1, heads, R, value_dim).
     """
-    if form.softcap is None and form.sinks is None:
+    if form.softcap is None and form.sinks is None and query.shape[1] > 1:
         grouped = query.shape[1] != keys.shape[1]
         out: torch.Tensor = F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, scale=form.scale, enable_gqa=grouped
