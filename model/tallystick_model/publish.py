@@ -7,14 +7,16 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tallystick_model.anatomy import LINEAR_TYPES, Anatomy, dissect
 from tallystick_model.checkpoint import Checkpoint, TensorSource
 from tallystick_model.companions import Companions, companions, find_licence, generation_settings, pooling
 from tallystick_model.config import checkpoint_config
+from tallystick_model.loader import vocabulary
 from tallystick_model.publishing.canary import CANARY_TEXT, Walk, canary_ids
 from tallystick_model.publishing.gguf import GgufCheckpoint
+from tallystick_model.publishing.context import max_length
 from tallystick_model.publishing.job import Job, open_job
 from tallystick_model.publishing.matching import Weights, match
 from tallystick_model.publishing.pieces import Encoding, PieceReader
@@ -92,17 +94,13 @@ class _Plan:
         self.name, self.licence = name, licence or find_licence(source)
         self.architecture = _architecture(source)
         self.config = checkpoint_config(source.config)
-        self.skeleton: Skeleton = build_skeleton(self.config, self.architecture)
-        self.anatomy: Anatomy = dissect(self.skeleton)
-        if self.anatomy.obstacles:
-            raise ManifestError(
-                f"no canonical execution for {self.architecture}: {'; '.join(self.anatomy.obstacles[:3])}",
-                reason="stock_only",
-            )
-        self.weights: Weights = match(source, self.skeleton, self.anatomy)
-        self.vocab = int(self.skeleton.config.vocab_size)
         self.task = task_of(self.config, self.architecture)
-        self.labels = labels_of(source.config, self.task, self.anatomy.output)
+        self.labels = labels_of(source.config, self.task)
+        self.skeleton: Skeleton = build_skeleton(self.config, self.architecture, self.labels)
+        self.anatomy: Anatomy = dissect(self.skeleton)
+        self.weights: Weights = match(source, self.skeleton, self.anatomy)
+        self.vocab = vocabulary(self.skeleton.config)
+        self.max_length = max_length(self.skeleton, source)
         generates = self.task in ("text-generation", "text2text-generation") and self.anatomy.output == "logits"
         self.generation = generation_settings(source, self.vocab, needs_eos=generates)
         self.companions: Companions = companions(source, self.vocab, scratch, CANARY_TEXT)
@@ -189,11 +187,11 @@ class _Plan:
             causal=anatomy.causal,
             numerics=self.numerics,
             quantization=self.quantization,
-            encoder_layers=getattr(anatomy, "encoder_layers", 0),
+            encoder_layers=anatomy.encoder_layers,
             layers=len(anatomy.layers),
             width=anatomy.width,
             vocab=self.vocab,
-            max_length=_max_length(self.skeleton),
+            max_length=self.max_length,
             pieces=tuple(pieces),
             tied=anatomy.tied,
             tokenizer={
@@ -212,11 +210,3 @@ def _architecture(source: TensorSource) -> str:
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise ManifestError("config.json must name one class in `architectures`")
     return named[0]
-
-
-def _max_length(skeleton: Skeleton) -> int:
-    config: Any = skeleton.config
-    length = getattr(config, "max_position_embeddings", None)
-    if not isinstance(length, int):
-        raise ManifestError("the config has no max_position_embeddings: add the longest sequence it was trained for")
-    return length

@@ -137,13 +137,3 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:
     folder = checkpoints.llama(tmp_path / "checkpoint", num_hidden_layers=2, vocab_size=200)
     with pytest.raises(ManifestError, match="tokenizer"):
         published(folder, tmp_path)
-
-
-def test_a_model_without_a_canonical_rule_is_refused_with_the_reason(tmp_path: Path) -> None:
-    import transformers
-
-    config = transformers.BloomConfig(vocab_size=320, hidden_size=72, n_layer=2, n_head=6)
-    folder = checkpoints.save(transformers.BloomForCausalLM, config, tmp_path / "checkpoint", 0)
-    with pytest.raises(ManifestError, match="canonical") as caught:
-        published(folder, tmp_path)
-    assert caught.value.fields == {"reason": "stock_only"}

@@ -99,7 +99,7 @@ class Walk:
             left = [model.forward([self._segment(model, one, rows, k)])[0] for k, one in enumerate(entering)]
             memory = {f"memory.{k}": one for k, one in enumerate(left)}
         output = str(Cid.of_raw(b""))
-        if model.is_last:
+        if span.end == draft.layers:
             segment = self._segment(model, entering[0], rows, 0)
             segment.wanted = [len(entering[0]) - 1]
             output = self._keep(model.forward([segment])[0])
@@ -108,13 +108,11 @@ class Walk:
         return {**memory, **{f"rows.{k}": one for k, one in enumerate(left)}}, output
 
     def _segment(self, model: SpanModel, one: torch.Tensor, rows: dict[str, torch.Tensor], k: int) -> Segment:
-        length = max(len(one), 1)
-        memory = rows.get(f"memory.{k}")
-        cache = model.new_cache(length) if memory is None else model.new_cache(length, memory)
-        return Segment(cache, 0, one)
+        memory = rows.get(f"memory.{k}") if model.span.start >= self._draft.encoder_layers else None
+        return Segment(model.new_cache(len(one), memory), 0, one)
 
     def _load(self, span: Span) -> SpanModel:
-        skeleton = build_skeleton(self._draft.config, self._draft.architecture)
+        skeleton = build_skeleton(self._draft.config, self._draft.architecture, self._draft.labels)
         try:
             return fill_span(self._draft, span, self._open, skeleton, self._anatomy)
         finally:

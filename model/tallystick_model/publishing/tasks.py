@@ -36,16 +36,16 @@ def task_of(config: dict[str, Any], architecture: str) -> str:
     return next((task for ending, task in endings.items() if architecture.endswith(ending)), "feature-extraction")
 
 
-def labels_of(config: dict[str, Any], task: str, output: str) -> tuple[str, ...]:
-    """The names of the scores in order; empty for a model that gives none.
+def labels_of(config: dict[str, Any], task: str) -> tuple[str, ...]:
+    """The names of a classifier's scores in order; empty for other tasks.
 
     config: the checkpoint's own, whose `id2label` names them. Raises ManifestError for labels that are not 0 to n - 1,
     or are no printable text of at most 100 characters.
     """
-    if output not in ("scores", "label"):
-        return ()
     if task == "question-answering":
         return ("start", "end")
+    if task not in ("text-classification", "token-classification"):
+        return ()
     table = config.get("id2label")
     if table is None:
         count = config.get("num_labels", 2)
