@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from tallystick_model.cache import KvCache
 from tallystick_node.billing import Billing
+from tallystick_node.downstream import Downstream, result_frames
 from tallystick_node.engine import Engine
 from tallystick_node.gradients import Passes
 from tallystick_node.journal import Journal
-from tallystick_node.links import Dialler, Link
+from tallystick_node.links import Dialler
 from tallystick_node.memory import Memory
 from tallystick_node.record import Record
 from tallystick_node.rows import RowFormat
@@ -32,12 +33,11 @@ from tallystick_protocol.errors import (
     SessionUnknown,
     TallystickError,
     Unauthorized,
-    Unreachable,
 )
-from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame, take
+from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.messages import SessionOpen
 from tallystick_protocol.peer import Channel, error_frame, sealed_field
-from tallystick_protocol.receipts import Receipt, pack_flags, rows_root, unpack_flags
+from tallystick_protocol.receipts import Receipt, rows_root, unpack_flags
 from tallystick_protocol.signing import Domain, address_bytes, checksum_address, unseal
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
 from tallystick_protocol.vouchers import charge
@@ -120,9 +120,7 @@ class Hop:
         self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
-        self._next = opened.next
-        self._link: Link | None = None
-        self._side: dict[SessionId, Link] = {}
+        self._downstream = Downstream(shop.dialler, session, opened.attempt, opened.next, self._record)
         self._sealed: dict[int, bytes] = {}
         self._push: Channel | None = None
         self._pushing: set[asyncio.Task[None]] = set()
@@ -159,7 +157,7 @@ class Hop:
             asyncio.create_task(self._sign_windows()),
             asyncio.create_task(self._watch()),
         ]
-        if self._next != ZERO_ADDRESS:
+        if not self._downstream.is_end:
             tasks.append(asyncio.create_task(self._first_link()))
         try:
             done, _ = await asyncio.wait(tasks[:5], return_when=asyncio.FIRST_COMPLETED)
@@ -368,36 +366,12 @@ class Hop:
 
     async def _deliver(self, positions: Positions) -> None:
         """Send output rows on: to the next hop, or from the model's end to the client."""
-        if self._link is not None:
-            await self._send_rows(self._link, positions)
-        elif self._next == ZERO_ADDRESS and self._rows.is_last:
+        if not self._downstream.is_end:
+            await self._downstream.pass_on(positions)
+        elif self._rows.is_last:
             outputs, want = self._record.outputs(positions)
-            wanted = [row for row, asked in zip(outputs, want, strict=True) if asked]
-            await self._send(self._control, Kind.RESULT, self._rows.result_dtype, positions.first, wanted, want)
-
-    async def _send_rows(self, link: Link, positions: Positions) -> None:
-        outputs, want = self._record.outputs(positions)
-        try:
-            await self._send(link, Kind.STEP, DType.F32, positions.first, outputs, want)
-        except Unreachable:
-            self._forget_link(link)  # the rows are kept; whoever takes its place gets them
-            raise
-
-    async def _send(
-        self, to: Channel | Link, kind: Kind, dtype: DType, position: int, rows: list[bytes], want: list[bool]
-    ) -> None:
-        """Rows in frames of at most 1 MiB. For results, `rows` holds the wanted ones only."""
-        if not rows:
-            return
-        limit = rows_per_frame(len(rows[0]))
-        if kind is Kind.RESULT and len(rows) <= limit:
-            await to.send(rows_frame(kind, dtype, rows, position, {"want": pack_flags(want)}))
-            return
-        for begin in range(0, len(rows), limit):
-            part = rows[begin : begin + limit]
-            flags = pack_flags([True] * len(part) if kind is Kind.RESULT else want[begin : begin + limit])
-            more = begin + limit < len(rows)
-            await to.send(rows_frame(kind, dtype, part, position + begin, {"want": flags, "more": more}))
+            for frame in result_frames(self._rows.result_dtype, positions.first, outputs, want):
+                await self._control.send(frame)
 
     # -- receipts
 
@@ -432,8 +406,7 @@ class Hop:
             self._sealed[index] = sealed
             await asyncio.to_thread(shop.till.settle, self.client, int(shop.clock()))
             await self._control.send(Frame(Kind.RECEIPT, {"receipt": sealed}))
-            if self._link is not None:
-                await self._link.send(Frame(Kind.RECEIPT, {"receipt": sealed}))
+            await self._downstream.pass_receipt(sealed)
 
     async def _on_flush(self, frame: Frame) -> None:
         self._windows.flush(frame.position)
@@ -460,11 +433,7 @@ class Hop:
             self._held, self._held_want, self._token_types = [], [], []
             if refill is not None:
                 refill()
-        for link in [link for link in (self._link, *self._side.values()) if link is not None]:
-            try:
-                await link.send(Frame(Kind.CROP, position=marked))
-            except Unreachable:
-                self._forget_link(link)
+        await self._downstream.mark_crop(marked)
         async with self._crop_moved:
             self._crops += 1
             self._crop_moved.notify_all()
@@ -525,7 +494,7 @@ class Hop:
             async with self._signing:
                 self._windows.replace_previous(_address(frame, "previous"))
         if "next" in frame.body:
-            self._next = _address(frame, "next")
+            self._downstream.node = _address(frame, "next")
             await self._connect_next()
 
     async def _on_replay(self, frame: Frame) -> None:
@@ -536,15 +505,7 @@ class Hop:
         positions = Positions(first, last)
         session = SessionId(take(frame.body, "session", bytes))
         self._record.outputs(positions)
-        link = self._side.get(session)
-        if link is None:
-            link = await self._shop.dialler.dial(_address(frame, "to"), session, self._open.attempt)
-            self._side[session] = link
-        await self._send_rows(link, positions)
-        for index in range(self._record.num_windows):
-            at = self._record.window(index)
-            if index in self._sealed and positions.first < at.last and at.first < positions.last:
-                await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
+        await self._downstream.replay(positions, _address(frame, "to"), session, self._sealed)
 
     async def _on_close(self, _: Frame) -> None:
         """Sign what is left. When this is done, every voucher sent before it has been taken."""
@@ -556,32 +517,13 @@ class Hop:
 
     async def _connect_next(self) -> None:
         """Dial the next hop and send it what it has not got, receipts included."""
-        if self._link is not None:
-            await self._link.channel.close()
-            self._link = None
-        if self._next == ZERO_ADDRESS:
-            return
-        link = await self._shop.dialler.dial(self._next, self.id, self._open.attempt)
-        async with self._moving, self._signing:
-            self._link = link
-            if link.position < len(self._record):
-                await self._send_rows(link, Positions(link.position, len(self._record)))
-            for index in sorted(self._sealed):
-                await link.send(Frame(Kind.RECEIPT, {"receipt": self._sealed[index]}))
-
-    def _forget_link(self, link: Link) -> None:
-        if link is self._link:
-            self._link = None
-        self._side = {session: other for session, other in self._side.items() if other is not link}
+        link = await self._downstream.dial()
+        if link is not None:
+            async with self._moving, self._signing:
+                await self._downstream.join(link, self._sealed)
 
     async def _disconnect(self) -> None:
-        links = [link for link in (self._link, *self._side.values()) if link is not None]
-        for channel in [link.channel for link in links]:
-            try:
-                async with asyncio.timeout(1.0):
-                    await channel.close()
-            except (TimeoutError, Unreachable):
-                log.debug("a push connection did not close in time")
+        await self._downstream.close()
         self._push = None
         self._ended = True
         for taking in self._pushing:

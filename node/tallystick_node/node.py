@@ -244,7 +244,7 @@ class Node:
 
     def _credit(self, manifest: Manifest) -> Wei:
         config = self.config
-        positions = config.credit_positions if manifest.causal else max(config.credit_positions, manifest.max_length)
+        positions = config.credit_positions if manifest.is_causal(config.layers) else max(config.credit_positions, manifest.max_length)
         return charge(config.layers, manifest.layers, Wei(config.price), positions)
 
     def _renew_offer(self, shop: Shop, manifest: Manifest) -> None:
