@@ -40,7 +40,6 @@ class Taint(TorchDispatchMode):
         self.operators: set[tuple[str, str]] = set()
         self.clock = 0
         self._skip = skip
-        self._weights = {_key(tensor) for tensor in weights.values()}
         self._inside: list[tuple[str, bool]] = [("", False)]
         self._alive: list[torch.Tensor] = []
         self._tags: dict[int, frozenset[str]] = {}
@@ -96,19 +95,13 @@ class Taint(TorchDispatchMode):
         finally:
             self._inside.pop()
 
-    def _operator(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """The operator's name; `mm[weight]` where a product's matrix is a weight as it is."""
-        name = operator_name(func, args, kwargs)
-        weighted = name in PRODUCTS and _key(args[PRODUCTS[name]]) in self._weights
-        return f"{name}[weight]" if weighted else name
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         leaves, _ = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         name, quiet = self._inside[-1]
         if not quiet and any(tensor.is_floating_point() for tensor in tensors):
-            self.operators.add((name, self._operator(func, args, kwargs)))
+            self.operators.add((name, self._name(func, args, kwargs)))
         tags: frozenset[str] = frozenset().union(*(self.tags(tensor) for tensor in tensors))
         output = _followed(func, args, kwargs, tensors)
         if tags:
