@@ -2,7 +2,11 @@
 
 with tallystick.Client(key) as client:
     print(client.generate("Once upon a time").text)
+
+`tallystick.AutoModelForCausalLM` (with the extra tallystick[torch]) is a served model for transformers' own generate().
 """
+
+from typing import Any
 
 from tallystick.blocking import Client
 from tallystick.client import AsyncClient, Embedding, Settings
@@ -22,3 +26,11 @@ __all__ = [
     "Token",
     "Verdict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "AutoModelForCausalLM":
+        raise AttributeError(f"module 'tallystick' has no attribute {name!r}")
+    from tallystick.torch.auto import AutoModelForCausalLM
+
+    return AutoModelForCausalLM

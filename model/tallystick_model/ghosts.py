@@ -88,7 +88,7 @@ class _Turn:
         args, kwargs = self._enter(index, args, kwargs)
         output = self._forward(*args, **kwargs)
         if index == self._stack.end - 1 and self._passage.stop:
-            raise Leave([_hidden_of(output, shape)])
+            raise Leave([hidden_of(output, shape)])
         return output
 
     def _hand_on(self, index: int, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,7 +127,8 @@ class _Turn:
             raise Leave([found[number] for number in range(len(found))])
 
 
-def _hidden_of(output: Any, shape: LayerShape) -> torch.Tensor:
+def hidden_of(output: Any, shape: LayerShape) -> torch.Tensor:
+    """The hidden state among what a layer returns."""
     leaves, _ = tree_flatten(output)
     marks, _ = tree_flatten(shape.output)
     return leaves[marks.index(True)]  # type: ignore[no-any-return]

@@ -19,9 +19,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.ghosts import Leave
+from tallystick_model.experts import ExpertProducts
+from tallystick_model.ghosts import Leave, hidden_of
 from tallystick_model.kernels import CanonicalLinear, flushing_denormals
+from tallystick_model.skeleton import configs_of
 from tallystick_model.span import SpanModel
+from tallystick_model.streams import pack_rows, unpack_rows
 from tallystick_protocol.errors import BadTensor, ContextLengthExceeded, Rejected
 
 Hidden = Literal["none", "last", "all"]
@@ -125,56 +128,64 @@ class SpanGradients:
         self, rows: torch.Tensor, adapters: Mapping[str, Adapter], keep: int, hidden: Hidden
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model, spliced = self.model, self.model._spliced
-        skeleton, passage = spliced.skeleton, spliced.passage
+        passage, rules, count = spliced.passage, spliced.rules, len(rows)
+        selection = rules.selection if rules is not None and rules.selects else None
+        passage.received = None if model.is_first else unpack_rows(model._entering, rows)
+        passage.stop, passage.passing = not model.is_last, None
         states: list[torch.Tensor] = []
-        inputs: dict[str, Any] = {"use_cache": False, "position_ids": torch.arange(len(rows))[None]}
-        if rows.is_floating_point() and model.is_first:
-            inputs["inputs_embeds"] = rows[None]
-        else:
-            inputs["input_ids"] = rows[None] if model.is_first else torch.zeros(1, len(rows), dtype=torch.int64)
-        passage.received = None if model.is_first else rows[None]
-        passage.num_rows, passage.entered, passage.stop = len(rows), None, not model.is_last
-        passage.passing = None
-        arguments = {name: value for name, value in inputs.items() if name in skeleton.arguments}
-        if "inputs_embeds" in inputs and "inputs_embeds" not in arguments:
-            raise BadTensor(f"{model.manifest.name} takes token ids only")
-        spliced.selection[:] = [torch.arange(len(rows) - keep, len(rows))] if keep and spliced.selects else []
         with ExitStack() as stack:
-            stack.callback(spliced.selection.clear)
-            stack.enter_context(_stock_attention(skeleton.config, skeleton.model))
-            stack.enter_context(_differentiable_products(skeleton.model))
-            stack.enter_context(_adapted(skeleton.model, adapters))
+            if selection is not None:
+                stack.callback(selection.clear)
+                selection[:] = [torch.arange(count - keep, count)] if keep else []
+            stack.enter_context(_stock_attention(spliced.skeleton.model))
+            stack.enter_context(_differentiable_products(spliced.skeleton.model))
+            stack.enter_context(_adapted(spliced.skeleton.model, adapters))
             stack.enter_context(self._watching(states, hidden))
             try:
-                logits = skeleton.model(**arguments).logits[0]
+                logits = model.run_model(self._inputs(rows), count).logits[0]
+                out = logits[-keep:] if keep and selection is None else logits
             except Leave as leave:
-                return leave.hidden[0], states
-        return logits[-keep:] if keep and not spliced.selects else logits, states
+                out = pack_rows(model._leaving, leave.streams, model.manifest.width)
+        if hidden == "all":
+            states.insert(0, passage.entered[0])
+        return out, [self._widened(state.reshape(count, -1)) for state in states]
+
+    def _inputs(self, rows: torch.Tensor) -> dict[str, Any]:
+        """The model's arguments."""
+        model, count = self.model, len(rows)
+        embeds = model.is_first and rows.is_floating_point()
+        ids = torch.full((count,), model._ordinary_id) if embeds or not model.is_first else rows
+        inputs = model.arguments(ids[None], torch.arange(count)[None], None, None)
+        if not embeds:
+            return inputs
+        if "inputs_embeds" not in model._arguments or model._spliced.anatomy.ends[0].width != rows.shape[1]:
+            raise BadTensor(f"{model.manifest.name} takes token ids only")
+        return {name: given for name, given in inputs.items() if name != "input_ids"} | {"inputs_embeds": rows[None]}
 
     @contextmanager
     def _watching(self, states: list[torch.Tensor], hidden: Hidden) -> Iterator[None]:
-        """Collect the hidden states (n, width) that are asked for, in order."""
+        """Collect what leaves every layer of the span but the last, and what enters the head, as asked for."""
         spliced, span = self.model._spliced, self.model.span
         handles = []
         if hidden == "all":
-            for index in range(span.start, span.end):
-                place = spliced.anatomy.layers[index].hidden
+            for index in range(span.start, span.end - 1):
+                shape = spliced.anatomy.layers[index]
                 handles.append(
-                    spliced.skeleton.layers[index].register_forward_pre_hook(
-                        lambda _, args, kwargs, place=place: states.append(
-                            (args[place] if isinstance(place, int) else kwargs[place])[0]
-                        ),
-                        with_kwargs=True,
+                    spliced.skeleton.stack(shape.stack)[shape.module].register_forward_hook(
+                        lambda _, args, output, shape=shape: states.append(hidden_of(output, shape))
                     )
                 )
         if hidden != "none" and self.model.is_last:
             head = spliced.skeleton.model.get_output_embeddings()
-            handles.append(head.register_forward_pre_hook(lambda _, args: states.append(args[0][0])))
+            handles.append(head.register_forward_pre_hook(lambda _, args: states.append(args[0])))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _widened(self, rows: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(rows, (0, self.model.manifest.width - rows.shape[1]))
 
 
 def check_adapter(linears: Mapping[str, tuple[int, int]], name: str, adapter: Adapter) -> None:
@@ -202,39 +213,52 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _adaptable(model: SpanModel) -> dict[str, tuple[int, int]]:
-    """The linear modules within the span's layers, by dotted name."""
-    stack, span = model._spliced.skeleton.stack, model.span
+    """The linear modules within the span's layers, by dotted name; none where layers share their weights."""
+    spliced, span = model._spliced, model.span
     found = {}
     for index in range(span.start, span.end):
-        for name, module in model._spliced.skeleton.layers[index].named_modules():
+        layer = spliced.anatomy.layers[index]
+        if layer.module != index:
+            return {}
+        for name, module in spliced.skeleton.stack(layer.stack)[index].named_modules():
             shape = linear_shape(module)
             if shape is not None:
-                found[f"{stack}.{index}.{name}"] = shape
+                found[f"{spliced.skeleton.stacks[layer.stack]}.{index}.{name}"] = shape
     return found
 
 
 @contextmanager
-def _stock_attention(config: Any, model: Any) -> Iterator[None]:
+def _stock_attention(model: Any) -> Iterator[None]:
     """While held, the model attends, and builds its masks, as transformers does by itself."""
-    before = config._attn_implementation
-    config._attn_implementation = "sdpa" if type(model)._supports_sdpa else "eager"
+    before = [(config, config._attn_implementation) for config in configs_of(model)]
+    for config, _ in before:
+        config._attn_implementation = "sdpa" if type(model)._supports_sdpa else "eager"
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 @contextmanager
 def _differentiable_products(model: nn.Module) -> Iterator[None]:
     """While held, products over packed weights have a derivative."""
-    products = [module for module in model.modules() if isinstance(module, CanonicalLinear)]
+    products = list(_products(model))
     for module in products:
         module.__dict__["forward"] = lambda x, module=module: _Product.apply(x, module)
     try:
         yield
     finally:
         for module in products:
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
+
+
+def _products(model: nn.Module) -> Iterator[CanonicalLinear]:
+    for module in model.modules():
+        if isinstance(module, CanonicalLinear):
+            yield module
+        experts: ExpertProducts | None = module.__dict__.get("tallystick_experts")
+        yield from (*experts.up, *experts.down) if experts is not None else ()
 
 
 class _Product(torch.autograd.Function):
