@@ -350,7 +350,6 @@ BAD_OPENINGS: dict[str, tuple[str, Callable[[Field], bytes]]] = {
     "for no positions": ("context_length_exceeded", lambda f: f.opening(max_length=0)),
     "for too many positions": ("context_length_exceeded", lambda f: f.opening(max_length=f.first.offer.max_length + 1)),
     "for all positions": ("context_length_exceeded", lambda f: f.opening(max_length=2**32 - 1)),
-    "top_k of 0": ("bad_message", lambda f: f.opening(top_k=0)),
     "top_k beyond the limit": ("bad_message", lambda f: f.opening(top_k=1025)),
     "top_k of 65535": ("bad_message", lambda f: f.opening(top_k=65535)),
 }
