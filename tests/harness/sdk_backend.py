@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy
+import shutil
+import tempfile
 import threading
 from collections.abc import Coroutine
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from harness import checkpoints
 from harness.checkpoints import Published, Session
 from tallystick.passes import Adapters, Hidden, Trace
 from tallystick.repair import RolledBack
+from tallystick.torch.causal_lm import NetworkModelForCausalLM
 from tallystick.verdict import Verdict
 from tallystick_model.gradients import Adapter, SpanGradients
 
 
+@cache
+def served_llama() -> tuple[Any, NetworkModelForCausalLM, SpansBackend]:
+    """The whole model, and the same one served in three spans; made once for all tests of a process."""
+    folder = Path(tempfile.mkdtemp(prefix="tallystick-sdk-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    checkpoint = checkpoints.llama(folder / "model")
+    backend = SpansBackend(checkpoints.published(checkpoint, folder / "pieces"), 1, 3)
+    whole = checkpoints.reference(checkpoint, "LlamaForCausalLM").requires_grad_(False)
+    return whole, NetworkModelForCausalLM(backend), backend
+
+
 class SpansBackend:
-    """The model in spans cut at the given layers. `faults`: positions at which sessions report a node that was caught."""
+    """The model in spans cut at the given layers."""
 
     def __init__(self, published: Published, *cuts: int) -> None:
         self.manifest = published.manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from transformers import TextIteratorStreamer
 
 from harness import checkpoints
-from harness.sdk_backend import SpansBackend
+from harness.sdk_backend import SpansBackend, served_llama
 from tallystick.torch.caches import SessionCache
 from tallystick.torch.causal_lm import NetworkModelForCausalLM
 from tallystick.torch.contrastive import contrastive_search
@@ -21,13 +20,10 @@ PROMPT = torch.arange(5, 30)[None] * 11 % 300
 PAD = 2
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, NetworkModelForCausalLM, SpansBackend]]:
+@pytest.fixture
+def pair() -> tuple[Any, NetworkModelForCausalLM, SpansBackend]:
     """The whole model, and the same one served in three spans."""
-    folder = checkpoints.llama(tmp_path_factory.mktemp("model"))
-    backend = SpansBackend(checkpoints.published(folder, tmp_path_factory.mktemp("pieces")), 1, 3)
-    with NetworkModelForCausalLM(backend) as served:
-        yield checkpoints.reference(folder, "LlamaForCausalLM"), served, backend
+    return served_llama()
 
 
 def both(pair: Any, seed: int = 0, prompt: torch.Tensor = PROMPT, **options: Any) -> tuple[Any, Any]:
@@ -69,7 +65,7 @@ def test_a_batch_with_left_padding_gives_the_same_ids(pair: Any, way: str) -> No
 
 
 def test_an_assistant_drafts_and_the_ids_stay_the_same(pair: Any, tmp_path: Any) -> None:
-    whole, served, _ = pair
+    whole = pair[0]
     drafter = checkpoints.reference(checkpoints.llama(tmp_path, num_hidden_layers=1), "LlamaForCausalLM")
     for options in ({"do_sample": False}, {"do_sample": True}):
         expected, found = both(pair, assistant_model=drafter, **options)
@@ -156,7 +152,7 @@ def test_every_session_is_finished_and_left(pair: Any) -> None:
 
 
 def test_generation_begins_anew_when_a_node_lied_and_was_caught(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, served, backend = pair
+    _, served, backend = pair
     expected, _ = both(pair, seed=5, do_sample=True)
     honest = backend.decoder
     liars = []
