@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tallystick_protocol.errors import ManifestError
 
 MAX_JSON_BYTES = 64 << 20
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 16 << 20
 """Bytes of a tensor that are in memory at a time."""
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

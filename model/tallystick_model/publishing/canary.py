@@ -7,6 +7,7 @@ over from the same ids.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Walk:
             rows, output = self._step(index, state, rows, ids)
             self._meter.add(self._cost(index))
             state["layer"] = index + 1
+            gc.collect()  # a spliced model holds itself: without this, layers pile up
             if index + 1 < draft.layers:
                 self._job.note_walk(state, rows)
         blocks = tuple(Cid.parse(block) for block in state["blocks"])

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from tallystick_model.anatomy import Anatomy
 from tallystick_model.checkpoint import CHUNK_BYTES, TORCH_DTYPES, TensorSource
+from tallystick_model.publishing.computed import computed_weights
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton
 from tallystick_protocol.errors import ManifestError
 
@@ -34,6 +36,8 @@ class _Recipe:
     conversion: Any = None
     key: str = ""
     """The weight that transformers names the conversion by: its first result."""
+    made: torch.Tensor | None = None
+    """A table that no checkpoint holds, because the model computes it."""
 
 
 class Weights:
@@ -45,6 +49,8 @@ class Weights:
 
     def spec(self, name: str) -> tuple[str, tuple[int, ...]]:
         """dtype as safetensors writes it, and shape."""
+        if self._recipes[name].made is not None:
+            return "F32", self._shapes[name]
         dtypes = {self._source.spec(stored)[0] for stored, _ in self._recipes[name].stored}
         widest = "F32" if len(dtypes) > 1 else dtypes.pop()
         return widest, self._shapes[name]
@@ -52,7 +58,13 @@ class Weights:
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         """A weight in runs of whole rows. Raises ManifestError when it holds NaN or infinity."""
         recipe = self._recipes[name]
-        chunks = self._source.chunks(recipe.stored[0][0]) if recipe.conversion is None else self._converted(name)
+        chunks: Iterable[torch.Tensor]
+        if recipe.made is not None:
+            chunks = [recipe.made]
+        elif recipe.conversion is None:
+            chunks = self._source.chunks(recipe.stored[0][0])
+        else:
+            chunks = self._converted(name)
         for chunk in chunks:
             if not bool(torch.isfinite(chunk).all()):
                 raise ManifestError(
@@ -85,10 +97,11 @@ def match(source: TensorSource, skeleton: Skeleton, anatomy: Anatomy) -> Weights
     twice with two values.
     """
     found = _recipes(source, skeleton)
-    for late, early in (anatomy.tied | anatomy.aliases).items():
-        _settle_tie(source, found, late, early)
+    _settle_ties(source, found, skeleton.ties)
     elsewhere = anatomy.tied.keys() | anatomy.aliases.keys()
     needed = {name for name in anatomy.roles if name not in elsewhere}
+    computed = computed_weights(skeleton, needed - found.keys())
+    found |= {name: _Recipe([], made=tensor) for name, tensor in computed.items()}
     missing = sorted(needed - found.keys())
     if missing:
         raise ManifestError(f"the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)")
@@ -164,18 +177,29 @@ def _expect_droppable(stored: str, skeleton: Skeleton, prefix: str) -> None:
     )
 
 
-def _settle_tie(source: TensorSource, found: dict[str, _Recipe], late: str, early: str) -> None:
-    if early not in found and late in found:
-        found[early] = found.pop(late)
-    elif late in found and early in found:
-        one, other = found.pop(late), found[early]
-        if one.conversion is None and other.conversion is None and one.stored == other.stored:
-            return
-        if not _same(source, one.stored[0][0], other.stored[0][0]):
-            raise ManifestError(f"{late} and {early} are tied by the config but stored with two values")
+def _settle_ties(source: TensorSource, found: dict[str, _Recipe], ties: dict[str, str]) -> None:
+    """One recipe for all weights that are tied; a checkpoint may hold each of them, all equal."""
+    groups: dict[str, list[str]] = {}
+    for late, early in ties.items():
+        groups.setdefault(early, [early]).append(late)
+    for names in groups.values():
+        held = [name for name in names if name in found]
+        for one, other in pairwise(held):
+            if not _same(source, found[one], found[other]):
+                raise ManifestError(f"{one} and {other} are tied by the config but stored with two values")
+        for name in names if held else ():
+            found.setdefault(name, found[held[0]])
 
 
-def _same(source: TensorSource, one: str, other: str) -> bool:
+def _same(source: TensorSource, one: _Recipe, other: _Recipe) -> bool:
+    if one.stored == other.stored:
+        return True
+    if len(one.stored) != len(other.stored):
+        return False
+    return all(_equal(source, a, b) for (a, _), (b, _) in zip(one.stored, other.stored, strict=True))
+
+
+def _equal(source: TensorSource, one: str, other: str) -> bool:
     if source.spec(one) != source.spec(other):
         return False
     return all(torch.equal(a, b) for a, b in zip(source.chunks(one), source.chunks(other), strict=True))
