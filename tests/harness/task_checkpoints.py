@@ -30,7 +30,7 @@ SEQ2SEQ_SMALL: dict[str, Any] = {
     "vocab_size": 200, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 128,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0,
-    "scale_embedding": True,
+    "scale_embedding": False,
 }  # fmt: skip
 LANGUAGES = ["eng_Latn", "fra_Latn", "deu_Latn"]
 
@@ -85,9 +85,19 @@ def marian(folder: Path, *, seed: int = 0, generation: dict[str, Any] | None = N
     torch.manual_seed(seed)
     config = transformers.MarianConfig(**{**SEQ2SEQ_SMALL, "share_encoder_decoder_embeddings": True, **changes})
     model = transformers.MarianMTModel(config)
-    torch.nn.init.normal_(model.final_logits_bias, std=0.5)
+    _enliven(model)
+    torch.nn.init.normal_(model.final_logits_bias, std=0.1)
+    model.final_logits_bias[0, 2] = 12.0  # it ends now and then
     model.generation_config = transformers.GenerationConfig(**{**MARIAN_GENERATION, **(generation or {})})
-    return save(model, folder, metaspace(), {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, 6.0)
+    return save(model, folder, metaspace(), {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, 1.0)
+
+
+def _enliven(model: Any) -> None:
+    """Weights so large that the source and the tokens so far decide the next one, not the tied head alone."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_positions" not in name:
+                parameter.normal_(0.0, 0.6 if "self_attn" in name or "fc" in name else 1.0)
 
 
 MARIAN_GENERATION = {
@@ -101,11 +111,12 @@ def multilingual(folder: Path, *, seed: int = 0) -> Path:
     """A tiny M2M100 model with NLLB's language codes: the source code comes first, the target code is forced."""
     torch.manual_seed(seed)
     model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**SEQ2SEQ_SMALL))
+    _enliven(model)
     model.generation_config = transformers.GenerationConfig(
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, max_length=20, num_beams=3
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, max_length=20, num_beams=3, no_repeat_ngram_size=2
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    return save(model, folder, metaspace(LANGUAGES, "eng_Latn $A </s>"), settings, 6.0)
+    return save(model, folder, metaspace(LANGUAGES, "eng_Latn $A </s>"), settings, 1.0)
 
 
 def metaspace(added: list[str] | None = None, template: str = "$A </s>") -> Tokenizer:
@@ -143,7 +154,9 @@ def llama(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
         "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
-    return save(transformers.LlamaForCausalLM(config), folder, metaspace(template="<s> $A"), settings, 6.0)
+    model = transformers.LlamaForCausalLM(config)
+    model.lm_head.weight.data[2] += model.lm_head.weight.data[10:24].sum(0) / 3
+    return save(model, folder, metaspace(template="<s> $A"), settings, 5.0)
 
 
 def fast_tokenizer(folder: Path) -> Any:

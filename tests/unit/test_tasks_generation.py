@@ -70,12 +70,12 @@ def their_sequences(model: Any, prompt: list[int], settings: dict[str, Any]) -> 
     return [row[start:].tolist() for row in out]
 
 
-def assert_same(ours: list[tuple[int, ...]], theirs: list[list[int]], pad: int) -> None:
-    """Equal ids; transformers fills shorter ones of several sequences up."""
+def assert_same(ours: list[tuple[int, ...]], theirs: list[list[int]]) -> None:
+    """Equal ids; transformers fills shorter ones of several sequences up, with <pad> or </s>."""
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert list(one) == other[: len(one)]
-        assert all(token == pad for token in other[len(one) :])
+        assert all(token in (0, 2) for token in other[len(one) :])
 
 
 async def our_sequences(backend: LocalBackend, prompt: list[int], settings: dict[str, Any]) -> list[tuple[int, ...]]:
@@ -92,27 +92,27 @@ async def our_sequences(backend: LocalBackend, prompt: list[int], settings: dict
 async def test_beam_search_is_transformers(causal: LocalBackend, name: str) -> None:
     for prompt in prompts(4, causal.manifest.vocab, seed=len(name)):
         ours = await our_sequences(causal, prompt, BEAMS[name])
-        assert_same(ours, their_sequences(causal.whole, prompt, BEAMS[name]), 0)
+        assert_same(ours, their_sequences(causal.whole, prompt, BEAMS[name]))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name, seed", list(product(BEAMS, range(5))))
+@pytest.mark.parametrize("name, seed", list(product(BEAMS, range(2))))
 async def test_beam_search_is_transformers_over_many_prompts(causal: LocalBackend, name: str, seed: int) -> None:
     for prompt in prompts(20, causal.manifest.vocab, seed=1000 + seed):
         ours = await our_sequences(causal, prompt, BEAMS[name])
-        assert_same(ours, their_sequences(causal.whole, prompt, BEAMS[name]), 0)
+        assert_same(ours, their_sequences(causal.whole, prompt, BEAMS[name]))
 
 
 @pytest.mark.parametrize("name", GREEDY)
 async def test_greedy_is_transformers(causal: LocalBackend, name: str) -> None:
     for prompt in prompts(4, causal.manifest.vocab, seed=50 + len(name)):
         ours = await our_sequences(causal, prompt, GREEDY[name])
-        assert_same(ours, their_sequences(causal.whole, prompt, GREEDY[name]), 0)
+        assert_same(ours, their_sequences(causal.whole, prompt, GREEDY[name]))
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_beams": 1}, {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True, "max_length": 12},
+    [{}, {"num_beams": 1}, {"no_repeat_ngram_size": 2, "num_beams": 5}, {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True, "max_length": 12},
      {"forced_bos_token_id": 50, "length_penalty": 0.8}, {"encoder_no_repeat_ngram_size": 2, "max_new_tokens": 9}],
     ids=lambda settings: ", ".join(settings) or "the checkpoint's own",
 )  # fmt: skip
@@ -122,7 +122,7 @@ async def test_an_encoder_decoder_generates_as_in_transformers(
     """Its own settings: four beams, a word that never comes, an end that is forced at the longest length."""
     for prompt in prompts(4, translator.manifest.vocab, seed=9):
         ours = await our_sequences(translator, prompt, settings)
-        assert_same(ours, their_sequences(translator.whole, prompt, settings), 0)
+        assert_same(ours, their_sequences(translator.whole, prompt, settings))
 
 
 async def test_a_generation_begins_anew_when_a_cheater_was_caught(causal: LocalBackend) -> None:
