@@ -17,6 +17,7 @@ from tallystick_node.billing import Billing
 from tallystick_node.downstream import Downstream, result_frames
 from tallystick_node.engine import Engine
 from tallystick_node.gradients import Passes
+from tallystick_node.inbox import Inbox
 from tallystick_node.journal import Journal
 from tallystick_node.links import Dialler
 from tallystick_node.memory import Memory
@@ -45,7 +46,6 @@ from tallystick_protocol.vouchers import charge
 log = logging.getLogger(__name__)
 
 MEMORY_TIMEOUT_S = 30.0
-PUSHED_FRAMES = 8
 QUEUED_COMMANDS = 64
 IDLE_TIMEOUT_S = 600.0
 WATCH_EVERY_S = 5.0
@@ -113,21 +113,13 @@ class Hop:
             manifest.numerics,
         )
         self._windows = Windows(terms, self._record)
-        self._inbox: asyncio.Queue[tuple[Channel, Frame, int]] = asyncio.Queue()
-        self._queued_rows = 0
-        self._pushed = asyncio.Semaphore(PUSHED_FRAMES)
+        self._inbox = Inbox(control, opened.max_length, lambda: self.position)
         self._commands: asyncio.Queue[Frame] = asyncio.Queue(QUEUED_COMMANDS)
         self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
         self._downstream = Downstream(shop.dialler, session, opened.attempt, opened.next, self._record)
         self._sealed: dict[int, bytes] = {}
-        self._push: Channel | None = None
-        self._pushing: set[asyncio.Task[None]] = set()
-        self._ended = False
-        self._crops = 0
-        self._link_crops = 0
-        self._crop_moved = asyncio.Condition()
         self._held: list[bytes] = []
         self._held_want: list[bool] = []
         self._heard_at = time.monotonic()
@@ -172,35 +164,7 @@ class Hop:
 
     async def serve_push(self, channel: Channel) -> None:
         """Take rows and receipts from the previous hop until its connection ends or another one takes its place."""
-        self._push = channel
-        self._link_crops = self._crops
-        await channel.send(Frame(Kind.PUSH_OPENED, {"position": self.position}))
-        if self._ended:
-            raise SessionUnknown("the session has ended")
-        taking = asyncio.create_task(self._take_pushed(channel))
-        self._pushing.add(taking)
-        try:
-            await asyncio.wait([taking])
-        finally:
-            self._pushing.discard(taking)
-            taking.cancel()
-        if not taking.cancelled():
-            await taking
-
-    async def _take_pushed(self, channel: Channel) -> None:
-        while self._push is channel:
-            frame = await channel.receive()
-            if frame.kind not in (Kind.STEP, Kind.RECEIPT, Kind.CROP):
-                raise BadFrame(f"{frame.kind.name} does not belong on a push connection")
-            if frame.kind is Kind.CROP:
-                async with self._crop_moved:
-                    self._link_crops += 1
-                    await self._crop_moved.wait_for(lambda: self._crops >= self._link_crops)
-                continue
-            if self._link_crops < self._crops:
-                continue  # sent before the previous hop had heard of the crop
-            await self._pushed.acquire()  # the hop before waits, not our memory
-            self._inbox.put_nowait((channel, frame, self._crops))
+        await self._inbox.serve_push(channel)
 
     # -- tasks
 
@@ -215,11 +179,11 @@ class Hop:
                 await self._report(self._billing.take_voucher(sealed_field(frame, "voucher"), now))
             elif frame.kind is Kind.TENSOR:
                 await self._report(self._passes.take(frame))
-            elif frame.kind is Kind.STEP and self._queued_rows + frame.num_rows > self._open.max_length:
-                await self._tell(ContextLengthExceeded("more rows are waiting than the session was opened for"))
             elif frame.kind is Kind.STEP:
-                self._queued_rows += frame.num_rows
-                self._inbox.put_nowait((self._control, frame, self._crops))
+                try:
+                    self._inbox.put(frame)
+                except ContextLengthExceeded as error:
+                    await self._tell(error)
             else:
                 await self._commands.put(frame)
 
@@ -233,13 +197,7 @@ class Hop:
     async def _work(self) -> None:
         """Rows, and the receipts that go with them, in the order in which they came."""
         while True:
-            channel, frame, crops = await self._inbox.get()
-            if channel is self._control:
-                self._queued_rows -= frame.num_rows
-            else:
-                self._pushed.release()
-            if crops != self._crops or (channel is not self._control and channel is not self._push):
-                continue  # from before a crop, or from a hop that was replaced
+            channel, frame = await self._inbox.next()
             handler = self._on_step if frame.kind is Kind.STEP else self._on_receipt
             await self._report(handler(channel, frame))
 
@@ -341,14 +299,14 @@ class Hop:
             )
 
     async def _compute(self, rows: list[bytes], want: list[bool]) -> None:
-        start, crops = len(self._record), self._crops
+        start, crops = len(self._record), self._inbox.crops
         self._check_length(start + len(rows))
         shop, model = self._shop, self._shop.engine.model
         cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
-        if not await self._billing.book(cost, lambda: crops != self._crops):
+        if not await self._billing.book(cost, lambda: crops != self._inbox.crops):
             return  # cropped while it waited for a voucher
         async with self._moving:
-            if crops != self._crops:
+            if crops != self._inbox.crops:
                 self._billing.refund(cost)
                 return
             try:
@@ -377,7 +335,7 @@ class Hop:
 
     async def _on_receipt(self, channel: Channel, frame: Frame) -> None:
         """The previous hop's receipt: it signed what it sent, or we do not sign what we got."""
-        if channel is not self._push:
+        if not self._inbox.is_push(channel):
             raise Unauthorized("receipts come from the previous hop")
         receipt, signer = unseal(self._shop.domain, Receipt, sealed_field(frame, "receipt"))
         node = await asyncio.to_thread(self._shop.lookups.signer_of, signer)
@@ -434,9 +392,7 @@ class Hop:
             if refill is not None:
                 refill()
         await self._downstream.mark_crop(marked)
-        async with self._crop_moved:
-            self._crops += 1
-            self._crop_moved.notify_all()
+        await self._inbox.cropped()
         self._billing.wake()  # a step that waited for a voucher is void now
 
     async def _on_fork(self, frame: Frame) -> None:
@@ -490,7 +446,7 @@ class Hop:
     async def _on_route(self, frame: Frame) -> None:
         """Another node takes the place of a neighbour: the one that pushes to us, or the one that we push to."""
         if "previous" in frame.body:
-            self._push = None
+            self._inbox.drop_push()
             async with self._signing:
                 self._windows.replace_previous(_address(frame, "previous"))
         if "next" in frame.body:
@@ -524,10 +480,7 @@ class Hop:
 
     async def _disconnect(self) -> None:
         await self._downstream.close()
-        self._push = None
-        self._ended = True
-        for taking in self._pushing:
-            taking.cancel()
+        self._inbox.close()
 
 
 def _address(frame: Frame, key: str) -> Address:

@@ -244,7 +244,8 @@ class Node:
 
     def _credit(self, manifest: Manifest) -> Wei:
         config = self.config
-        positions = config.credit_positions if manifest.is_causal(config.layers) else max(config.credit_positions, manifest.max_length)
+        one_shot = not manifest.is_causal(config.layers)
+        positions = max(config.credit_positions, manifest.max_length) if one_shot else config.credit_positions
         return charge(config.layers, manifest.layers, Wei(config.price), positions)
 
     def _renew_offer(self, shop: Shop, manifest: Manifest) -> None:
