@@ -47,7 +47,8 @@ async def question_answering(
     if not question or not context or top_k < 1 or max_answer_len < 1:
         raise ConfigError("question and context are not empty, top_k and max_answer_len are at least 1")
     length = min(max_seq_len or DEFAULT_LENGTH, longest(served))
-    stride = min(length // 2, DEFAULT_STRIDE) if doc_stride is None else doc_stride
+    room = length - len(served.tokens.analyse(question).ids)
+    stride = max(min(room // 2, DEFAULT_STRIDE), 0) if doc_stride is None else doc_stride
     found: list[dict[str, Any]] = []
     no_answer = 1.0
     route: list[Candidate] = []
