@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.canonical import Canonical
 from tallystick_model.ghosts import fill_blanks, splice
+from tallystick_model.memory import WORTH_RELEASING, all_finite, release_freed_memory
 from tallystick_model.publishing.quantize import read_weight, weight_shapes
 from tallystick_model.skeleton import Skeleton, build_skeleton, set_weight
 from tallystick_model.span import Execution, SpanModel, Spliced
@@ -140,8 +141,12 @@ def assemble(
         tensors = source(piece, tuple(sorted({stored for _, stored in weights})))
         for name, stored in weights:
             set_weight(skeleton.model, name, tensors[stored])
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        tensors.clear()  # so that a plain weight is free once it is packed
         if rules is not None:
             rules.fill({name for name, _ in weights})
+        if size >= WORTH_RELEASING:
+            release_freed_memory()
     return Spliced(skeleton, anatomy, passage, rules, rules.finish() if rules is not None else None)
 
 
@@ -181,6 +186,6 @@ def _as_fp32(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         raise ManifestError(f"{name} is {tensor.dtype}; weights are floating point")
     converted = tensor.to(torch.float32, copy=True)
-    if not bool(torch.isfinite(converted).all()):
+    if not all_finite(converted):
         raise ManifestError(f"{name} holds NaN or infinity")
     return converted
