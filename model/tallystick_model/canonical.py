@@ -58,6 +58,7 @@ class Canonical:
             elif type(module) in LINEAR_TYPES:
                 packed: nn.Module = CanonicalLinear.of(module, self._numerics)
                 self._replace(name, Selecting(packed, self.selection) if module is self._head else packed)
+                module._parameters.clear()
             elif type(module) is nn.Embedding and self._numerics == "bf16w":
                 self._replace(name, RoundedEmbedding(module.weight.detach()))
 

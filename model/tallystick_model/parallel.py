@@ -113,7 +113,8 @@ def load_parallel(
     manifest: Manifest, span: Span, open_piece: Callable[[Piece], Path], ranks: int, threads: int = 1
 ) -> ParallelSpan:
     """Load a span over `ranks` processes, this one included. Raises as `shard_span` does, and ConfigError."""
-    parallel_plan(build_skeleton(manifest.config, manifest.architecture), ranks)  # refuse before anything is started
+    skeleton = build_skeleton(manifest.config, manifest.architecture, manifest.labels)
+    parallel_plan(skeleton, ranks)  # refuses before anything is started
     pieces = {piece.name: str(open_piece(piece)) for piece in manifest.span_pieces(span)}
     with tempfile.TemporaryDirectory(prefix="tallystick-") as folder:
         meeting = str(Path(folder) / "ranks")

@@ -20,6 +20,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from tallystick_model.loader import Source, assemble, checked_anatomy
+from tallystick_model.memory import all_finite
 from tallystick_model.skeleton import Skeleton
 from tallystick_model.span import Spliced
 from tallystick_protocol.errors import ConfigError, ManifestError
@@ -35,6 +36,12 @@ def shard_span(manifest: Manifest, span: Span, open_piece: Callable[[Piece], Pat
     Raises ManifestError (reason="no_tp_plan") for a model without a plan, ConfigError for heads that cannot be dealt
     out evenly, ManifestError for pieces that are not what the manifest says.
     """
+    if manifest.numerics != "fp32" or manifest.quantization is not None:
+        raise ManifestError(
+            f"{manifest.name} is {manifest.numerics}{', quantized' if manifest.quantization else ''}: only fp32 is"
+            " dealt out to ranks; serve it with tensor_parallel = 1",
+            reason="no_tp_plan",
+        )
     skeleton, anatomy = checked_anatomy(manifest)
     plan = parallel_plan(skeleton, mesh.size())
     apply_tensor_parallelism(skeleton.model, mesh, plan)
@@ -123,6 +130,6 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         raise ManifestError(f"{name} is {tensor.dtype}; weights are floating point")
     converted = tensor.to(torch.float32, copy=True).contiguous()
-    if not bool(torch.isfinite(converted).all()):
+    if not all_finite(converted):
         raise ManifestError(f"{name} holds NaN or infinity")
     return converted
