@@ -39,7 +39,7 @@ from tallystick_protocol.vouchers import charge
 log = logging.getLogger(__name__)
 
 PASS_TIMEOUT_S = 120.0
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 """How far two honest nodes' tensors may lie apart, relative to the largest value: passes are not canonical."""
 
 BUDGET_ROWS = 16 * MAX_ROWS
