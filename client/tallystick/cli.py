@@ -21,6 +21,7 @@ from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
 from tallystick.sampling import Sampling
+from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
@@ -86,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--model", default="")
     embed.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
     embed.set_defaults(command=_embed)
+
+    tasks.add(commands, _client)
 
     network = commands.add_parser("network", help="which nodes serve which layers")
     network.add_argument("--model", default="")

@@ -40,8 +40,9 @@ def manifest_of(model: Any, folder: Path, task: str, output: str, pooling: Pooli
         labels = ("start", "end")
     nowhere = Cid.of_raw(b"-")
     return Manifest(
-        name=folder.name, licence="cc0-1.0", architecture=type(model).__name__, config=json.loads(config.to_json_string()),
-        task=task, output=output, labels=labels, causal=config.is_encoder_decoder or "Causal" in type(model).__name__, numerics="fp32", quantization=None,
+        name=folder.name, licence="cc0-1.0", architecture=type(model).__name__,
+        config=json.loads(config.to_json_string()), task=task, output=output, labels=labels,
+        causal=config.is_encoder_decoder or "Causal" in type(model).__name__, numerics="fp32", quantization=None,
         encoder_layers=config.encoder_layers if config.is_encoder_decoder else 0,
         layers=config.num_hidden_layers + (config.decoder_layers if config.is_encoder_decoder else 0),
         width=config.hidden_size, vocab=config.vocab_size, max_length=config.max_position_embeddings, pieces=(),

@@ -58,7 +58,8 @@ def bert(folder: Path, head: str, *, seed: int = 0, **changes: Any) -> Path:
 
 
 BERT_TOKENS = {
-    "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     "model_max_length": 64, "mask_token": "[MASK]", "unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]",
     "sep_token": "[SEP]",
 }  # fmt: skip
@@ -81,13 +82,16 @@ def wordpiece() -> Tokenizer:
 
 
 def marian(folder: Path, *, seed: int = 0, generation: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A tiny Marian model: sinusoidal positions, the embedding shared, a bias on the logits."""
+    """A tiny Marian model, built as the original transformer was, but for the layout of its positions."""
     torch.manual_seed(seed)
-    config = transformers.MarianConfig(**{**SEQ2SEQ_SMALL, "share_encoder_decoder_embeddings": True, **changes})
+    own = {"share_encoder_decoder_embeddings": True, "scale_embedding": True, "activation_function": "relu"}
+    config = transformers.MarianConfig(**{**SEQ2SEQ_SMALL, **own, **changes})
     model = transformers.MarianMTModel(config)
     _enliven(model)
-    torch.nn.init.normal_(model.final_logits_bias, std=0.1)
-    model.final_logits_bias[0, 2] = 12.0  # it ends now and then
+    with torch.no_grad():
+        model.model.shared.weight /= config.d_model**0.5  # scaled up again where it enters
+    torch.nn.init.normal_(model.final_logits_bias, std=0.02)
+    model.final_logits_bias[0, 2] = 2.1  # it ends now and then
     model.generation_config = transformers.GenerationConfig(**{**MARIAN_GENERATION, **(generation or {})})
     return save(model, folder, metaspace(), {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, 1.0)
 
@@ -113,7 +117,8 @@ def multilingual(folder: Path, *, seed: int = 0) -> Path:
     model = transformers.M2M100ForConditionalGeneration(transformers.M2M100Config(**SEQ2SEQ_SMALL))
     _enliven(model)
     model.generation_config = transformers.GenerationConfig(
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, max_length=20, num_beams=3, no_repeat_ngram_size=2
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, max_length=20, num_beams=3,
+        no_repeat_ngram_size=2,
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     return save(model, folder, metaspace(LANGUAGES, "eng_Latn $A </s>"), settings, 1.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,7 +111,8 @@ async def test_greedy_is_transformers(causal: LocalBackend, name: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_beams": 1}, {"no_repeat_ngram_size": 2, "num_beams": 5}, {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True, "max_length": 12},
+    [{}, {"num_beams": 1}, {"no_repeat_ngram_size": 2, "num_beams": 5},
+     {"num_beams": 3, "num_return_sequences": 2, "early_stopping": True, "max_length": 12},
      {"forced_bos_token_id": 50, "length_penalty": 0.8}, {"encoder_no_repeat_ngram_size": 2, "max_new_tokens": 9}],
     ids=lambda settings: ", ".join(settings) or "the checkpoint's own",
 )  # fmt: skip
