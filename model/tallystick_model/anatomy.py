@@ -57,6 +57,7 @@ class Anatomy:
     """roles: {weight: "embed" | "layer.<k>" | "shared" | "head"}; unused: weights that reach nothing that is served.
     tied: {weight of the head: the weight of `embed` it shares}; aliases: {weight: the weight of the same piece, or of
     `shared`, that is stored for it}.
+    memory_width, memory_type: of an encoder's output, how wide and what class it comes in.
     prologues: for each stack the weights that reach its first layer with the tokens.
     streams: for each stack what passes between its layers, the hidden state first; ends: the hidden state that its
     last layer returns. layers: of all stacks on one axis.
@@ -75,6 +76,7 @@ class Anatomy:
     causal: bool
     width: int
     memory_width: int
+    memory_type: Any
     layers: tuple[LayerShape, ...]
     prologues: tuple[frozenset[str], ...]
     streams: tuple[tuple[Stream, ...], ...]
@@ -129,6 +131,7 @@ def dissect(skeleton: Skeleton) -> Anatomy:
 def _dissect(skeleton: Skeleton, *, masked: bool) -> Anatomy:
     taint = Taint(skeleton.weights(), skip=LINEAR_TYPES)
     seats = [ProbeSeat() for _ in skeleton.layers]
+    attend_with(skeleton.model, ProbeSeat())
     for layer, seat in zip(skeleton.layers, seats, strict=True):
         attend_with(layer, seat)
     runs: list[Run] = []
@@ -138,8 +141,7 @@ def _dissect(skeleton: Skeleton, *, masked: bool) -> Anatomy:
             config._experts_implementation = PROBE
         with torch.no_grad(), probing(skeleton.config), taint.naming(skeleton.model):
             for index in range(len(skeleton.stacks)):
-                memory_width = runs[0].output.last_hidden_state.shape[-1] if index else None
-                runs.append(follow(skeleton, index, taint, memory_width, masked=masked))
+                runs.append(follow(skeleton, index, taint, runs[0].output if index else None, masked=masked))
     except BUILD_ERRORS as error:
         raise ManifestError(f"{type(skeleton.model).__name__} cannot be probed: {str(error)[:160]}") from None
     finally:
@@ -178,6 +180,7 @@ def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[Pro
         _is_causal(skeleton, plans, kind, last),
         max(*widths, *(end.width for end in ends), memory_width),
         memory_width,
+        type(runs[0].output),
         layers,
         tuple(frozenset(one.embed) for one in found),
         tuple(tuple(one.streams) for one in found),

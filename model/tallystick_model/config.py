@@ -7,6 +7,7 @@ are the allow-list, and every number is finite and within the table below. No re
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto import modeling_auto as auto
 
 from tallystick_protocol.errors import ManifestError
 
@@ -30,11 +31,25 @@ _LEFT_OUT = """
 LEFT_OUT = frozenset(_LEFT_OUT.split())
 """Keys of a checkpoint that do not matter for what is computed here, or that the manifest says elsewhere."""
 
-MUST_BE = {"chunk_size_feed_forward": (0,), "position_embedding_type": ("absolute",), "is_encoder_decoder": (False,)}
-"""Keys that are left out, or kept, with one meaning only."""
+MUST_BE = {"chunk_size_feed_forward": (0,), "position_embedding_type": ("absolute",)}
+"""Keys that are left out with one meaning only, unless the config class has a field of that name."""
+
+MAPPINGS = (
+    auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    auto.MODEL_MAPPING_NAMES,
+)
+"""transformers' tables of classes for the tasks that are served."""
 
 LEGACY = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 """Older spellings that a checkpoint may use; transformers turns them into fields, and manifests hold fields."""
+
+PER_LAYER = "per_layer_config"
+"""{layer: {field: value}} for models whose layers differ; not a field, and taken by the classes that have it."""
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "hidden_size": (1, 1 << 17),
@@ -68,8 +83,18 @@ def build_config(values: dict[str, Any]) -> Any:
     Raises ManifestError naming the key: unknown, forbidden, of the wrong type or out of bounds.
     """
     cls = config_class(values)
-    _refuse_keys(values, cls, allowed=frozenset(servable_fields(cls)) | {"model_type"})
+    _refuse_unservable(values, cls)
     return _construct(cls, values)
+
+
+def _refuse_unservable(values: dict[str, Any], cls: Any) -> None:
+    extra = {PER_LAYER} if PER_LAYER in _defaults(cls) else set()
+    _refuse_keys(values, cls, allowed=frozenset(servable_fields(cls)) | {"model_type"} | extra)
+    for layer in (values.get(PER_LAYER) or {}).values():
+        _refuse_keys(layer if isinstance(layer, dict) else {}, cls, allowed=frozenset(servable_fields(cls)))
+    for name in cls.sub_configs:
+        if isinstance(inner := values.get(name), dict):
+            _refuse_unservable(inner, _inner_class(cls, name, inner))
 
 
 def checkpoint_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +103,78 @@ def checkpoint_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises ManifestError naming the key that is unknown, forbidden, of the wrong type or out of bounds.
     """
     cls = config_class(values)
-    names = {str(field.name) for field in dataclasses.fields(cls)} | {str(name) for name in cls.attribute_map}
-    _refuse_keys(values, cls, allowed=names | LEFT_OUT | LEGACY | {"model_type", "tie_encoder_decoder"})
-    config = _construct(cls, {key: value for key, value in values.items() if key not in LEFT_OUT})
-    written = config.to_dict()
-    kept = {name: written[name] for name in servable_fields(cls) if written.get(name) is not None}
+    written = _construct(cls, _accepted(values, cls)).to_dict()
+    _check_derived(cls, values, written)
+    return _written(cls, written)
+
+
+def _accepted(values: dict[str, Any], cls: Any) -> dict[str, Any]:
+    """A checkpoint's values without those that do not matter. Raises ManifestError for a key that is not known."""
+    known = _names(cls) | LEGACY | {"model_type", PER_LAYER}
+    derived = frozenset(_defaults(cls)) - known
+    _refuse_keys(values, cls, allowed=known | LEFT_OUT | derived | {"tie_encoder_decoder"})
+    left_out = (LEFT_OUT - set(servable_fields(cls))) | derived
+    kept = {key: value for key, value in values.items() if key not in left_out and not _is_default(cls, key, value)}
+    for key in MUST_BE.keys() & values.keys() & left_out:
+        _check_meaning(key, values[key])
+    for name in cls.sub_configs:
+        if isinstance(inner := kept.get(name), dict):
+            kept[name] = _accepted(inner, _inner_class(cls, name, inner))
+    return kept
+
+
+def _check_derived(cls: Any, values: dict[str, Any], written: dict[str, Any]) -> None:
+    """Values that are no fields are what the class makes of its fields. Raises ManifestError for one that is not."""
+    stated = _names(cls) | LEFT_OUT | LEGACY | {"model_type", PER_LAYER}
+    for key in sorted((_defaults(cls).keys() & values.keys()) - stated):
+        if _plain(written.get(key)) != _plain(values[key]):
+            raise ManifestError(
+                f"config {key} is {str(values[key])[:40]!r}; the other keys make it {str(written.get(key))[:40]!r}"
+            )
+
+
+def _names(cls: Any) -> frozenset[str]:
+    """Fields of a config class, by all their names."""
+    aliases = (*cls.attribute_map, *cls.attribute_map.values())
+    return frozenset({field.name for field in dataclasses.fields(cls)} | set(aliases) | set(cls.sub_configs))
+
+
+@functools.cache
+def _defaults(cls: Any) -> dict[str, Any]:
+    """What the class's own defaults make, as it writes them; empty when it has none for everything."""
+    try:
+        return cls().to_dict()  # type: ignore[no-any-return]
+    except _BUILD_ERRORS:
+        return {}
+
+
+def _is_default(cls: Any, key: str, value: Any) -> bool:
+    """Whether a value that no manifest can hold is the class's own default."""
+    return not _is_finite(value) and _plain(_defaults(cls).get(key)) == _plain(value)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_finite(inner) for inner in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple | set | frozenset) else value
+
+
+def _written(cls: Any, written: dict[str, Any]) -> dict[str, Any]:
+    values = {name: written.get(name, written.get(cls.attribute_map.get(name, name))) for name in servable_fields(cls)}
+    kept = {name: _plain(value) for name, value in values.items() if value is not None}
+    kept = {name: value for name, value in kept.items() if not _is_default(cls, name, value)}
+    if written.get(PER_LAYER):
+        kept[PER_LAYER] = _plain(written[PER_LAYER])
+    for name in cls.sub_configs:
+        if isinstance(inner := kept.get(name), dict):
+            kept[name] = _written(_inner_class(cls, name, inner), inner)
     return {"model_type": cls.model_type, **kept}
 
 
@@ -98,9 +190,9 @@ def config_class(values: dict[str, Any]) -> Any:
 
 
 def model_class(config: Any, architecture: str) -> Any:
-    """The class that runs it: a causal LM or base model of this very model type. Raises ManifestError."""
+    """The class that runs it: one that transformers lists for this very model type. Raises ManifestError."""
     known: set[str] = set()
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES):
+    for mapping in MAPPINGS:
         names = mapping.get(config.model_type, ())
         known |= {names} if isinstance(names, str) else set(names)
     if architecture not in known:
@@ -110,36 +202,57 @@ def model_class(config: Any, architecture: str) -> Any:
 
 def servable_fields(cls: Any) -> tuple[str, ...]:
     """The fields of a config class that a manifest may set."""
-    names = (field.name for field in dataclasses.fields(cls))
+    names = {field.name for field in dataclasses.fields(cls)} | set(cls.sub_configs)
+    left_out = LEFT_OUT - (MUST_BE.keys() & _own_fields(cls))
     return tuple(
-        name for name in names if not name.startswith("_") and name not in LEFT_OUT and "implementation" not in name
+        sorted(
+            name for name in names if not name.startswith("_") and name not in left_out and "implementation" not in name
+        )
     )
 
 
+def _own_fields(cls: Any) -> frozenset[str]:
+    """Fields that the class declares, beside those of every config."""
+    every = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    return frozenset(field.name for field in dataclasses.fields(cls)) - every
+
+
+def _inner_class(cls: Any, name: str, values: dict[str, Any]) -> Any:
+    """The class of a config within a config; where any model may stand, the one that its values name."""
+    inner = cls.sub_configs[name]
+    return config_class(values) if inner is transformers.AutoConfig else inner
+
+
 def _construct(cls: Any, values: dict[str, Any]) -> Any:
-    if getattr(cls, "sub_configs", None):
-        raise ManifestError(f"{cls.model_type} is a composite of several models, which are not served yet")
     _check_value("config", values, _MAX_DEPTH)
     for key, value in values.items():
-        if key in MUST_BE and value not in (*MUST_BE[key], None):
-            raise ManifestError(f"config {key} is {str(value)[:40]!r}; only {MUST_BE[key][0]!r} is served")
         _check_bounds(cls.attribute_map.get(key, key), value)
+    if values.get("is_encoder_decoder") and not getattr(cls, "is_encoder_decoder", False):
+        raise ManifestError(f"config is_encoder_decoder: {cls.model_type} is a single stack")
     try:
         config = cls(**{key: value for key, value in values.items() if key != "model_type"})
     except _BUILD_ERRORS as error:
         raise ManifestError(f"config does not fit {cls.__name__}: {_one_line(error)}") from None
-    for name in BOUNDS:
-        _check_bounds(name, getattr(config, name, None))
-    _check_relations(config)
+    for part in (config, *(getattr(config, name, None) for name in cls.sub_configs)):
+        if part is not None:
+            made = {part.attribute_map.get(name, name): value for name, value in part.to_dict().items()}
+            for name in BOUNDS:
+                _check_bounds(name, made.get(name, made.get(part.attribute_map.get(name, name))))
+            _check_relations(made)
     return config
 
 
-def _check_relations(config: Any) -> None:
-    length, width = getattr(config, "max_position_embeddings", 0) or 0, getattr(config, "hidden_size", 0) or 0
-    if length * width > MAX_POSITION_TABLE:
+def _check_meaning(key: str, value: Any) -> None:
+    if value not in (*MUST_BE[key], None):
+        raise ManifestError(f"config {key} is {str(value)[:40]!r}; only {MUST_BE[key][0]!r} is served")
+
+
+def _check_relations(made: dict[str, Any]) -> None:
+    length, width = made.get("max_position_embeddings"), made.get("hidden_size")
+    if isinstance(length, int) and isinstance(width, int) and length * width > MAX_POSITION_TABLE:
         raise ManifestError(f"config: {length} positions of width {width} are more than {MAX_POSITION_TABLE}")
-    heads, groups = getattr(config, "num_attention_heads", 1), getattr(config, "num_key_value_heads", None)
-    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+    heads, groups = made.get("num_attention_heads", 1), made.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(groups, int) and groups > 0 and heads % groups:
         raise ManifestError(f"config: {heads} attention heads cannot share {groups} key-value heads")
 
 
@@ -155,6 +268,10 @@ def _refuse_keys(values: dict[str, Any], cls: Any, allowed: frozenset[str] | set
 
 def _check_bounds(name: str, value: Any) -> None:
     if value is None or name not in BOUNDS:
+        return
+    if isinstance(value, list | tuple):  # one for each layer
+        for inner in value:
+            _check_bounds(name, inner)
         return
     low, high = BOUNDS[name]
     whole = isinstance(low, int) and not name.endswith(("eps", "epsilon"))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers.modeling_outputs import BaseModelOutput
 
 from tallystick_model.skeleton import Skeleton, arguments_of
 from tallystick_model.taint import Taint, tensors_in
@@ -77,8 +76,8 @@ def _as_list(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def follow(skeleton: Skeleton, index: int, taint: Taint, memory_width: int | None, *, masked: bool) -> Run:
-    """Run stack `index` under `taint`. masked: hand it a mask of ones.
+def follow(skeleton: Skeleton, index: int, taint: Taint, encoded: Any, *, masked: bool) -> Run:
+    """Run stack `index` under `taint`. encoded: for a decoder, what its encoder returned. masked: hand it a mask of ones.
 
     Raises ManifestError where layers are not called as layers, and whatever the forward raises.
     """
@@ -90,7 +89,7 @@ def follow(skeleton: Skeleton, index: int, taint: Taint, memory_width: int | Non
         layer.forward = _recording(layer.forward, place, run, taint)
     try:
         with taint:
-            run.output = skeleton.runner(index)(**_inputs(skeleton, index, taint, memory_width, masked=masked))
+            run.output = skeleton.runner(index)(**_inputs(skeleton, index, taint, encoded, masked=masked))
     finally:
         for layer in layers:
             del layer.__dict__["forward"]
@@ -125,9 +124,7 @@ def _cut(leaf: Any, taint: Taint) -> Any:
     return fresh
 
 
-def _inputs(
-    skeleton: Skeleton, index: int, taint: Taint, memory_width: int | None, *, masked: bool
-) -> dict[str, Any]:
+def _inputs(skeleton: Skeleton, index: int, taint: Taint, encoded: Any, *, masked: bool) -> dict[str, Any]:
     ids = torch.full((1, PROBE_ROWS), ordinary_id(skeleton.config))
     taint.mark(ids, {ROWS})
     positions = torch.arange(PROBE_ROWS)[None]
@@ -137,9 +134,10 @@ def _inputs(
         inputs |= {"input_ids": ids, "position_ids": positions}
         inputs |= {"attention_mask": mask} if masked else {}
     else:
-        memory = torch.empty(1, PROBE_ROWS + 4, memory_width or 1, device="meta")
+        known_rows = encoded.last_hidden_state
+        memory = torch.empty(1, PROBE_ROWS + 4, known_rows.shape[-1], dtype=known_rows.dtype, device="meta")
         taint.mark(memory, {MEMORY})
-        inputs |= {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=memory)}
+        inputs |= {"decoder_input_ids": ids, "encoder_outputs": type(encoded)(last_hidden_state=memory)}
         inputs |= {"decoder_attention_mask": mask} if masked else {}
     known = arguments_of(skeleton.runner(index))
     return {name: value for name, value in inputs.items() if name in known}

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from tallystick_model.anatomy import Anatomy
-from tallystick_model.attention import R
+from tallystick_model.tiles import R
 from tallystick_model.cache import CacheShape, KvCache
 from tallystick_model.canonical import Canonical
 from tallystick_model.ghosts import Leave, Passage
@@ -255,6 +254,31 @@ class SpanModel:
         passage.begin(self._stack.start)
         return self._runner(**inputs)
 
+    def run_batch(
+        self,
+        inputs: dict[str, Any],
+        shape: tuple[int, ...],
+        received: list[torch.Tensor] | None,
+        cache: StockCache | None,
+    ) -> Any:
+        """One stock forward over a batch of sessions of equal, perhaps padded, length: no rows, no checks.
+
+        inputs: the model's own; shape: (batch, n); received: the streams that the span before left with; cache: of the
+        whole batch, to be committed by the caller. Returns the model's output; raises `Leave` where the span ends
+        before the model.
+        """
+        self._spliced.passage.batch, self._spliced.passage.received = shape[0], received
+        self._prepare_stock(cache, shape[1])
+        known = {name: value for name, value in inputs.items() if name in self._arguments}
+        try:
+            return self.run_model(known, shape[1])
+        except Leave:
+            if cache is not None:
+                cache.pass_rest(shape[1])
+            raise
+        finally:
+            self._spliced.passage.batch = 1
+
     def _widened(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(rows, (0, self.manifest.width - rows.shape[1]))
 
@@ -290,7 +314,7 @@ class SpanModel:
         if cache is not None:
             inputs |= {"past_key_values": cache.inner, "use_cache": True}
             if cache.memory is not None:
-                inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=cache.memory)
+                inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
         return {name: value for name, value in inputs.items() if name in self._arguments}
 
     def _prepare_stock(self, cache: Cache | None, num_rows: int) -> None:

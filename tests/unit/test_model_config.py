@@ -89,7 +89,7 @@ def test_a_model_type_that_transformers_does_not_know_is_refused_without_a_promp
         build_config({**GOOD, "model_type": model_type})
 
 
-@pytest.mark.parametrize("architecture", ["BertModel", "LlamaForSequenceClassification", "__class__", "logging", ""])
+@pytest.mark.parametrize("architecture", ["BertModel", "LlamaForConditionalGeneration", "__class__", "logging", ""])
 def test_an_architecture_is_one_of_its_model_types_own(architecture: str) -> None:
     with pytest.raises(ManifestError, match="architecture"):
         model_class(build_config(GOOD), architecture)

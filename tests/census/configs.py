@@ -1,0 +1,124 @@
+"""A tiny random config for every text model type that transformers offers for language modelling."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tallystick_model.shrinking import shrink
+
+VOCAB = 320
+LAYERS = 4
+
+TASKS = {
+    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+}
+
+_AUDIO = "takes sound"
+_IMAGES = "takes images; its text model is a type of its own"
+COMPOSITE: dict[str, str] = {
+    "audioflamingo3": _AUDIO, "emu3": _IMAGES, "fuyu": _IMAGES, "gemma3": _IMAGES, "gemma3n": _IMAGES, "gemma4": _IMAGES,
+    "gemma4_unified": _IMAGES, "git": _IMAGES, "glmasr": _AUDIO, "got_ocr2": _IMAGES, "granite_speech": _AUDIO,
+    "granite_speech_plus": _AUDIO, "mllama": _IMAGES, "modernvbert": _IMAGES, "moshi": _AUDIO,
+    "moss_transcribe_diarize": _AUDIO, "musicflamingo": _AUDIO, "musicgen": _AUDIO, "musicgen_melody": _AUDIO,
+    "nemo_speechlm": _AUDIO, "phi4_multimodal": _IMAGES, "qwen2_audio": _AUDIO, "qwen3_asr": _AUDIO,
+    "ultravbert": _IMAGES, "vibevoice_asr": _AUDIO, "voxtral": _AUDIO, "voxtral_realtime": _AUDIO,
+}  # fmt: skip
+"""Types in the tables that are no text models, and why: they are not examined."""
+
+
+def composites() -> dict[str, str]:
+    return dict(COMPOSITE)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of the census."""
+
+    type: str
+    task: str
+    architecture: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.type}:{self.task}"
+
+
+def entries() -> list[Entry]:
+    """Every (type, class), in the order of transformers' tables; a class that does two tasks comes once."""
+    found: dict[tuple[str, str], Entry] = {}
+    for task, mapping in TASKS.items():
+        for model_type, architecture in mapping.items():
+            if model_type in COMPOSITE:
+                continue
+            key = (model_type, architecture)
+            if key in found and task == "seq2seq":
+                del found[key]
+            found.setdefault(key, Entry(model_type, task, architecture))
+    return list(found.values())
+
+
+def tiny_config(entry: Entry) -> Any:
+    """The config object of an entry, small."""
+    cls = CONFIG_MAPPING[entry.type]
+    model = getattr(transformers, entry.architecture)
+    if model.config_class is not cls and isinstance(model.config_class, type):
+        cls = model.config_class
+    values = _defaults(cls) | {name: value for name, value in _extra(cls, entry).items()}
+    return cls(**values)
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    """The class's own defaults, as plain fields, cut down."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    whole = cls()
+    values: dict[str, Any] = {}
+    written = whole.to_dict()
+    for name in fields:
+        if not name.startswith("_") and name not in ("layer_types", "mlp_layer_types"):
+            values[name] = written.get(name, getattr(cls, name, None))
+    kept = {name: value for name, value in values.items() if type(value) in (int, float, str, bool)}
+    small = shrink(kept, layers=LAYERS, vocab=VOCAB)
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        if type(small.get(name)) is int:
+            small[name] = min(small[name], 512)
+    for name, value in list(small.items()):
+        if name.endswith(("_token_id", "_token_index")) and type(value) is int and value >= VOCAB:
+            small[name] = 7 + len(name) % 9
+    wanted = {name for name in small if small[name] != values[name]}
+    return {name: small[name] for name in wanted}
+
+
+def _extra(cls: Any, entry: Entry) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    fields = {field.name for field in dataclasses.fields(cls)}
+    if entry.task == "causal" and "is_decoder" in fields:
+        extra["is_decoder"] = True
+    return extra | OVERRIDES.get(entry.type, {})
+
+
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
+    "dots1": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "longcat_flash": {"qk_head_dim": 32, "head_dim": 16},
+    "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": "rotary"},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "luke": {"entity_vocab_size": 16},
+}
+"""What a tiny config needs beyond cut-down sizes, so that its parts fit each other."""

@@ -1,0 +1,132 @@
+"""The whole census: workers of their own, so that a type that crashes or hangs costs only itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from census.configs import Entry, composites, entries
+from census.table import put_table, special_cases
+
+TIMEOUT_SECONDS = 240
+ROOT = Path(__file__).parents[2]
+
+
+class Worker:
+    """One process; started again after a crash or a timeout."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def examine(self, entry: Entry) -> dict[str, Any]:
+        process = self._process
+        if process is None or process.poll() is not None:
+            path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+            process = self._process = subprocess.Popen(
+                ["nice", sys.executable, "-m", "census.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+        timer = threading.Timer(TIMEOUT_SECONDS, process.kill)
+        timer.start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(entry.name + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if answer:
+            return json.loads(answer)  # type: ignore[no-any-return]
+        why = f"the process ended with {process.wait()}, or took over {TIMEOUT_SECONDS} s"
+        return {"type": entry.type, "task": entry.task, "architecture": entry.architecture, "result": "wrong",
+                "why": why, "layers": 0, "crop": False, "canonical": False, "canonical_why": "", "worst": {}}  # fmt: skip
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def take_census(chosen: Sequence[Entry], jobs: int) -> list[dict[str, Any]]:
+    """The results, in the order of `chosen`."""
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index in range(len(chosen)):
+        waiting.put(index)
+    results: dict[int, dict[str, Any]] = {}
+
+    def work() -> None:
+        worker = Worker()
+        try:
+            while True:
+                try:
+                    index = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                results[index] = found = worker.examine(chosen[index])
+                said = f"{chosen[index].name}: {found['result']} {found['why']}".strip()
+                canonical = "canonical" if found["canonical"] else f"stock ({found['canonical_why']})"
+                sys.stderr.write(f"{len(results)}/{len(chosen)} {said} | {canonical}\n")
+        finally:
+            worker.close()
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[index] for index in range(len(chosen))]
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts: of (type, class) pairs, since a type may offer two classes for two tasks."""
+    counts = Counter(result["result"] for result in results)
+    refused = {f"{one['type']}:{one['task']}": one["why"] for one in results if one["result"] == "refused"}
+    return {
+        "types": len(results),
+        "built": len(results) - counts["unbuildable"],
+        "bitwise": counts["bitwise"],
+        "bitwise_types": len({one["type"] for one in results if one["result"] == "bitwise"}),
+        "close": counts["close"],
+        "wrong": {f"{one['type']}:{one['task']}": one["why"] for one in results if one["result"] == "wrong"},
+        "refused": refused,
+        "unbuildable": {f"{one['type']}:{one['task']}": one["why"] for one in results
+                        if one["result"] == "unbuildable"},
+        "canonical": sum(one["canonical"] for one in results),
+        "composite": composites(),
+        "special_cases": special_cases(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="census", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--types", help="model types, comma-separated; all by default")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="write every result there, as JSON")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+    said = parser.parse_args()
+    wanted = set(said.types.split(",")) if said.types else None
+    chosen = [entry for entry in entries() if wanted is None or entry.type in wanted]
+    results = take_census(chosen, said.jobs)
+    if said.results:
+        said.results.write_text(json.dumps(results, indent=1))
+    if said.write:
+        put_table(ROOT / "docs" / "models.md", results, summary(results))
+    sys.stdout.write((json.dumps(summary(results)) if said.json else json.dumps(summary(results), indent=1)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The census as a table in docs/models.md, and read back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- census -->", "<!-- end of census -->"
+
+
+def special_cases() -> list[str]:
+    """Rules keyed on a model's name, with their reasons. There are none."""
+    return []
+
+
+def row(result: dict[str, Any]) -> str:
+    why = result["why"] or ("" if result["crop"] else "no crop: recurrent state")
+    execution = "canonical" if result["canonical"] else "stock" if result["result"] in ("bitwise", "close") else ""
+    return f"| {result['type']} | {result['task']} | {result['result']} | {execution} | {_clean(why)} |"
+
+
+def _clean(text: str) -> str:
+    return text.replace("|", "/").replace("<", "‹").replace(">", "›")
+
+
+def put_table(page: Path, results: Sequence[dict[str, Any]], counts: dict[str, Any]) -> None:
+    """Replace what is between the markers."""
+    text = page.read_text()
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    lines = [
+        f"{counts['types']} pairs of type and task, {counts['built']} built: {counts['bitwise']} bitwise "
+        f"({counts['bitwise_types']} types), {counts['close']} close, {len(counts['refused'])} refused; "
+        f"{counts['canonical']} canonical.",
+        "",
+        "| type | task | result | execution | note |",
+        "|---|---|---|---|---|",
+        *(row(result) for result in sorted(results, key=lambda one: (one["type"], one["task"]))),
+    ]
+    page.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+
+
+def read_table(page: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    """{(type, task): (result, execution)} as the page says."""
+    inside = page.read_text().partition(BEGIN)[2].partition(END)[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in inside.splitlines() if "|" in line]
+    return {(cell[0], cell[1]): (cell[2], cell[3]) for cell in cells[2:]}
