@@ -21,6 +21,7 @@ from tallystick_protocol.types import WINDOW, Wei
 
 WIDTH, VOCAB = 192, 4096
 LINEAR = "model.layers.2.self_attn.q_proj"
+DOWN = "model.layers.2.mlp.down_proj"
 ROWS = np.ones((5, WIDTH), np.float32)
 
 
@@ -68,13 +69,11 @@ async def opened(attacker: Attacker, target: Target) -> AsyncIterator[RawSession
         await session.send(attacker.voucher(target, session.owed + target.cost(10**6)))
 
 
-def frame(name: str, rows: int, values: np.ndarray, position: int = 0, **body: Any) -> Frame:
+def frame(name: Any, rows: Any, values: np.ndarray, position: int = 0) -> Frame:
     """One TENSOR frame that says what it likes."""
     dtype = DType.F32 if values.dtype.kind == "f" else DType.IDS
     shape = (1, *values.shape)
-    return Frame(
-        Kind.TENSOR, {"request": 1, "name": name, "rows": rows, **body}, position, dtype, shape, values.tobytes()
-    )
+    return Frame(Kind.TENSOR, {"request": 1, "name": name, "rows": rows}, position, dtype, shape, values.tobytes())
 
 
 F = np.float32
@@ -93,8 +92,8 @@ BAD_TENSORS: dict[str, tuple[Frame, str]] = {
     "more than announced": (frame("rows", 1, np.ones((2, WIDTH), F)), "bad_position"),
     "out of order": (frame("rows", 9, np.ones((2, WIDTH), F), position=3), "bad_position"),
     "a name without end": (frame("x" * 5000, 2, np.ones((2, WIDTH), F)), "bad_tensor"),
-    "a name of another type": (frame("rows", 2, np.ones((2, WIDTH), F), name=7), "bad_frame"),
-    "rows of another type": (frame("rows", 2, np.ones((2, WIDTH), F), rows="2"), "bad_frame"),
+    "a name of another type": (frame(7, 2, np.ones((2, WIDTH), F)), "bad_frame"),
+    "rows of another type": (frame("rows", "2", np.ones((2, WIDTH), F)), "bad_frame"),
 }
 
 
@@ -123,8 +122,8 @@ REQUESTS: dict[str, tuple[Kind, dict[str, Any], dict[str, np.ndarray], str]] = {
     "no gradient": (Kind.BACKWARD, {}, {"rows": ROWS}, "bad_tensor"),
     "a gradient of other rows": (Kind.BACKWARD, {}, {"rows": ROWS, "grad": ROWS[:3]}, "bad_tensor"),
     "values that overflow": (
-        Kind.FORWARD, {}, {"rows": ROWS, LINEAR + ".lora_A": np.full((2, WIDTH), 1e38, F),
-                           LINEAR + ".lora_B": np.full((WIDTH, 2), 1e38, F)}, "bad_tensor",
+        Kind.FORWARD, {}, {"rows": ROWS, DOWN + ".lora_A": np.full((2, 512), 1e38, F),
+                           DOWN + ".lora_B": np.full((WIDTH, 2), 1e38, F)}, "bad_tensor",
     ),
 }  # fmt: skip
 
@@ -151,4 +150,5 @@ async def test_passes_are_refused_without_the_money_for_them(attacker: Attacker,
         assert error is not None and error["code"] == "insufficient_funds", "backward costs three times the rows"
         await put(session, 3, rows=rows[:WINDOW])
         assert await session.command(Kind.FORWARD, {"request": 3}) is None
+    fund(attacker, middle, poor, middle.cost(WINDOW))
     assert (await attacker.owed(middle, poor))[0] == middle.cost(WINDOW)
