@@ -11,13 +11,15 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from tallystick_model.anatomy import Anatomy, dissect
+from tallystick_model.cache import KvCache
 from tallystick_model.loader import assemble
-from tallystick_model.segments import Segment
+from tallystick_model.segments import Cache, Segment
 from tallystick_model.skeleton import Skeleton, build_skeleton
 from tallystick_model.span import SpanModel
 from tallystick_protocol.manifest import Canary, Manifest
@@ -30,46 +32,62 @@ MAX_VOCAB = 8192
 MAX_POSITIONS = 545
 """Past two calls of 256 rows, and past the 512 keys at which torch's attention starts a second block."""
 
-_TAG = b"tallystick numeric class 1"
+MAX_POSITIONS_ALONE = 65
+"""Where every row has a call of its own: each one reads all weights."""
+
+MEMORY_ROWS = 37
+"""Rows of the encoder's output that a decoder is given."""
+
+_TAG = b"tallystick numeric class 2"
 _DRAWN = 1_048_573  # a prime, so that no matrix repeats in step with its rows
 
 
 def numeric_class(manifest: Manifest) -> Digest:
     """The class of this machine for a model, as it runs now: SHA-256 over what it computes, or STOCK.
 
-    Depends on nothing in the manifest but config, architecture and numerics. Raises ManifestError when the config
-    cannot be built.
+    Depends on nothing in the manifest but config, architecture, labels and numerics. Raises ManifestError when the
+    config cannot be built.
     """
-    config = {**manifest.config, "vocab_size": min(manifest.vocab, MAX_VOCAB)}
-    for key, value in manifest.config.items():
-        if key.endswith("_token_id") and isinstance(value, int) and value >= MAX_VOCAB:
-            del config[key]
-    skeleton = build_skeleton(config, manifest.architecture)
+    config = _trial_config(manifest)
+    skeleton = build_skeleton(config, manifest.architecture, manifest.labels)
     anatomy = dissect(skeleton)
-    if anatomy.obstacles:
-        return STOCK
-    digest = hashlib.sha256(_TAG + manifest.numerics.encode())
     trial = replace(
-        manifest, config=config, vocab=config["vocab_size"], max_length=min(manifest.max_length, MAX_POSITIONS),
-        norms=(), canary=Canary((), (), manifest.canary.output),
+        manifest, config=config, vocab=min(manifest.vocab, MAX_VOCAB), norms=(),
+        max_length=min(manifest.max_length, MAX_POSITIONS_ALONE if anatomy.obstacles else MAX_POSITIONS),
+        canary=Canary((), (), manifest.canary.output),
     )  # fmt: skip
+    digest = hashlib.sha256(_TAG + manifest.numerics.encode())
     for layer in _kinds(skeleton, anatomy):
-        fresh = build_skeleton(config, manifest.architecture)
+        fresh = build_skeleton(config, manifest.architecture, manifest.labels)
         span = Span(layer, layer + 1)
-        model = SpanModel(trial, span, assemble(fresh, anatomy, span, _drawn_weights(fresh), "canonical"), "canonical")
-        outputs = _agreed_outputs(model)
+        spliced = assemble(fresh, anatomy, span, _drawn_weights(fresh), "canonical", manifest.numerics)
+        outputs = _agreed_outputs(SpanModel(trial, span, spliced, "canonical"), anatomy)
         if outputs is None:
             return STOCK
         digest.update(outputs)
     return Digest(digest.digest())
 
 
+def _trial_config(manifest: Manifest) -> dict[str, Any]:
+    """The config with a vocabulary of at most MAX_VOCAB, and without the ids that are beyond it."""
+    if manifest.vocab <= MAX_VOCAB:
+        return manifest.config
+    cut = {
+        key: MAX_VOCAB if key.endswith("vocab_size") and value == manifest.vocab else value
+        for key, value in manifest.config.items()
+    }
+    beyond = {
+        key for key, value in cut.items() if key.endswith("_token_id") and isinstance(value, int) and value >= MAX_VOCAB
+    }
+    return {key: value for key, value in cut.items() if key not in beyond}
+
+
 def _kinds(skeleton: Skeleton, anatomy: Anatomy) -> list[int]:
-    """The first and the last layer, and one of every kind that these two do not show."""
-    last = len(anatomy.layers) - 1
-    chosen = [0] if last == 0 else [0, last]
+    """The first and the last layer of every stack, and one of every kind that these do not show."""
+    stacks = [anatomy.stack_span(number) for number in range(len(anatomy.streams))]
+    chosen = sorted({layer for stack in stacks for layer in (stack.start, stack.end - 1)})
     seen = {_kind(skeleton, anatomy, layer) for layer in chosen}
-    for layer in range(1, last):
+    for layer in range(len(anatomy.layers)):
         kind = _kind(skeleton, anatomy, layer)
         if kind not in seen:
             seen.add(kind)
@@ -78,36 +96,72 @@ def _kinds(skeleton: Skeleton, anatomy: Anatomy) -> list[int]:
 
 
 def _kind(skeleton: Skeleton, anatomy: Anatomy, layer: int) -> tuple[object, ...]:
-    module = skeleton.layers[layer]
-    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters())
-    return (anatomy.layers[layer], shapes, tuple(type(inner).__name__ for inner in module.modules()))
+    shape = anatomy.layers[layer]
+    module = skeleton.stack(shape.stack)[shape.module]
+    weights = tuple((name, tuple(tensor.shape)) for name, tensor in module.named_parameters())
+    return (shape.stack, shape.attention, weights, tuple(type(inner).__name__ for inner in module.modules()))
 
 
-def _agreed_outputs(model: SpanModel) -> bytes | None:
+def _agreed_outputs(model: SpanModel, anatomy: Anatomy) -> bytes | None:
     """What the span computes over the longest sequence; None when another way to the same rows gives other bits."""
-    trial = _causal_trial if model.manifest.causal else _one_shot_trial
-    outputs, agreed = trial(model, _drawn_rows(model, model.manifest.max_length))
+    rows = _drawn_rows(model, anatomy, model.manifest.max_length)
+    trial = _one_shot_trial if not model.causal else (_labelled_trial if _labels(model) else _causal_trial)
+    outputs, agreed = trial(model, rows)
+    threads = torch.get_num_threads()
+    if anatomy.obstacles and threads > 1:  # operators without a rule may depend on them
+        torch.set_num_threads(1)
+        try:
+            agreed &= torch.equal(trial(model, rows)[0], outputs)
+        finally:
+            torch.set_num_threads(threads)
     return outputs.numpy().astype("<f4").tobytes() if agreed and bool(torch.isfinite(outputs).all()) else None
+
+
+def _labels(model: SpanModel) -> bool:
+    return model.is_last and model.manifest.output_of(model.span) == "label"
+
+
+def _cache(model: SpanModel, length: int) -> Cache | None:
+    """A session's; of a decoder with the same memory each time."""
+    decodes = 0 < model.manifest.encoder_layers <= model.span.start
+    memory = _spiky(MEMORY_ROWS, model.manifest.width) if decodes else None
+    return model.new_cache(length, memory)
+
+
+def _steps(model: SpanModel, rows: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """What a new session returns for the first rows, in chunks of these lengths."""
+    cache = _cache(model, len(rows))
+    return [model.forward([Segment(cache, at, rows[at:end])])[0] for at, end in _chunks(lengths, len(rows))]
 
 
 def _causal_trial(model: SpanModel, rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
     length = len(rows)
-    cache = model.new_cache(length)
+    cache, stranger = _cache(model, length), _cache(model, length)
     whole = model.forward([Segment(cache, 0, rows)])[0]
     tail = max(0, length - 11)
     assert cache is not None
-    cache.crop(tail)
-    again = [model.forward([Segment(cache, at, rows[at : at + 1])])[0] for at in range(tail, length)]
+    if isinstance(cache, KvCache):
+        cache.crop(tail)
+        again = [model.forward([Segment(cache, at, rows[at : at + 1])])[0] for at in range(tail, length)]
+    else:
+        again = _steps(model, rows, [tail, *[1] * (length - tail)])[-(length - tail) :]
     agreed = torch.equal(torch.cat(again), whole[tail:])
-    stranger = model.new_cache(length)
-    for first, last in _chunks((1, 1, 1, 2, 1, 7, 3, 32, 64, 5), length):
-        if first == 0:
-            cache.crop(0)
-        out = model.forward([Segment(cache, first, rows[first:last])])[0]
-        agreed &= torch.equal(out, whole[first:last])
-    cache.crop(first)
-    mates = [Segment(stranger, 0, rows[tail : tail + 7]), Segment(cache, first, rows[first:last])]
-    return whole, agreed and torch.equal(model.forward(mates)[1], whole[first:last])
+    chunked = torch.cat(_steps(model, rows, (1, 1, 1, 2, 1, 7, 3, 32, 64, 5)))
+    agreed &= torch.equal(chunked, whole[: len(chunked)])
+    one = _cache(model, length)
+    first = min(7, length - 1)
+    model.forward([Segment(one, 0, rows[:first])])
+    mates = [Segment(stranger, 0, rows[tail : tail + 7]), Segment(one, first, rows[first : first + 5])]
+    return whole, agreed and torch.equal(model.forward(mates)[1], whole[first : first + 5])
+
+
+def _labelled_trial(model: SpanModel, rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The same where only a call's last row has an output."""
+    rows = rows[:MAX_POSITIONS_ALONE]
+    whole = torch.cat(_steps(model, rows, [1] * len(rows)))
+    lengths = (3, 7, 1, 32, 5)
+    ends = [end for _, end in _chunks(lengths, len(rows))]
+    return whole, torch.equal(torch.cat(_steps(model, rows, lengths)), whole[[end - 1 for end in ends]])
 
 
 def _one_shot_trial(model: SpanModel, rows: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -121,17 +175,29 @@ def _one_shot_trial(model: SpanModel, rows: torch.Tensor) -> tuple[torch.Tensor,
 def _chunks(lengths: Sequence[int], limit: int) -> list[tuple[int, int]]:
     chunks, first = [], 0
     for length in lengths:
-        if first < limit:
+        if first < limit and length:
             chunks.append((first, min(first + length, limit)))
             first += length
     return chunks
 
 
-def _drawn_rows(model: SpanModel, count: int) -> torch.Tensor:
-    """Token ids, or rows of which every 16th is 1,024 times as large, every 16th as small, and every 16th a spike."""
+def _drawn_rows(model: SpanModel, anatomy: Anatomy, count: int) -> torch.Tensor:
+    """Token ids, or rows that hold every stream that enters the span: spiky ones, and small ids for integers."""
+    ids = (torch.arange(count) * 7919 + 13) % model.manifest.vocab
     if model.is_first:
-        return (torch.arange(count) * 7919 + 13) % model.manifest.vocab
-    width = model.manifest.width
+        return ids
+    stack = anatomy.layers[model.span.start].stack
+    rows = torch.zeros(count, model.manifest.width)
+    at = 0
+    for stream in anatomy.crossing(model.span.start, stack):
+        drawn = _spiky(count, stream.width) if stream.dtype.is_floating_point else (ids % 2).float()[:, None]
+        rows[:, at : at + stream.width] = drawn
+        at += stream.width
+    return rows
+
+
+def _spiky(count: int, width: int) -> torch.Tensor:
+    """(count, width), of which every 16th row is 1,024 times as large, every 16th as small, and every 16th a spike."""
     rows = _drawn(b"rows", count * width).view(count, width).clone()
     rows[3::16] *= 1024.0
     rows[7::16] /= 1024.0

@@ -131,13 +131,13 @@ class SpanModel:
     def rows_between(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden rows that enter the span's first layer and those that leave its last one, before any head.
 
-        For publishing and the canary. The segment must fit one call; its cache is extended.
+        For publishing and the canary. The segment's cache is extended.
         """
         self._check(segment)
+        entered: list[torch.Tensor] = []
         with flushing_denormals():
-            leaving = self._run([segment], output=None, stop=True)[0]
-        entered = pack_rows(self._entering, self._spliced.passage.entered, self.manifest.width)
-        return entered[: len(segment)] + 0.0, leaving
+            leaving = self._run([segment], output=None, stop=True, entered=entered)[0]
+        return torch.cat(entered) + 0.0, leaving
 
     def _check(self, segment: Segment) -> None:
         rows, manifest = segment.rows, self.manifest
@@ -178,7 +178,12 @@ class SpanModel:
         return int(self.manifest.config.get("type_vocab_size") or 1)
 
     def _run(
-        self, segments: Sequence[Segment], *, output: Output | None, stop: bool = False
+        self,
+        segments: Sequence[Segment],
+        *,
+        output: Output | None,
+        stop: bool = False,
+        entered: list[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         outs: list[list[torch.Tensor]] = [[] for _ in segments]
         with torch.inference_mode():
@@ -190,6 +195,9 @@ class SpanModel:
                     wanted = [rows[-1:] if end and rows[-1:] == [len(part) - 1] else []
                               for rows, end, part in zip(wanted, last, parts, strict=True)]  # fmt: skip
                 done = self._call(segments, parts, wanted, stop)
+                if entered is not None:
+                    rows = pack_rows(self._entering, self._spliced.passage.entered, self.manifest.width)
+                    entered.append(rows[: sum(len(part) for part in parts)])
                 for part, out in zip(parts, done, strict=True):
                     outs[part.segment].append(out)
                     cache = segments[part.segment].cache
