@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import getpass
+import json
 import logging
 import os
 import signal
@@ -45,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--join", action="store_true", help="stake, bind the hot key and register first (cold key)")
     run.set_defaults(command=_run)
     _add_settings(run)
+    plan = commands.add_parser("plan", help="show which span this machine should serve, and why; changes nothing")
+    plan.add_argument("--dry-run", action="store_true", help="what plan does anyway: register and fetch nothing")
+    plan.add_argument("--json", action="store_true", help="one line of JSON")
+    plan.set_defaults(command=_plan)
+    _add_settings(plan)
     show = commands.add_parser("config", help="show every setting, its value and what it means")
     show.add_argument("what", choices=["show"])
     show.set_defaults(command=_show)
@@ -87,6 +93,18 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
     node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(node))
+
+
+def _plan(options: argparse.Namespace, _: MakeEngine | None) -> int:
+    from tallystick_node.planning.command import make_plan
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        plan = runner.run(make_plan(_settings(options)))
+    if options.json:
+        print(json.dumps(plan.to_json()))
+    else:
+        print("\n".join(plan.to_lines()))
+    return 0
 
 
 def _is_ours_to_read(record: logging.LogRecord) -> bool:

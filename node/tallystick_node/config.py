@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -38,7 +38,11 @@ class NodeConfig(BaseSettings):
     host: str = Field("127.0.0.1", description="address to serve on; loopback only in this version")
     port: int = Field(0, ge=0, le=65535, description="port to serve on; 0 takes a free one")
     model: str = Field("", description="model id (0x…) to serve; empty: the only one on chain")
-    span: str = Field(..., description="layers to serve, start:end, for example 0:3")
+    span: str = Field("auto", description="layers to serve, start:end, for example 0:3; auto: the node chooses")
+    execution: Literal["canonical", "stock"] = Field(
+        "canonical", description="stock: results cannot be checked by equality, and clients refuse them"
+    )
+    tensor_parallel: int = Field(1, ge=1, le=64, description="processes that share a span; more than 1 takes stock")
     sources: list[str] = Field(default_factory=list, description="gateways to fetch pieces from, besides other nodes")
     hot_key: Path = Field(..., description="keystore V3 file of the hot key, which signs receipts")
     cold_key: Path | None = Field(None, description="keystore V3 file of the cold key; only needed by `join`")
@@ -51,9 +55,13 @@ class NodeConfig(BaseSettings):
     credit_positions: int = Field(256, ge=128, le=1 << 20, description="positions served before a voucher is due")
     unconfirmed_pool: int = Field(10**16, ge=0, description="credit to all clients against unconfirmed funding")
     max_length: int = Field(4096, ge=32, le=1 << 22, description="positions of one session at most")
+    memory: int = Field(0, ge=0, description="memory that weights and caches may take; 0: what is free, less a tenth")
+    store: Path | None = Field(None, description="folder for pieces, which nodes may share; empty: in state")
     cache_bytes: int = Field(1 << 30, ge=1 << 20, description="memory for all sessions' caches and kept rows")
     max_sessions: int = Field(64, ge=1, le=4096, description="sessions open at once")
     threads: int = Field(1, ge=1, le=256, description="threads for matrix products")
+    check_class_s: float = Field(3600.0, ge=1, description="how often canary and class are checked again")
+    look_around_s: float = Field(900.0, ge=1, description="how often a node with span = auto looks for a better place")
     redeem_after_s: float = Field(24 * 3600.0, ge=0.5, description="age at which vouchers are redeemed")
     offer_lifetime_s: int = Field(3600, ge=60, le=86400, description="how long an offer holds")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="what is logged")
@@ -75,12 +83,22 @@ class NodeConfig(BaseSettings):
         except BadMessage as error:
             raise ValueError(error.message) from None
 
+    @model_validator(mode="after")
+    def _ranks_are_stock(self) -> NodeConfig:
+        if self.tensor_parallel > 1 and self.execution != "stock":
+            raise ValueError(
+                'tensor_parallel = 2 or more gives results of no numeric class: it takes execution = "stock"'
+            )
+        return self
+
     @property
-    def layers(self) -> Span:
-        """The span. Raises ConfigError."""
+    def layers(self) -> Span | None:
+        """The span; None when the node chooses it. Raises ConfigError."""
+        if self.span == "auto":
+            return None
         start, colon, end = self.span.partition(":")
         if not (colon and self.span.isascii() and start.isdigit() and end.isdigit() and int(start) < int(end)):
-            raise ConfigError(f"span = {self.span!r} is not start:end with start < end, for example 0:3")
+            raise ConfigError(f"span = {self.span!r} is neither auto nor start:end with start < end, for example 0:3")
         return Span(int(start), int(end))
 
     @classmethod

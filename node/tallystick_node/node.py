@@ -8,23 +8,20 @@ import fcntl
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from tallystick_model.canary import check_canary
-from tallystick_model.loader import load_span
-from tallystick_model.numeric_class import numeric_class
+from tallystick_model.parallel import ParallelSpan
 from tallystick_node.config import NodeConfig
 from tallystick_node.engine import Engine
 from tallystick_node.hop import Shop
 from tallystick_node.journal import Journal
 from tallystick_node.links import Dialler
 from tallystick_node.listener import Listener, bind_loopback
-from tallystick_node.pieces import Pieces
+from tallystick_node.loading import Loading, close_model, self_check
+from tallystick_node.moving import look_around, relocation_in, watch_class, watch_ranks
 from tallystick_node.server import create_app
 from tallystick_node.sessions import Sessions
 from tallystick_node.stake import Lookups, Redeemer, Registration, join
@@ -39,7 +36,7 @@ from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.messages import Endpoint, Offer
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import Key, digest, seal
-from tallystick_protocol.types import Address, Digest, ModelId, Wei
+from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 from tallystick_protocol.vouchers import charge
 
 log = logging.getLogger(__name__)
@@ -106,6 +103,8 @@ class Node:
         self._ready = False
         self._offers: dict[Digest, Offer] = {}
         self._current: bytes = b""
+        self._span = Span(0, 1)  # until the first one is loaded
+        self._rows_per_s: float | None = None
 
     async def run(self, announce: Callable[[str], None]) -> None:
         """Serve until cancelled. announce(url) is called once the node serves. Raises TallystickErrors on the way."""
@@ -120,9 +119,43 @@ class Node:
             await asyncio.to_thread(chain.check)
             peers = Peers()
             stack.push_async_callback(peers.close)
-            store = LocalStore(state / "store")
-            model_id, manifest, engine, measured = await self._prepare(chain, store, state)
+            model_id = await asyncio.to_thread(find_model, chain, config.model)
+            loading = Loading(config, chain, peers, model_id, self.keys.node)
+            span: Span | None = await self._first_span(chain, loading, model_id)
+            while span is not None:
+                span = await self._serve_span(span, chain, peers, loading, model_id, listening, announce)
+
+    async def _first_span(self, chain: Chain, loading: Loading, model: ModelId) -> Span:
+        """The span of the settings; with "auto" the registered one, or the best one where the node may register."""
+        if self.config.layers is not None:
+            return self.config.layers
+        record = await asyncio.to_thread(chain.node, self.keys.node)
+        if record.active and record.model == model and record.span is not None:
+            return record.span
+        if not self._joins:
+            raise ConfigError(f"node {self.keys.node} serves nothing yet; run: tallystick-node run --join")
+        return await loading.choose_span()
+
+    async def _serve_span(
+        self,
+        span: Span,
+        chain: Chain,
+        peers: Peers,
+        loading: Loading,
+        model_id: ModelId,
+        listening: socket.socket,
+        announce: Callable[[str], None],
+    ) -> Span | None:
+        """Load and serve a span until cancelled. Returns the span to serve next when the node is to move."""
+        config = self.config
+        state = config.state.expanduser()
+        async with contextlib.AsyncExitStack() as stack:
+            loaded = await loading.load(span)
+            manifest = loaded.manifest
+            stack.callback(close_model, loaded.model)
+            engine = self._make_engine(loaded.model)
             stack.callback(engine.close)
+            self._span = span
             endpoint = _endpoint(listening)
             if self._joins:
                 await asyncio.to_thread(self._join, chain, model_id, endpoint)
@@ -135,7 +168,7 @@ class Node:
             shop = Shop(
                 node=self.keys.node,
                 model=model_id,
-                numeric_class=measured,
+                numeric_class=loaded.numeric_class,
                 price=Wei(config.price),
                 domain=chain.book.staking_domain,
                 engine=engine,
@@ -149,27 +182,43 @@ class Node:
                 clock=time.time,
             )
             sessions = Sessions(shop, self.keys.hot, self._offers, config.cache_bytes, config.max_sessions)
+            self._rows_per_s = loading.rate(span)
+            self._offers.clear()
             self._renew_offer(shop, manifest)
-            listener = Listener(
-                create_app(sessions, lambda: self._info(sessions), lambda: self._ready, _block_answers(store))
-            )
+            blocks = _block_answers(loading.store)
+            listener = Listener(create_app(sessions, lambda: self._info(sessions), lambda: self._ready, blocks))
             redeemer = Redeemer(Wallet(chain, self.keys.cold or self.keys.hot), self.keys.node, till)
-            await self._serve(listener, listening, shop, manifest, redeemer, lambda: announce(endpoint.url))
+            check = self_check(loading, loaded)
+            beside = [
+                self._renew_offers(shop, manifest),
+                self._redeem_now_and_then(redeemer),
+                watch_class(engine, sessions, check, loaded.numeric_class, span, config.check_class_s),
+            ]
+            if isinstance(loaded.model, ParallelSpan):
+                beside.append(watch_ranks(loaded.model))
+            if config.layers is None:
+                beside.append(look_around(loading, sessions, span, config.look_around_s, moves=self._joins))
+            try:
+                await self._serve(listener, listening, redeemer, beside, lambda: announce(endpoint.url))
+            except ExceptionGroup as group:
+                if (there := relocation_in(group)) is None:
+                    raise
+                return there
+        return None
 
     async def _serve(
         self,
         listener: Listener,
         listening: socket.socket,
-        shop: Shop,
-        manifest: Manifest,
         redeemer: Redeemer,
+        beside: Sequence[Coroutine[Any, Any, None]],
         announce: Callable[[], None],
     ) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(listener.serve(listening))
-                tasks.create_task(self._renew_offers(shop, manifest))
-                tasks.create_task(self._redeem_now_and_then(redeemer))
+                for task in beside:
+                    tasks.create_task(task)
                 self._ready = True
                 announce()
         finally:
@@ -180,38 +229,13 @@ class Node:
             except ChainError as error:
                 log.warning("vouchers stay unredeemed until the next start: %s", error)
 
-    async def _prepare(self, chain: Chain, store: LocalStore, state: Path) -> tuple[ModelId, Manifest, Engine, Digest]:
-        """Fetch, verify, load, reproduce the canary, measure the class."""
-        config = self.config
-        span = config.layers
-        model_id = await asyncio.to_thread(find_model, chain, config.model)
-        record = await asyncio.to_thread(chain.model, model_id)
-        others = await asyncio.to_thread(chain.serving, model_id)
-        urls = [e.url for other in others if other.record.node != self.keys.node for e in other.endpoints]
-        pieces = Pieces(store, state / "pieces", [*config.sources, *urls])
-        manifest = await pieces.manifest(record)
-        manifest.span_pieces(span)
-        await pieces.fetch(manifest, span)
-        torch.set_num_threads(config.threads)
-        model = await asyncio.to_thread(load_span, manifest, span, pieces.path)
-        error = await asyncio.to_thread(check_canary, model, manifest, store.get_block)
-        log.info("layers %s loaded; the canary is reproduced to %.1e", span, error)
-        measured = await asyncio.to_thread(numeric_class, manifest)
-        if not any(measured):
-            raise ConfigError(
-                f"this machine is not canonical for {manifest.name}: its own chunkings disagree, and the model is"
-                " served in canonical fp32 only; try other settings for threads, or another machine"
-            )
-        log.info("numeric class %s", measured.hex()[:16])
-        return model_id, manifest, self._make_engine(model), measured
-
     def _join(self, chain: Chain, model: ModelId, endpoint: Endpoint) -> None:
         if self.keys.cold is None:
             raise ConfigError("joining takes the cold key: set cold_key")
         config, node = self.config, self.keys.node
         registration = Registration(
             model,
-            config.layers,
+            self._span,
             Wei(config.price),
             (endpoint,),
             Address(config.operator or node),
@@ -226,10 +250,10 @@ class Node:
         record = chain.node(node)
         if chain.node_of(self.keys.hot.address) != node:
             raise ConfigError(f"the hot key is not bound to node {node}; run: tallystick-node run --join")
-        if record.active == 0 or record.model != model or record.span != self.config.layers:
+        if record.active == 0 or record.model != model or record.span != self._span:
             raise ConfigError(
                 f"the chain has node {node} with stake {record.active} for layers {record.span}, these settings say"
-                f" {self.config.layers}; run: tallystick-node run --join"
+                f" {self._span}; run: tallystick-node run --join"
             )
 
     def _till(self, chain: Chain, state: Path, manifest: Manifest) -> Till:
@@ -244,9 +268,9 @@ class Node:
 
     def _credit(self, manifest: Manifest) -> Wei:
         config = self.config
-        one_shot = not manifest.is_causal(config.layers)
+        one_shot = not manifest.is_causal(self._span)
         positions = max(config.credit_positions, manifest.max_length) if one_shot else config.credit_positions
-        return charge(config.layers, manifest.layers, Wei(config.price), positions)
+        return charge(self._span, manifest.layers, Wei(config.price), positions)
 
     def _renew_offer(self, shop: Shop, manifest: Manifest) -> None:
         now = int(time.time())
@@ -254,8 +278,8 @@ class Node:
             node=self.keys.node,
             model=shop.model,
             numeric_class=shop.numeric_class,
-            start=self.config.layers.start,
-            end=self.config.layers.end,
+            start=self._span.start,
+            end=self._span.end,
             price=self.config.price,
             credit=self._credit(manifest),
             max_length=min(self.config.max_length, manifest.max_length),
@@ -290,6 +314,7 @@ class Node:
                 "sessions": len(sessions),
                 "reserved_bytes": sessions.reserved_bytes,
                 "draining": sessions.draining,
+                "rows_per_s": self._rows_per_s and round(self._rows_per_s, 2),
             },
         }
 

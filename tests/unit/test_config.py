@@ -12,7 +12,7 @@ from tallystick_node.config import ENV_PREFIX, NodeConfig, load_config
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.types import Span
 
-NEEDED = {"span": "0:3", "hot_key": "hot.json"}
+NEEDED = {"hot_key": "hot.json"}
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +139,16 @@ def test_what_has_no_default_is_asked_for_by_name(missing: str) -> None:
 @pytest.mark.parametrize(("text", "span"), [("0:3", Span(0, 3)), ("3:12", Span(3, 12)), ("00:1", Span(0, 1))])
 def test_a_span_is_start_colon_end(text: str, span: Span) -> None:
     assert load_config(None, {**NEEDED, "span": text}).layers == span
+
+
+def test_without_a_span_the_node_chooses_one() -> None:
+    assert load_config(None, NEEDED).layers is None
+
+
+def test_ranks_are_asked_for_together_with_stock_execution() -> None:
+    with pytest.raises(ConfigError, match="stock"):
+        load_config(None, {**NEEDED, "tensor_parallel": "2"})
+    assert load_config(None, {**NEEDED, "tensor_parallel": "2", "execution": "stock"}).tensor_parallel == 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""From a model's name to an engine that serves a span of it: choose, fetch, check, load, reproduce, classify."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from tallystick_model.canary import check_canary
+from tallystick_model.loader import load_span
+from tallystick_model.numeric_class import STOCK, numeric_class
+from tallystick_model.parallel import ParallelSpan, load_parallel
+from tallystick_model.span import SpanModel
+from tallystick_node.config import NodeConfig
+from tallystick_node.pieces import Pieces
+from tallystick_node.planning.choice import Machine, candidates, choose, consider_move
+from tallystick_node.planning.measure import check_memory, machine_for
+from tallystick_node.planning.report import Plan, why_of
+from tallystick_node.planning.supply import stacks_of
+from tallystick_node.planning.survey import find_servers, supply_of
+from tallystick_protocol.chain.reads import Chain
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import ConfigError
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.peer import Peers
+from tallystick_protocol.types import Address, Digest, ModelId, Span
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Durations:
+    """Where the time of a start went, seconds by step."""
+
+    steps: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, step: str) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.steps[step] = self.steps.get(step, 0.0) + time.monotonic() - begin
+
+    def __str__(self) -> str:
+        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self.steps.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A span that is ready to be served."""
+
+    manifest: Manifest
+    model: SpanModel
+    numeric_class: Digest
+
+
+class Loading:
+    """What a node knows of its model before and while it serves it."""
+
+    def __init__(self, config: NodeConfig, chain: Chain, peers: Peers, model: ModelId, node: Address) -> None:
+        self._config, self._chain, self._peers = config, chain, peers
+        self._model, self._node = model, node
+        state = config.state.expanduser()
+        self._folder: Path = state / "pieces"
+        self.store = LocalStore((config.store or state / "store").expanduser())
+        self._draw = random.Random()
+        self._machine: Machine | None = None
+        self._manifest: Manifest | None = None
+
+    async def manifest(self) -> Manifest:
+        if self._manifest is None:
+            record = await asyncio.to_thread(self._chain.model, self._model)
+            self._manifest = await (await self._pieces()).manifest(record)
+        return self._manifest
+
+    async def plan(self, at: Span | None = None, dwelt_s: float = float("inf")) -> Plan:
+        """What this machine should serve, as the network is now. at: the span it serves, since dwelt_s seconds."""
+        manifest = await self.manifest()
+        if self._machine is None:
+            torch.set_num_threads(self._config.threads)
+            memory, cache = self._config.memory, self._config.cache_bytes
+            self._machine = await asyncio.to_thread(machine_for, manifest, memory, cache)
+        machine, stacks = self._machine, stacks_of(manifest.layers, manifest.encoder_layers)
+        servers = await find_servers(self._chain, self._peers, self._model, self._node)
+        supply = supply_of(servers, machine.rate)
+        ranked = candidates(supply, stacks, machine)
+        if at is not None:
+            verdict = consider_move(supply, stacks, machine, at, dwelt_s, self._draw)
+            return Plan(manifest, machine, supply, len(servers), ranked, verdict.to or at, verdict.why)
+        choice = choose(ranked, self._draw)
+        why = why_of(ranked, choice, manifest, machine)
+        return Plan(manifest, machine, supply, len(servers), ranked, None if choice is None else choice.span, why)
+
+    async def choose_span(self) -> Span:
+        """The span to begin with. Raises ConfigError when nothing fits."""
+        plan = await self.plan()
+        log.info("layers %s: %s", plan.choice, plan.why)
+        if plan.choice is None:
+            raise ConfigError(plan.why)
+        return plan.choice
+
+    def rate(self, span: Span) -> float | None:
+        """Rows per second that this machine does of a span, where its speed was measured."""
+        return None if self._machine is None else self._machine.rate(span)
+
+    async def load(self, span: Span) -> Loaded:
+        """Fetch and hash the pieces, load them, reproduce the canary, measure the class. Raises TallystickErrors."""
+        config, took = self._config, Durations()
+        manifest = await self.manifest()
+        manifest.stack_of(span)
+        manifest.span_pieces(span)
+        check_memory(manifest, span, config.memory)
+        torch.set_num_threads(config.threads)
+        pieces = await self._pieces()
+        with took.of("fetching and hashing"):
+            await pieces.fetch(manifest, span)
+        with took.of("reading, checking and packing"):
+            model = await asyncio.to_thread(self._load, manifest, span, pieces)
+        try:
+            with took.of("canary"):
+                error = await asyncio.to_thread(check_canary, model, manifest, self.store.get_block)
+            with took.of("class test"):
+                measured = await asyncio.to_thread(self.measure_class, manifest)
+        except BaseException:
+            close_model(model)
+            raise
+        log.info("layers %s loaded; the canary is reproduced to %.1e", span, error)
+        log.info("start took: %s", took)
+        log.info("numeric class %s", measured.hex()[:16] if any(measured) else "stock")
+        if config.store is None:
+            await asyncio.to_thread(pieces.drop, manifest, span)
+        return Loaded(manifest, model, measured)
+
+    def measure_class(self, manifest: Manifest) -> Digest:
+        """The class to offer. Raises ConfigError where canonical results are asked for and the machine has none."""
+        if self._config.execution == "stock":
+            return STOCK
+        measured = numeric_class(manifest)
+        if not any(measured):
+            raise ConfigError(
+                f"this machine is not canonical for {manifest.name}: its own chunkings disagree, or the model has no"
+                ' canonical rule; try other settings for threads, another machine, or execution = "stock"'
+            )
+        return measured
+
+    def _load(self, manifest: Manifest, span: Span, pieces: Pieces) -> SpanModel:
+        config = self._config
+        if config.tensor_parallel > 1:
+            return load_parallel(manifest, span, pieces.path, config.tensor_parallel, config.threads)
+        return load_span(manifest, span, pieces.path, execution=config.execution)
+
+    async def _pieces(self) -> Pieces:
+        serving = await asyncio.to_thread(self._chain.serving, self._model)
+        urls = [end.url for one in serving if one.record.node != self._node for end in one.endpoints]
+        return Pieces(self.store, self._folder, [*self._config.sources, *urls])
+
+
+def close_model(model: SpanModel) -> None:
+    """End what a model has running beside this process."""
+    if isinstance(model, ParallelSpan):
+        model.close()
+
+
+def self_check(loading: Loading, loaded: Loaded) -> Callable[[], Digest]:
+    """A check to be run on the device thread: the canary again, on the weights as they lie in memory, then the class.
+
+    Raises CorruptResult when memory or the machine no longer does what it did.
+    """
+
+    def check() -> Digest:
+        check_canary(loaded.model, loaded.manifest, loading.store.get_block)
+        return loading.measure_class(loaded.manifest)
+
+    return check
