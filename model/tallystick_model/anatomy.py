@@ -26,7 +26,8 @@ from tallystick_model.experts import PROBE
 from tallystick_model.experts import PROBE
 from tallystick_model.obstacles import find_obstacles
 from tallystick_model.operators import SCOPED
-from tallystick_model.probe import PROBE_ROWS, ROWS, Call, Run, follow
+from tallystick_model.positions import position_offset
+from tallystick_model.probe import PROBE_ROWS, ROWS, Call, Run, argument_tag, follow
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton, configs_of, named_weights
 from tallystick_model.streams import Place, Stream, memory_order
 from tallystick_model.taint import Taint
@@ -65,6 +66,8 @@ class Anatomy:
     blanks: for each stack {module outside it: what it returns, tensors as `Blank`s}.
     masked: whether the forward needs an explicit mask; else some models make one from the ids.
     scoped: modules that call operators themselves for which there is a rule to be run by ("" is the model itself).
+    exposed: weights of linear modules that other modules use, too.
+    position_offset: what the model adds to positions 0.. when it makes its position ids itself; None for another rule.
     obstacles: why sessions cannot share calls in canonical execution; empty when they can.
     """
 
@@ -85,6 +88,8 @@ class Anatomy:
     blanks: tuple[dict[str, Any], ...]
     masked: bool
     scoped: frozenset[str]
+    exposed: frozenset[str]
+    position_offset: int | None
     obstacles: tuple[str, ...]
 
     @property
@@ -171,6 +176,12 @@ def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[Pro
         for boundary in range(one.first, one.first + len(one.layers))
     ]
     last = [call.arguments for call in runs[-1].calls]
+    exposed, offset = _exposed(skeleton, taint), position_offset(skeleton)
+    obstacles = find_obstacles(skeleton, taint, plans, [one.streams for one in found], [len(r.calls) for r in runs])
+    if exposed:
+        obstacles.append(f"{min(exposed)} is used by another module, too")
+    if offset is None and "position_ids" in skeleton.arguments:
+        obstacles.append("it numbers positions by a rule of its own")
     return Anatomy(
         roles,
         tuple(sorted(name for name in skeleton.weights() if name not in roles)),
@@ -189,8 +200,16 @@ def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[Pro
         tuple(run.blanks for run in runs),
         masked,
         frozenset(module for module, name in taint.operators if name in SCOPED),
-        tuple(find_obstacles(skeleton, taint, plans, [one.streams for one in found], [len(r.calls) for r in runs])),
+        exposed,
+        offset,
+        tuple(obstacles),
     )
+
+
+def _exposed(skeleton: Skeleton, taint: Taint) -> frozenset[str]:
+    """Weights of linear modules that operators outside these modules took."""
+    linear = {name for name, module in skeleton.model.named_modules() if isinstance(module, LINEAR_TYPES)}
+    return frozenset(name for name in taint.exposed if name.rpartition(".")[0] in linear)
 
 
 def _served(skeleton: Skeleton, output: Any) -> tuple[Output, list[torch.Tensor]]:
@@ -243,7 +262,7 @@ def _read(skeleton: Skeleton, index: int, run: Run, first: int, taint: Taint, pl
                 found.shared |= _names(tags) if k else set()
             elif ROWS not in tags:
                 found.shared |= _names(tags)
-            else:
+            elif argument_tag(taint, leaf) in call.reached:
                 sides.setdefault(taint.identity(leaf), (leaf, {}))[1][first + k] = place
                 (found.embed if taint.born(leaf) == 0 else found.shared).update(_names(tags))
         shape = _marked(call.output)

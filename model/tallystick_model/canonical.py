@@ -55,7 +55,7 @@ class Canonical:
                 continue
             if is_experts(module):
                 pack_experts(module, self._numerics)
-            elif type(module) in LINEAR_TYPES:
+            elif type(module) in LINEAR_TYPES and not own & self._anatomy.exposed:
                 packed: nn.Module = CanonicalLinear.of(module, self._numerics)
                 self._replace(name, Selecting(packed, self.selection) if module is self._head else packed)
                 module._parameters.clear()

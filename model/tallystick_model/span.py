@@ -313,14 +313,17 @@ class SpanModel:
     ) -> dict[str, Any]:
         """What the model's forward is given: ids and positions (batch, n), of the rows behind those in the cache."""
         first = "decoder_" if self._stack_number > 0 else ""
-        inputs: dict[str, Any] = {f"{first}input_ids": ids, f"{first}position_ids": positions, "use_cache": False}
+        inputs: dict[str, Any] = {f"{first}input_ids": ids, "use_cache": False}
+        offset = 0 if self._stack_number > 0 else self._spliced.anatomy.position_offset
+        if offset is not None:
+            inputs[f"{first}position_ids"] = positions + offset
         if types is not None:
             inputs["token_type_ids"] = types[None]
         if self._spliced.anatomy.masked:
             before = cache.length if cache is not None else 0
             inputs[f"{first}attention_mask"] = torch.ones(len(ids), before + ids.shape[1], dtype=torch.int64)
         if cache is not None:
-            inputs |= {"past_key_values": cache.inner, "use_cache": True}
+            inputs |= {"past_key_values": cache.inner, "cache_params": cache.inner, "use_cache": True}
             if cache.memory is not None:
                 inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
         return {name: value for name, value in inputs.items() if name in self._arguments}

@@ -32,12 +32,14 @@ class Taint(TorchDispatchMode):
     too many weights, never too few.
 
     weights: {name: meta tensor}; skip: types of modules whose operators are not noted.
+    operators: (module, name) of what ran; exposed: weights that operators outside the skipped modules took.
     clock: set by whoever follows the run; `born` tells its value when a tensor's storage first had a tag.
     """
 
     def __init__(self, weights: dict[str, torch.Tensor], skip: tuple[type, ...]) -> None:
         super().__init__()
         self.operators: set[tuple[str, str]] = set()
+        self.exposed: set[str] = set()
         self.clock = 0
         self._skip = skip
         self._inside: list[tuple[str, bool]] = [("", False)]
@@ -102,6 +104,7 @@ class Taint(TorchDispatchMode):
         name, quiet = self._inside[-1]
         if not quiet and any(tensor.is_floating_point() for tensor in tensors):
             self.operators.add((name, self._name(func, args, kwargs)))
+            self.exposed.update(*(self.tags(tensor) for tensor in tensors if _key(tensor) in self._weights))
         tags: frozenset[str] = frozenset().union(*(self.tags(tensor) for tensor in tensors))
         output = _followed(func, args, kwargs, tensors)
         if tags:
