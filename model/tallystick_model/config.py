@@ -103,15 +103,18 @@ def checkpoint_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises ManifestError naming the key that is unknown, forbidden, of the wrong type or out of bounds.
     """
     cls = config_class(values)
-    written = _construct(cls, _accepted(values, cls)).to_dict()
-    _check_derived(cls, values, written)
+    written = _construct(cls, _accepted(values, cls, _defaults(cls))).to_dict()
+    _check_derived(cls, values, written, _defaults(cls))
     return _written(cls, written)
 
 
-def _accepted(values: dict[str, Any], cls: Any) -> dict[str, Any]:
-    """A checkpoint's values without those that do not matter. Raises ManifestError for a key that is not known."""
+def _accepted(values: dict[str, Any], cls: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's values without those that do not matter. Raises ManifestError for a key that is not known.
+
+    defaults: what the class writes of itself, or of this part of it.
+    """
     known = _names(cls) | LEGACY | {"model_type", PER_LAYER}
-    derived = frozenset(_defaults(cls)) - known
+    derived = frozenset(defaults) - known
     _refuse_keys(values, cls, allowed=known | LEFT_OUT | derived | {"tie_encoder_decoder"})
     left_out = (LEFT_OUT - set(servable_fields(cls))) | derived
     kept = {key: value for key, value in values.items() if key not in left_out and not _is_default(cls, key, value)}
@@ -119,14 +122,25 @@ def _accepted(values: dict[str, Any], cls: Any) -> dict[str, Any]:
         _check_meaning(key, values[key])
     for name in cls.sub_configs:
         if isinstance(inner := kept.get(name), dict):
-            kept[name] = _accepted(inner, _inner_class(cls, name, inner))
+            inner_cls = _inner_class(cls, name, inner)
+            kept[name] = _accepted(inner, inner_cls, _inner_defaults(inner_cls, defaults, name))
     return kept
 
 
-def _check_derived(cls: Any, values: dict[str, Any], written: dict[str, Any]) -> None:
+def _inner_defaults(cls: Any, defaults: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a config within a config writes of itself: its own defaults, and what the outer one sets in it."""
+    outer = defaults.get(name)
+    return {**_defaults(cls), **(outer if isinstance(outer, dict) else {})}
+
+
+def _check_derived(cls: Any, values: dict[str, Any], written: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Values that are no fields are what the class makes of its fields. Raises ManifestError for one that is not."""
     stated = _names(cls) | LEFT_OUT | LEGACY | {"model_type", PER_LAYER}
-    for key in sorted((_defaults(cls).keys() & values.keys()) - stated):
+    for name in cls.sub_configs:
+        if isinstance(inner := values.get(name), dict) and isinstance(made := written.get(name), dict):
+            inner_cls = _inner_class(cls, name, inner)
+            _check_derived(inner_cls, inner, made, _inner_defaults(inner_cls, defaults, name))
+    for key in sorted((defaults.keys() & values.keys()) - stated):
         if _plain(written.get(key)) != _plain(values[key]):
             raise ManifestError(
                 f"config {key} is {str(values[key])[:40]!r}; the other keys make it {str(written.get(key))[:40]!r}"

@@ -26,12 +26,14 @@ MEMORY = "<memory>"
 
 @dataclass(slots=True)
 class Call:
-    """One call of a layer. module: its place in the ModuleList; output: with fresh tensors where rows are."""
+    """One call of a layer. module: its place in the ModuleList; output: with fresh tensors where rows are;
+    reached: the tags of what it returned before."""
 
     module: int
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
+    reached: frozenset[str] = frozenset()
 
     @property
     def arguments(self) -> dict[int | str, Any]:
@@ -104,13 +106,22 @@ def _recording(forward: Callable[..., Any], module: int, run: Run, taint: Taint)
     @functools.wraps(forward)
     def recorded(*args: Any, **kwargs: Any) -> Any:
         call = Call(module, args, kwargs)
+        for tensor in tensors_in((args, kwargs)):
+            if ROWS in taint.tags(tensor):
+                taint.mark(tensor, {argument_tag(taint, tensor)})
         output = forward(*args, **kwargs)
         run.calls.append(call)
         taint.clock += 1
+        call.reached = frozenset().union(*(taint.tags(tensor) for tensor in tensors_in(output)))
         call.output = tree_map(lambda leaf: _cut(leaf, taint), output)
         return call.output
 
     return recorded
+
+
+def argument_tag(taint: Taint, tensor: torch.Tensor) -> str:
+    """Mark of a layer's argument, by which it shows whether what the layer returns depends on it."""
+    return f"<argument {taint.identity(tensor)[0]}>"
 
 
 def _cut(leaf: Any, taint: Taint) -> Any:

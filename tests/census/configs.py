@@ -28,7 +28,10 @@ COMPOSITE: dict[str, str] = {
     "gemma4_unified": _IMAGES, "git": _IMAGES, "glmasr": _AUDIO, "got_ocr2": _IMAGES, "granite_speech": _AUDIO,
     "granite_speech_plus": _AUDIO, "mllama": _IMAGES, "modernvbert": _IMAGES, "moshi": _AUDIO,
     "moss_transcribe_diarize": _AUDIO, "musicflamingo": _AUDIO, "musicgen": _AUDIO, "musicgen_melody": _AUDIO,
-    "nemo_speechlm": _AUDIO, "phi4_multimodal": _IMAGES, "qwen2_audio": _AUDIO, "qwen3_asr": _AUDIO,
+    "nemo_speechlm": _AUDIO, "phi4_multimodal": _IMAGES, "blt": "works on bytes in patches that it finds itself",
+    "t5gemma2": _IMAGES, "perceiver": "works on bytes and arrays, not on layers of tokens",
+    "gemma4_assistant": "drafts for another model, whose cache it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose cache it reads", "qwen2_audio": _AUDIO, "qwen3_asr": _AUDIO,
     "ultravbert": _IMAGES, "vibevoice_asr": _AUDIO, "voxtral": _AUDIO, "voxtral_realtime": _AUDIO,
 }  # fmt: skip
 """Types in the tables that are no text models, and why: they are not examined."""
@@ -101,19 +104,44 @@ def _extra(cls: Any, entry: Entry) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(cls)}
     if entry.task == "causal" and "is_decoder" in fields:
         extra["is_decoder"] = True
-    return extra | OVERRIDES.get(entry.type, {})
+    return extra | OVERRIDES.get(entry.name, OVERRIDES.get(entry.type, {}))
 
 
+_HYBRID = ["linear_attention", "hybrid"] * 2
+_T5GEMMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "sliding_window": 16}  # fmt: skip
+_BERT = {"model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "vocab_size": VOCAB}  # fmt: skip
+_QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+          "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 64, "split_ngram_parts": 2,
+          "ple_layer_ids": [1], "ple_embed_dim": 16, "heads_per_ngram": 2}  # fmt: skip
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2},
-    "dots1": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "is_decoder": True},
+    "reformer:masked": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "is_decoder": False},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "zamba": {"layers_block_type": _HYBRID, "attention_head_dim": 32, "n_mamba_heads": 2},
+    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 8, "num_mem_blocks": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [96] * 4, "activation_sparsity_pattern": [0.0] * 4,
+                     "altup_num_inputs": 2, "vocab_size_per_layer_input": VOCAB},
+    "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB},
+    "gemma4_unified_text": {"num_kv_shared_layers": 0},
+    "qwen4_exp_text": _QWEN4,
+    "qwen4_exp": _QWEN4,
+    "cohere_compass_text": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}},
+    "t5gemma": {"encoder": _T5GEMMA, "decoder": _T5GEMMA, "vocab_size": VOCAB},
+    "encoder-decoder": {"encoder": _BERT, "decoder": {**_BERT, "is_decoder": True, "add_cross_attention": True}},
+    "funnel": {"block_sizes": [2, 2], "block_repeats": [1, 1]},
+    "glm_moe_dsa": {"indexer_types": ["full"] * 4},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
-    "nemotron": {"head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
     "longcat_flash": {"qk_head_dim": 32, "head_dim": 16},
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": "rotary"},

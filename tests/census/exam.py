@@ -27,7 +27,9 @@ from tallystick_protocol.types import Span
 CLOSE = 2e-2
 """Relative difference, of the output's standard deviation, up to which a result counts as close and not as wrong."""
 
-STEPS = 20
+STEPS = {2: 5, 3: 20}
+"""Cached decode steps, by the number of spans."""
+
 MEMORY_ROWS = 11
 
 
@@ -61,8 +63,8 @@ def examine(entry: Entry) -> dict[str, Any]:
         return asdict(result)
     try:
         values = checkpoint_config(config.to_dict())
-        for dtype in (torch.float32, torch.bfloat16):
-            _examine_stock(entry, values, model, dtype, result)
+        anatomy = _examine_stock(entry, values, model, torch.float32, result)
+        _examine_stock(entry, values, model, torch.bfloat16, result)
     except TallystickError as error:
         result.result, result.why = "refused", _short(error)
         return asdict(result)
@@ -75,7 +77,7 @@ def examine(entry: Entry) -> dict[str, Any]:
     elif differences:
         result.result, result.why = "close", f"differs by {max(differences):.0e}: {', '.join(result.worst)}"
     try:
-        _examine_canonical(entry, values, model, result)
+        _examine_canonical(entry, values, model, result, anatomy)
     except TallystickError as error:
         result.canonical_why = _short(error)
     except Exception as error:  # noqa: BLE001
@@ -178,7 +180,7 @@ def cut_evenly(stack: Span, pieces: int) -> list[Span]:
     return [Span(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
 
 
-def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torch.dtype, result: Result) -> None:
+def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torch.dtype, result: Result) -> Any:
     reference = model
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
     if dtype is not torch.float32:
@@ -192,7 +194,8 @@ def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torc
         whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal, masked=spans.anatomy.masked)
         check = _Comparison(result, f"{'fp32' if dtype is torch.float32 else 'bf16'} {pieces} spans")
         with torch.inference_mode(), _flushed():
-            _run(spans, whole, check, result)
+            _run(spans, whole, check, result, STEPS[pieces])
+    return anatomy
 
 
 def in_dtype(entry: Entry, model: Any, dtype: torch.dtype) -> Any:
@@ -233,7 +236,7 @@ class _Comparison:
             self._result.worst[f"{self._prefix} {what}"] = float((found - expected).abs().max()) / scale
 
 
-def _run(spans: Spans, whole: Whole, check: Callable[..., None], result: Result) -> None:
+def _run(spans: Spans, whole: Whole, check: Callable[..., None], result: Result, steps: int) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, min(spans.vocab, 300), (80,), generator=generator)
     if whole.seq2seq:
@@ -242,18 +245,20 @@ def _run(spans: Spans, whole: Whole, check: Callable[..., None], result: Result)
     whole.open()
     check("plain", spans.step(ids[:23]), whole.step(ids[None, :23])[0])
     if whole.causal:
-        _run_session(spans, whole, check, result, ids)
+        _run_session(spans, whole, check, result, ids, steps)
     _run_batch(spans, whole, check, ids)
 
 
-def _run_session(spans: Spans, whole: Whole, check: Callable[..., None], result: Result, ids: torch.Tensor) -> None:
+def _run_session(
+    spans: Spans, whole: Whole, check: Callable[..., None], result: Result, ids: torch.Tensor, steps: int
+) -> None:
     spans.open()
     whole.open()
     at = 0
     for length in (7, 12, 4):
         check("chunks", spans.step(ids[at : at + length]), whole.step(ids[None, at : at + length])[0])
         at += length
-    for _ in range(STEPS):
+    for _ in range(steps):
         check("decode", spans.step(ids[at : at + 1]), whole.step(ids[None, at : at + 1])[0])
         at += 1
     spans.open()
@@ -303,10 +308,10 @@ def _run_batch(spans: Spans, whole: Whole, check: Callable[..., None], ids: torc
             check("batch", spans.batch(whole, one, mask, memory_mask), whole.step(one, mask, memory_mask))
 
 
-def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result: Result) -> None:
+def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result: Result, anatomy: Anatomy) -> None:
     """Decode, chunks and one prefill: the same bits; and those of the whole model up to noise."""
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
-    spans = Spans(values, entry, weights, 2, execution="canonical")
+    spans = Spans(values, entry, weights, 2, execution="canonical", anatomy=anatomy)
     whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal, masked=spans.anatomy.masked)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, min(spans.vocab, 300), (30,), generator=generator)

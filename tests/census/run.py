@@ -17,7 +17,7 @@ from typing import Any
 from census.configs import Entry, composites, entries
 from census.table import put_table, special_cases
 
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 150
 ROOT = Path(__file__).parents[2]
 
 
