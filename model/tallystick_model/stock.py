@@ -6,6 +6,7 @@ passes. So they answer questions about lengths and masks exactly as the real one
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -55,6 +56,20 @@ class StockCache:
     def commit(self, length: int) -> None:
         self.length = length
         self._stepping = False
+
+    @torch.inference_mode()
+    def take(self, other: StockCache, first: int, last: int) -> None:
+        """Hold what another session of the same span and memory holds, up to row `last`; our `first` rows are equal.
+
+        Raises RuntimeError where rows beyond `last` cannot be forgotten, and then holds all of them.
+        """
+        if not 0 <= first <= last <= other.length:
+            raise ValueError(f"cannot take rows [{first}, {last}) of {other.length}")
+        self.inner = copy.deepcopy(other.inner)
+        own = self.inner.self_attention_cache if isinstance(self.inner, EncoderDecoderCache) else self.inner
+        self._layers = own.layers
+        self.length = other.length
+        self.crop(last)
 
     @torch.inference_mode()
     def crop(self, length: int) -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from tallystick_model.cache import KvCache
 from tallystick_node.billing import Billing
 from tallystick_node.downstream import Downstream, result_frames
 from tallystick_node.engine import Engine
@@ -406,7 +405,7 @@ class Hop:
             raise SessionUnknown("no other session of yours with that id is open here")
         mine, theirs = self._cache, source._cache
         same = source._windows.side == self._windows.side
-        if not isinstance(mine, KvCache) or not isinstance(theirs, KvCache) or not same:
+        if mine is None or theirs is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
         early, late = sorted((self, source), key=lambda hop: hop.id)
         async with early._moving, late._moving:
