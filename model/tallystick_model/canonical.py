@@ -57,10 +57,10 @@ class Canonical:
                 pack_experts(module, self._numerics)
             elif type(module) in LINEAR_TYPES and not own & self._anatomy.exposed:
                 packed: nn.Module = CanonicalLinear.of(module, self._numerics)
-                self._replace(name, Selecting(packed, self.selection) if module is self._head else packed)
+                self._replace(module, Selecting(packed, self.selection) if module is self._head else packed)
                 module._parameters.clear()
             elif type(module) is nn.Embedding and self._numerics == "bf16w":
-                self._replace(name, RoundedEmbedding(module.weight.detach()))
+                self._replace(module, RoundedEmbedding(module.weight.detach()))
 
     def finish(self) -> CanonicalOperators | None:
         """All weights are in place. Returns the scope of the operators that the model's own forward calls, if any."""
@@ -87,15 +87,14 @@ class Canonical:
                 continue
             module = self._skeleton.model.get_submodule(name)
             fits = BlockwiseActivation.fits(module)
-            self._replace(name, BlockwiseActivation(module) if fits else CanonicalScope(module))
+            self._replace(module, BlockwiseActivation(module) if fits else CanonicalScope(module))
 
-    def _replace(self, name: str, module: nn.Module) -> None:
-        parent, _, leaf = name.rpartition(".")
-        owner = self._skeleton.model.get_submodule(parent)
-        if isinstance(owner, nn.ModuleList):
-            owner[int(leaf)] = module
-        else:
-            setattr(owner, leaf, module)
+    def _replace(self, old: nn.Module, new: nn.Module) -> None:
+        """Wherever a module stands: grafts and shared activations stand in several places."""
+        for owner in list(self._skeleton.model.modules()):
+            for leaf, held in owner._modules.items():
+                if held is old and owner is not new:
+                    owner._modules[leaf] = new
 
 
 class Selecting(nn.Module):
