@@ -194,7 +194,7 @@ def test_links_resolve(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_files_that_are_named_exist(path: Path) -> None:
-    rooms = [ROOT / room for room in ("protocol", "model", "node", "client", "devnet", "tests", "models")]
+    rooms = [ROOT / room for room in ("protocol", "model", "node", "client", "devnet", "tests", "models", "examples")]
     existing = {file.name for room in rooms for file in room.rglob("*.py")}
     assert not set(re.findall(r"\b\w+\.py\b", path.read_text())) - existing
 
