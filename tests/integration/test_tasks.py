@@ -1,0 +1,241 @@
+"""Every task on a running network, its model cut over two nodes or more, against transformers on the whole model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from conftest import Running
+from harness import original_transformer as original
+from harness import task_checkpoints as checkpoints
+from tallystick import AsyncClient
+from tallystick.cli import main
+from tallystick_protocol.content.fetch import fetch_file
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.types import Span
+
+LABELS = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC"}
+TEXT = "Tom Brown of Berlin sold the old mill"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A tiny checkpoint that is published and served by nodes of its own."""
+
+    id: str
+    folder: Path
+    manifest: Manifest
+
+    def whole(self, auto_class: str) -> Any:
+        return checkpoints.whole(self.folder, auto_class)
+
+    def pipeline(self, task: str, auto_class: str) -> Any:
+        tokenizer = checkpoints.fast_tokenizer(self.folder)
+        return transformers.pipeline(task, model=self.whole(auto_class), tokenizer=tokenizer, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def models(running: Running, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """Four BERTs with a head each, cut in two, and a Marian model whose stacks are cut in two."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("mask", "text", "tokens", "answer", "marian")}
+    checkpoints.bert(folders["mask"], "MaskedLM")
+    checkpoints.bert(folders["text"], "SequenceClassification", num_labels=3)
+    checkpoints.bert(folders["tokens"], "TokenClassification", num_labels=len(LABELS), id2label=LABELS)
+    checkpoints.bert(folders["answer"], "QuestionAnswering")
+    checkpoints.marian(folders["marian"], seed=5)
+    served, nodes = {}, []
+    running.net.prepare(12)
+    for name, folder in folders.items():
+        model, manifest = running.net.publish(folder, f"tiny {name}")
+        cuts = [0, 1, 2, 3, 4] if name == "marian" else [0, 2, 3]
+        spans = [Span(start, end) for start, end in pairwise(cuts)]
+        nodes += [running.net.add_node(model, span) for span in spans]
+        served[name] = Served("0x" + model.hex(), folder, manifest)
+    for node in nodes:
+        node.wait()
+    return served
+
+
+@pytest.fixture(scope="module")
+async def client(running: Running) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(running.key, running.net.settings()) as client:
+        yield client
+
+
+def assert_close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    """The same words and places; scores within 1e-5."""
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        scores = one["score"], float(other["score"])
+        assert abs(scores[0] - scores[1]) < 1e-5
+        assert one | {"score": 0} == other | {"score": 0}
+
+
+async def test_fill_mask_over_two_nodes_is_the_pipelines(client: AsyncClient, models: dict[str, Served]) -> None:
+    served = models["mask"]
+    found = await client.fill_mask("the [MASK] of the stick", model=served.id, verify="off")
+    reference = await asyncio.to_thread(served.pipeline, "fill-mask", "AutoModelForMaskedLM")
+    assert_close(found, reference("the [MASK] of the stick"))
+    assert [hop.span for hop in found.route] == [Span(0, 2), Span(2, 3)]
+    assert all(paid > 0 for paid in found.verdict.paid.values()) and len(found.verdict.paid) == 2
+
+
+async def test_berts_round_trip_over_the_network(client: AsyncClient, models: dict[str, Served]) -> None:
+    served = models["mask"]
+    ids = await client.encode(TEXT, model=served.id)
+    (rows,) = await client.predictions(ids, model=served.id, verify="off")
+    whole = await asyncio.to_thread(served.whole, "AutoModelForMaskedLM")
+    with torch.inference_mode():
+        expected = whole(torch.tensor([ids])).logits[0].numpy()
+    assert float(np.abs(rows - expected).max()) < 1e-5
+    best = expected.argmax(-1).tolist()
+    text = await client.decode(rows.argmax(-1).tolist(), model=served.id)
+    assert text == checkpoints.fast_tokenizer(served.folder).decode(best, skip_special_tokens=True)
+
+
+async def test_texts_and_pairs_are_classified_over_two_nodes(client: AsyncClient, models: dict[str, Served]) -> None:
+    served = models["text"]
+    reference = await asyncio.to_thread(
+        served.pipeline, "text-classification", "AutoModelForSequenceClassification"
+    )
+    single = await client.text_classification(TEXT, model=served.id, verify="off")
+    assert_close(single, reference(TEXT, top_k=None))
+    pair = await client.text_classification(TEXT, pair="who keeps one half?", model=served.id, verify="off")
+    expected = reference([{"text": TEXT, "text_pair": "who keeps one half?"}], top_k=None)[0]
+    assert_close(pair, expected)
+    assert abs(pair[0]["score"] - single[0]["score"]) > 1e-4, "the second text counts"
+
+
+async def test_tokens_are_classified_over_two_nodes(client: AsyncClient, models: dict[str, Served]) -> None:
+    served = models["tokens"]
+    found = await client.token_classification(
+        TEXT, model=served.id, aggregation_strategy="simple", ignore_labels=(), verify="off"
+    )
+    reference = await asyncio.to_thread(served.pipeline, "token-classification", "AutoModelForTokenClassification")
+    assert_close(found, reference(TEXT, aggregation_strategy="simple", ignore_labels=[]))
+    assert all(TEXT[entity["start"] : entity["end"]].lower() == entity["word"] for entity in found)
+
+
+async def test_a_question_is_answered_from_overlapping_windows(client: AsyncClient, models: dict[str, Served]) -> None:
+    served = models["answer"]
+    context = " ".join(checkpoints.SENTENCES[:3])
+    found = await client.question_answering(
+        "who keeps it?", context, model=served.id, max_seq_len=48, doc_stride=16, align_to_words=False, verify="off"
+    )
+    (best,) = found
+    assert context[best["start"] : best["end"]] == best["answer"]
+    score, start, end = await asyncio.to_thread(best_by_hand, served, "who keeps it?", context)
+    assert (best["start"], best["end"]) == (start, end)
+    assert best["score"] == pytest.approx(score, abs=1e-5)
+    assert len(found.verdict.paid) == 2 and found.verdict.receipts >= 4, "several windows"
+
+
+def best_by_hand(served: Served, question: str, context: str) -> tuple[float, int, int]:
+    """The best span of at most 15 tokens in any window, by brute force over transformers' scores."""
+    model = served.whole("AutoModelForQuestionAnswering")
+    windows = checkpoints.fast_tokenizer(served.folder)(
+        question, context, truncation="only_second", max_length=48, stride=16, return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )  # fmt: skip
+    spans = []
+    for number, ids in enumerate(windows["input_ids"]):
+        types = torch.tensor([windows["token_type_ids"][number]])
+        with torch.inference_mode():
+            out = model(torch.tensor([ids]), token_type_ids=types)
+        inside = [i for i, text in enumerate(windows.sequence_ids(number)) if text == 1]
+        starts = torch.softmax(out.start_logits[0, inside], 0).tolist()
+        ends = torch.softmax(out.end_logits[0, inside], 0).tolist()
+        offsets = windows["offset_mapping"][number]
+        spans += [
+            (starts[i] * ends[j], offsets[inside[i]][0], offsets[inside[j]][1])
+            for i in range(len(inside))
+            for j in range(i, min(i + 15, len(inside)))
+        ]
+    return max(spans, key=lambda span: span[0])
+
+
+async def test_a_translation_by_beams_over_two_stacks_is_generates(
+    client: AsyncClient, models: dict[str, Served]
+) -> None:
+    """The encoder's states travel to the decoder's nodes once; its beams are forked there."""
+    served = models["marian"]
+    tokenizer = checkpoints.fast_tokenizer(served.folder)
+    whole = await asyncio.to_thread(served.whole, "AutoModelForSeq2SeqLM")
+    text = checkpoints.SENTENCES[0]
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    for settings in ({"max_length": 10}, {"num_beams": 1, "max_length": 8}):
+        with torch.inference_mode():
+            expected = tokenizer.decode(whole.generate(ids, **settings)[0], skip_special_tokens=True)
+        found = await client.translation(text, model=served.id, verify="off", **settings)
+        assert list(found) == [{"translation_text": expected}]
+        assert [hop.span for hop in found.route] == [Span(0, 1), Span(1, 2), Span(2, 3), Span(3, 4)]
+
+
+async def test_a_served_marian_model_computes_the_original_transformers_formulas(
+    client: AsyncClient, running: Running, models: dict[str, Served], tmp_path: Path
+) -> None:
+    """Sinusoidal positions, scaled dot-product attention, feed-forward: in NumPy, with weights out of the pieces."""
+    served = models["marian"]
+    weights: original.Weights = {}
+    for piece in served.manifest.pieces:
+        path = tmp_path / piece.name
+        await fetch_file(piece.cid, path, [running.net.source], store=LocalStore(tmp_path / "s"), max_bytes=piece.bytes)
+        weights |= {name: tensor.astype(np.float64) for name, tensor in load_file(path).items()}
+    table = next(name for name in weights if "shared" in name or "embed_tokens" in name or "lm_head" in name)
+    weights["model.shared.weight"] = weights[table]  # one table embeds, on both sides, and makes the logits
+    ids = await client.encode(checkpoints.SENTENCES[1], model=served.id)
+    encoded = await client.run(served.id, ids, verify="off")
+    memory = original.encode(weights, ids, layers=2, heads=4)
+    np.testing.assert_allclose(encoded.rows, memory, atol=2e-5)
+    target = [0, 7, 9, 30]
+    async with client.decoder(served.id, max_length=8, dense=True, memory=encoded.rows, verify="off") as decoder:
+        await decoder.feed(target, want="all")
+        rows = [await decoder.row(position) for position in range(len(target))]
+        await decoder.finish()
+    logits = original.decode(weights, target, encoded.rows.astype(np.float64), layers=2, heads=4)
+    np.testing.assert_allclose(np.stack(rows), logits, atol=5e-5)  # of values up to 4, fp32 against fp64
+
+
+async def test_the_causal_model_generates_by_beams_with_rules_over_three_hops(
+    client: AsyncClient, running: Running
+) -> None:
+    settings = {"num_beams": 3, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "length_penalty": 0.5}
+    prompt = "The function returns"
+    (found,) = await client.text_generation(
+        prompt, model=running.id, max_new_tokens=5, return_full_text=True, verify="off", **settings
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(running.checkpoint, local_files_only=True)
+    ids = torch.tensor([await client.encode(prompt, model=running.id)])
+    whole = await asyncio.to_thread(checkpoints.whole, running.checkpoint, "AutoModelForCausalLM")
+    with torch.inference_mode():
+        out = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, **settings)
+    assert found["generated_text"] == prompt + tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+async def test_tallystick_run_prints_a_tasks_result(
+    running: Running, models: dict[str, Served], capsys: pytest.CaptureFixture[str]
+) -> None:
+    local, served = running.net.chain, models["text"]
+    arguments = [
+        "--rpc", local.rpc, "--book", str(local.book), "--key", str(running.keystore),
+        "--password-file", str(running.keystore.parent / "password"), "--source", running.net.source,
+        "run", "text-classification", "--model", served.id, "--verify", "off", "--set", "top_k=1", "--json", TEXT,
+    ]  # fmt: skip
+    assert await asyncio.to_thread(main, arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["results"][0]) == {"label", "score"} and len(told["results"]) == 1
+    assert [hop["layers"] for hop in told["route"]] == [[0, 2], [2, 3]] and told["paid_wei"] > 0
+    assert await asyncio.to_thread(main, [*arguments[:-1], "--set", "top=1", TEXT]) == 1
+    assert "has no option ['top']" in capsys.readouterr().err
