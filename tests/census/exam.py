@@ -17,6 +17,7 @@ from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.config import checkpoint_config
 from tallystick_model.ghosts import Leave
 from tallystick_model.loader import assemble, vocabulary
+from tallystick_model.rehearsal import random_model, rehearse
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import build_skeleton, named_weights
 from tallystick_model.span import Execution, SpanModel
@@ -63,6 +64,7 @@ def examine(entry: Entry) -> dict[str, Any]:
         return asdict(result)
     try:
         values = checkpoint_config(config.to_dict())
+        rehearse(values, entry.architecture)
         anatomy = _examine_stock(entry, values, model, torch.float32, result)
         _examine_stock(entry, values, model, torch.bfloat16, result)
     except TallystickError as error:
@@ -86,19 +88,9 @@ def examine(entry: Entry) -> dict[str, Any]:
 
 
 def lively_model(config: Any, entry: Entry) -> Any:
-    """Random weights, livelier than at initialisation, so that every part shows in the output."""
     torch.manual_seed(0)
-    model = getattr(transformers, entry.architecture)(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()) or bool((parameter.abs() > 1e3).any()):
-                parameter.normal_(0, 0.05)
-            if parameter.ndim > 1:
-                parameter.mul_(2.0)
-            else:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            del name
-    return model
+        return random_model(config, entry.architecture)
 
 
 class Spans:
@@ -162,7 +154,7 @@ class Spans:
         for span, cache in zip(self.route, self.caches, strict=True):
             inputs = whole.inputs(ids, mask, memory_mask)
             if cache is not None:
-                inputs["past_key_values"] = cache.inner
+                inputs |= {name: cache.inner for name in ("past_key_values", "cache_params") if name in inputs}
             try:
                 output = span.run_batch(inputs, ids.shape, received, cache)
             except Leave as leave:
@@ -191,7 +183,7 @@ def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torc
         anatomy = spans.anatomy
         result.layers = len(spans.anatomy.layers)
         seq2seq = bool(spans.encoder)
-        whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal, masked=spans.anatomy.masked)
+        whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal)
         check = _Comparison(result, f"{'fp32' if dtype is torch.float32 else 'bf16'} {pieces} spans")
         with torch.inference_mode(), _flushed():
             _run(spans, whole, check, result, STEPS[pieces])
@@ -312,7 +304,7 @@ def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result:
     """Decode, chunks and one prefill: the same bits; and those of the whole model up to noise."""
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
     spans = Spans(values, entry, weights, 2, execution="canonical", anatomy=anatomy)
-    whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal, masked=spans.anatomy.masked)
+    whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, min(spans.vocab, 300), (30,), generator=generator)
     with torch.inference_mode(), _flushed():

@@ -60,12 +60,17 @@ class Worker:
             self._process.wait()
 
 
-def take_census(chosen: Sequence[Entry], jobs: int) -> list[dict[str, Any]]:
-    """The results, in the order of `chosen`."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(chosen)):
-        waiting.put(index)
+def take_census(chosen: Sequence[Entry], jobs: int, kept: Path | None = None) -> list[dict[str, Any]]:
+    """The results, in the order of `chosen`. kept: a file of results, a line each; what is in it is not run again."""
+    before = [json.loads(line) for line in kept.read_text().splitlines()] if kept and kept.exists() else []
+    known = {(one["type"], one["task"]): one for one in before}
     results: dict[int, dict[str, Any]] = {}
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index, entry in enumerate(chosen):
+        if (entry.type, entry.task) in known:
+            results[index] = known[entry.type, entry.task]
+        else:
+            waiting.put(index)
 
     def work() -> None:
         worker = Worker()
@@ -76,6 +81,9 @@ def take_census(chosen: Sequence[Entry], jobs: int) -> list[dict[str, Any]]:
                 except queue.Empty:
                     return
                 results[index] = found = worker.examine(chosen[index])
+                if kept is not None:
+                    with kept.open("a") as file:
+                        file.write(json.dumps(found) + "\n")
                 said = f"{chosen[index].name}: {found['result']} {found['why']}".strip()
                 canonical = "canonical" if found["canonical"] else f"stock ({found['canonical_why']})"
                 sys.stderr.write(f"{len(results)}/{len(chosen)} {said} | {canonical}\n")
@@ -115,14 +123,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--types", help="model types, comma-separated; all by default")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--results", type=Path, help="write every result there, as JSON")
+    parser.add_argument("--results", type=Path, help="a file of results: what it holds is kept, what is new is added")
     parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
     said = parser.parse_args()
     wanted = set(said.types.split(",")) if said.types else None
     chosen = [entry for entry in entries() if wanted is None or entry.type in wanted]
-    results = take_census(chosen, said.jobs)
-    if said.results:
-        said.results.write_text(json.dumps(results, indent=1))
+    results = take_census(chosen, said.jobs, said.results)
     if said.write:
         put_table(ROOT / "docs" / "models.md", results, summary(results))
     sys.stdout.write((json.dumps(summary(results)) if said.json else json.dumps(summary(results), indent=1)) + "\n")

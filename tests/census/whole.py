@@ -13,8 +13,8 @@ from tallystick_model.skeleton import arguments_of
 class Whole:
     """model: eval mode; seq2seq: whether it has an encoder. One session's cache at a time."""
 
-    def __init__(self, model: Any, *, seq2seq: bool, causal: bool, masked: bool) -> None:
-        self.model, self.seq2seq, self.causal, self.masked = model, seq2seq, causal, masked
+    def __init__(self, model: Any, *, seq2seq: bool, causal: bool) -> None:
+        self.model, self.seq2seq, self.causal = model, seq2seq, causal
         self.memory: Any = None
         self.cache: Any = None
         self.length = 0
@@ -22,8 +22,7 @@ class Whole:
     def encode(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         encoder = self.model.get_encoder()
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-        positions = {"position_ids": torch.arange(ids.shape[1])[None]} if mask is None else {}
-        self.memory = encoder(**_known(encoder, inputs | positions))
+        self.memory = encoder(**_known(encoder, inputs))
         found: torch.Tensor = self.memory.last_hidden_state
         return found
 
@@ -52,16 +51,11 @@ class Whole:
         if mask is not None:
             inputs[f"{first}attention_mask"] = mask[:, :total]
             positions = (mask[:, :total].cumsum(1) - 1).clamp(min=0)[:, self.length :]
-        else:
-            positions = torch.arange(self.length, total)[None].expand(len(ids), -1)
-            if self.masked:
-                inputs[f"{first}attention_mask"] = torch.ones(len(ids), total, dtype=torch.int64)
-        if mask is None or self.causal:
-            inputs[f"{first}position_ids"] = positions
+            inputs |= {f"{first}position_ids": positions} if self.causal else {}  # else numbered by the model itself
         if self.seq2seq:
             inputs |= {"encoder_outputs": self.memory, "attention_mask": memory_mask}
         if self.cache is not None:
-            inputs["past_key_values"] = self.cache
+            inputs |= {"past_key_values": self.cache, "cache_params": self.cache}
         return _known(self.model, inputs)
 
     def crop(self, length: int) -> None:
