@@ -37,8 +37,8 @@ def model(local: bool, verify: str) -> Iterator[Any]:
         opened = tallystick.AutoModelForCausalLM.from_network(key=key, settings=net.settings(), verify=verify)
         with opened as served:
             yield served
-            for verdict in served.verdicts:
-                print(f"checks passed: {verdict.passed}, failed: {verdict.failed}, paid: {sum(verdict.paid.values())}")
+        for verdict in served.verdicts:
+            print(f"checks passed: {verdict.passed}, failed: {verdict.failed}, paid: {sum(verdict.paid.values())}")
 
 
 def attach_lora(model: Any, targets: tuple[str, ...], rank: int, alpha: float) -> Lora:

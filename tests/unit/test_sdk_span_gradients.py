@@ -6,24 +6,44 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from harness import checkpoints
 from tallystick_model.gradients import Adapter, SpanGradients
 from tallystick_protocol.errors import BadTensor, ContextLengthExceeded
 
 IDS = torch.arange(3, 40) * 7 % 320
-KINDS = {
-    "llama": ("LlamaForCausalLM", ("self_attn.q_proj", "mlp.down_proj")),
-    "gpt2": ("GPT2LMHeadModel", ("attn.c_attn", "mlp.c_proj")),
-    "mistral": ("MistralForCausalLM", ("self_attn.v_proj",)),
-}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12}
+KINDS: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...]]] = {
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}, ("self_attn.q_proj", "mlp.down_proj")),
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, {}, ("attn.c_attn", "mlp.c_proj")),
+    "mistral": (
+        transformers.MistralForCausalLM, transformers.MistralConfig, {"sliding_window": 13}, ("self_attn.v_proj",)
+    ),
+    "gemma2": (
+        transformers.Gemma2ForCausalLM, transformers.Gemma2Config, {"head_dim": 12, "sliding_window": 13},
+        ("self_attn.q_proj",),
+    ),
+    "mixtral": (transformers.MixtralForCausalLM, transformers.MixtralConfig, MOE, ("self_attn.o_proj",)),
+    "gpt_oss": (transformers.GptOssForCausalLM, transformers.GptOssConfig, MOE, ("self_attn.k_proj",)),
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+EVERY_TIME = ("llama", "gpt2", "gpt_oss")
+"""Learned positions, Conv1D, experts, sinks and windows are in these; the others run with the nightly tests."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=() if kind in EVERY_TIME else pytest.mark.nightly) for kind in KINDS],
+)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[SpanGradients]]:
     """The whole model and three spans of it that were cut unevenly."""
-    folder = getattr(checkpoints, request.param)(tmp_path_factory.mktemp("model"))
-    whole = checkpoints.reference(folder, KINDS[request.param][0])
+    cls, config, changes, _ = KINDS[request.param]
+    sizes = checkpoints.GPT2 if request.param == "gpt2" else checkpoints.SMALL
+    folder = tmp_path_factory.mktemp("model")
+    checkpoints.save(cls, config(**{**sizes, **checkpoints.ENDS, **changes}), folder, 0)
+    whole = checkpoints.reference(folder, cls.__name__)
     spans = checkpoints.published(folder, tmp_path_factory.mktemp("pieces")).cut(1, 3)
     return whole.requires_grad_(False), [SpanGradients(span) for span in spans]
 
@@ -73,7 +93,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> bool:
 
 def test_soft_prompts_and_adapters_get_the_gradients_of_the_whole_model(case: Any) -> None:
     whole, passes = case
-    adapters = adapters_of(passes, next(t for c, t in KINDS.values() if c == type(whole).__name__))
+    adapters = adapters_of(passes, next(kind[3] for kind in KINDS.values() if kind[0] is type(whole)))
     embeds = whole.get_input_embeddings()(IDS)
     keep = 9
     torch.manual_seed(1)
