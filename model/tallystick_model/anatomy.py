@@ -41,7 +41,7 @@ LINEAR_TYPES = (nn.Linear, Conv1D)
 @dataclass(frozen=True, slots=True)
 class LayerShape:
     """stack: 0, or 1 for a decoder's; module: its place in the stack's ModuleList.
-    hidden: where the hidden state is among a layer's arguments.
+    hidden: where the hidden state is among a layer's arguments; enters: in what form it comes.
     output: what it returns, as a tree in which True marks the hidden state and False everything else.
     attention: how it attends; None when it does not go through the attention interface.
     """
@@ -49,6 +49,7 @@ class LayerShape:
     stack: int
     module: int
     hidden: Place
+    enters: Stream
     output: Any
     attention: AttentionPlan | None
 
@@ -105,7 +106,8 @@ class Anatomy:
         """The streams that a row at a boundary holds; behind the last layer the hidden state alone."""
         if boundary == self.stack_span(stack).end:
             return [self.ends[stack]]
-        return [stream for stream in self.streams[stack] if stream.crosses(boundary)]
+        others = [stream for stream in self.streams[stack][1:] if stream.crosses(boundary)]
+        return [self.layers[boundary].enters, *others]
 
     def weights_of(self, piece: str) -> tuple[str, ...]:
         """The weights of a piece as it is stored, sorted: tied and aliased ones are stored elsewhere, once."""
@@ -265,9 +267,10 @@ def _read(skeleton: Skeleton, index: int, run: Run, first: int, taint: Taint, pl
             elif argument_tag(taint, leaf) in call.reached:
                 sides.setdefault(taint.identity(leaf), (leaf, {}))[1][first + k] = place
                 (found.embed if taint.born(leaf) == 0 else found.shared).update(_names(tags))
+        enters = _stream(places[k].get(call.args, call.kwargs), 0, uses, "the hidden state")
         shape = _marked(call.output)
         plan = plans[modules + call.module][0]
-        found.layers.append(LayerShape(index, call.module, places[k], shape, plan))
+        found.layers.append(LayerShape(index, call.module, places[k], enters, shape, plan))
     for leaf, used in sides.values():
         born = taint.born(leaf)
         found.streams.append(_stream(leaf, first + born if born else 0, used, f"what layer {min(used)} takes"))

@@ -32,7 +32,7 @@ class Worker:
         if process is None or process.poll() is not None:
             path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
             process = self._process = subprocess.Popen(
-                ["nice", sys.executable, "-m", "census.worker"],
+                ["nice", "-n", "3", sys.executable, "-m", "census.worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
