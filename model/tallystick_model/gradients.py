@@ -65,6 +65,8 @@ class SpanGradients:
     def __init__(self, model: SpanModel) -> None:
         """Raises Rejected for a span of something else than a causal language model."""
         manifest = model.manifest
+        if type(model) is not SpanModel:
+            raise Rejected("gradients are not served by spans that are dealt out to ranks")
         if manifest.output != "logits" or not manifest.causal or manifest.encoder_layers:
             raise Rejected(f"gradients are served for causal language models; {manifest.name} is another kind")
         self.model = model

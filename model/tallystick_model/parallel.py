@@ -26,7 +26,7 @@ from tallystick_model.segments import Cache, Segment
 from tallystick_model.shards import parallel_plan, shard_span
 from tallystick_model.skeleton import build_skeleton
 from tallystick_model.span import SpanModel, Spliced
-from tallystick_protocol.errors import ConfigError, TallystickError
+from tallystick_protocol.errors import BadPosition, ConfigError, TallystickError
 from tallystick_protocol.manifest import Manifest, Piece
 from tallystick_protocol.types import Span
 
@@ -49,11 +49,12 @@ class ParallelSpan(SpanModel):
         self._gone: list[int] = []
 
     def new_cache(self, max_length: int, memory: torch.Tensor | None = None) -> Cache | None:
-        cache = _new_cache(super(), max_length, memory)
+        cache = super().new_cache(max_length, memory)
         if cache is not None:
             number = next(self._next)
             self._numbers[cache] = number
             self._openings[number] = (max_length, memory)
+            setattr(cache, "take", _no_fork)  # noqa: B010 - the other ranks' caches would not follow
             weakref.finalize(cache, self._gone.append, number)
         return cache
 
@@ -176,16 +177,15 @@ def _segment(model: SpanModel, caches: dict[int, Cache | None], one: Any, tensor
     types = tensors.pop(0) if one["types"] else None
     memory = tensors.pop(0) if one["memory"] else None
     if one["opens"] is not None:
-        caches[one["cache"]] = _new_cache(model, one["opens"], memory)
+        caches[one["cache"]] = model.new_cache(one["opens"], memory)
     cache = None if one["cache"] is None else caches[one["cache"]]
     if cache is not None and cache.length > one["first"]:
         cache.crop(one["first"])
     return Segment(cache, one["first"], rows, wanted=one["wanted"], token_types=types)
 
 
-def _new_cache(model: Any, max_length: int, memory: torch.Tensor | None) -> Cache | None:
-    found: Cache | None = model.new_cache(max_length) if memory is None else model.new_cache(max_length, memory)
-    return found
+def _no_fork(*_: Any) -> None:
+    raise BadPosition("a span that is dealt out to ranks does not fork sessions: open another one")
 
 
 def _start(job: dict[str, Any], rank: int) -> subprocess.Popen[bytes]:
@@ -202,13 +202,10 @@ def _meet(meeting: str, rank: int, ranks: int) -> Any:
     if dist.is_initialized():
         raise ConfigError("this process belongs to a group of ranks already: one parallel span per process")
     os.putenv("GLOO_SOCKET_IFNAME", "lo")  # read by gloo itself: no stranger may reach these connections
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
-    if cuda:
-        torch.cuda.set_device(rank)
     store = dist.FileStore(meeting, ranks)
     store.set_timeout(_START_TIMEOUT)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=_PATIENCE)
-    return dist.device_mesh.init_device_mesh("cuda" if cuda else "cpu", (ranks,))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=_PATIENCE)
+    return dist.device_mesh.init_device_mesh("cpu", (ranks,))
 
 
 def _end_with_parent(input_stream: IO[bytes]) -> None:

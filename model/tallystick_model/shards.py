@@ -101,8 +101,6 @@ def _load(stored: Any, piece: Piece, name: str, placed: DTensor | None) -> torch
     mesh, placement = placed.device_mesh, placed.placements[0]
     rank = mesh.get_local_rank()
     local = _checked(name, _slice(stored, spec.shape, placement, rank, mesh.size()))
-    if mesh.device_type != "cpu":
-        local = local.to(f"{mesh.device_type}:{rank}")
     return DTensor.from_local(
         local, mesh, [placement], run_check=False, shape=torch.Size(spec.shape), stride=placed.stride()
     )

@@ -62,6 +62,7 @@ class NodeConfig(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="threads for matrix products")
     check_class_s: float = Field(3600.0, ge=1, description="how often canary and class are checked again")
     look_around_s: float = Field(900.0, ge=1, description="how often a node with span = auto looks for a better place")
+    dwell_s: float = Field(7200.0, ge=0, description="how long such a node stays before it moves for more throughput")
     redeem_after_s: float = Field(24 * 3600.0, ge=0.5, description="age at which vouchers are redeemed")
     offer_lifetime_s: int = Field(3600, ge=60, le=86400, description="how long an offer holds")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="what is logged")

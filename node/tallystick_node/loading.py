@@ -93,7 +93,7 @@ class Loading:
         supply = supply_of(servers, machine.rate)
         ranked = candidates(supply, stacks, machine)
         if at is not None:
-            verdict = consider_move(supply, stacks, machine, at, dwelt_s, self._draw)
+            verdict = consider_move(supply, stacks, machine, at, dwelt_s, self._draw, self._config.dwell_s)
             return Plan(manifest, machine, supply, len(servers), ranked, verdict.to or at, verdict.why)
         choice = choose(ranked, self._draw)
         why = why_of(ranked, choice, manifest, machine)

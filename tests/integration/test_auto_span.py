@@ -13,7 +13,10 @@ import pytest
 
 from conftest import Running
 from harness.waiting import eventually
-from tallystick_devnet.localnet import LocalNode
+from tallystick import AsyncClient
+from tallystick_devnet.demo import default_model
+from tallystick_devnet.localnet import LocalNet, LocalNode
+from tallystick_model.memory import largest_piece_bytes, span_bytes
 from tallystick_node.planning.supply import missing
 from tallystick_protocol.types import Span
 
@@ -70,3 +73,31 @@ def test_plan_shows_layers_candidates_and_the_choice(running: Running, tmp_path:
     assert plan["choice"] == plan["candidates"][0]["span"] or plan["choice"] in {c["span"] for c in plan["candidates"]}
     assert "rows/s" in plan["why"]
     assert not list((tmp_path / "store" / "files").iterdir()), "the manifest alone was fetched"
+
+
+@pytest.mark.nightly
+async def test_a_node_moves_to_layers_that_nobody_serves_and_serves_them(tmp_path: Path) -> None:
+    with LocalNet(tmp_path) as net:
+        model, manifest = net.publish(default_model())
+        front = Span(0, (manifest.layers + 1) // 2)
+        back = Span(front.end, manifest.layers)
+        room = max(span_bytes(manifest, span) for span in (front, back)) + (1 << 20)
+        memory = room + largest_piece_bytes(manifest, manifest.whole) + (1 << 28)
+        net.prepare(2)
+        settings = ["--cache-bytes", str(1 << 28)]
+        auto = ["--span", "auto", "--memory", str(memory), "--look-around-s", "1", "--dwell-s", "0"]
+        mover = net.add_node(model, front, settings=[*settings, *auto])
+        mover.wait()
+        began = net.chain.chain().node(mover.address).span
+        assert began in (front, back)
+        stayer = net.add_node(model, began, settings=settings)
+        stayer.wait()
+        there = back if began == front else front
+        await eventually(
+            "the node to move", lambda: net.chain.chain().node(mover.address).span == there, 90
+        )
+        await eventually("it to serve", lambda: mover.process.log.read_text().count("start took:") == 2, 60)
+        key, _ = net.client_key()
+        async with AsyncClient(key, net.settings()) as client:
+            answer = await client.generate("The function returns", model="0x" + model.hex(), max_tokens=4)
+        assert len(answer.ids) == 4

@@ -15,10 +15,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from harness import checkpoints
 from harness.checkpoints import ENDS, SMALL, Published, Session, published
+from tallystick_model.gradients import SpanGradients
 from tallystick_model.parallel import ParallelSpan, load_parallel
 from tallystick_model.segments import Segment
 from tallystick_model.shards import _slice
-from tallystick_protocol.errors import BadPosition, ConfigError, ManifestError
+from tallystick_protocol.errors import BadPosition, ConfigError, ManifestError, Rejected
 from tallystick_protocol.types import Span
 
 IDS = (torch.arange(48) * 7919 + 13) % 300
@@ -72,6 +73,11 @@ def test_sessions_are_cropped_and_refused_as_in_one_process(dealt: Dealt) -> Non
     with pytest.raises(BadPosition):
         dealt.whole.forward([Segment(session.caches[0], 3, IDS[:2])])
     assert session.step(IDS[25:27]).shape[0] == 2, "what was refused did not reach the other rank"
+    other = dealt.whole.new_cache(64)
+    with pytest.raises(BadPosition, match="does not fork"):
+        cast(Any, other).take(session.caches[0], 0, 4)
+    with pytest.raises(Rejected, match="dealt out"):
+        SpanGradients(dealt.whole)
 
 
 def test_a_follower_that_dies_is_noticed_and_nothing_hangs(dealt: Dealt) -> None:

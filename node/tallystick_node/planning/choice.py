@@ -135,17 +135,23 @@ class Verdict:
 
 
 def consider_move(
-    others: Supply, stacks: tuple[Span, ...], machine: Machine, span: Span, dwelt_s: float, draw: random.Random
+    others: Supply,
+    stacks: tuple[Span, ...],
+    machine: Machine,
+    span: Span,
+    dwelt_s: float,
+    draw: random.Random,
+    min_dwell_s: float = MIN_DWELL_S,
 ) -> Verdict:
     """Whether a machine that serves `span` should serve another one. others: the supply without it.
 
-    It moves when layers are missing and it fills more of them elsewhere, or after MIN_DWELL_S when the soft bottleneck
+    It moves when layers are missing and it fills more of them elsewhere, or after min_dwell_s when the soft bottleneck
     gains at least MIN_GAIN of the node's share; never when a layer would be missing while it is on its way.
     """
     layers = stacks[-1].end
     here = with_server(others, span, machine.rate(span))
     lacking = missing(here, layers)
-    if dwelt_s < (HOLE_DWELL_S if lacking else MIN_DWELL_S):
+    if dwelt_s < (min(HOLE_DWELL_S, min_dwell_s) if lacking else min_dwell_s):
         return Verdict(None, f"it has served {span} for {dwelt_s:.0f} s only")
     if not lacking and missing(others, layers):
         return Verdict(None, "without it no route is complete, and a move takes a while")
