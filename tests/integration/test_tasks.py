@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from conftest import Running
 from harness import original_transformer as original
 from harness import task_checkpoints as checkpoints
-from tallystick import AsyncClient
+from tallystick import AsyncClient, Client
 from tallystick.cli import main
 from tallystick_protocol.content.fetch import fetch_file
 from tallystick_protocol.content.store import LocalStore
@@ -222,6 +222,15 @@ async def test_the_causal_model_generates_by_beams_with_rules_over_three_hops(
     with torch.inference_mode():
         out = whole.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, **settings)
     assert found["generated_text"] == prompt + tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+async def test_the_client_that_waits_has_the_tasks_too(running: Running, models: dict[str, Served]) -> None:
+    def classify() -> list[dict[str, Any]]:
+        with Client(running.key, running.net.settings()) as waiting:
+            return waiting.text_classification(TEXT, model=models["text"].id, top_k=1, verify="off")
+
+    (best,) = await asyncio.to_thread(classify)
+    assert set(best) == {"label", "score"} and best["label"].startswith("LABEL_")
 
 
 async def test_tallystick_run_prints_a_tasks_result(

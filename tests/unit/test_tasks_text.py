@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness import task_checkpoints as checkpoints
 from harness.local_backend import LocalBackend, manifest_of
 from tallystick.tasks.languages import source_ids
 from tallystick.tokens import Tokens
-from tallystick_protocol.errors import ConfigError
+from tallystick_protocol.errors import ConfigError, CorruptResult
 from tallystick_protocol.manifest import Pooling
 
 TEXTS = ["Tom Brown of Berlin sold the stick", "the two halves bear notches, and each party keeps one half. naïve 東京"]
@@ -354,3 +355,21 @@ def test_languages_are_marked_as_each_familys_tokenizer_does_it(
     tokens = Tokens(tmp_path / "tokenizer.json")
     found = [tokens.token_of(token).replace("▁", "") for token in source_ids(tokens, "a", source, target)]
     assert [token for token in found if token] == expected.split()
+
+
+@pytest.mark.parametrize("harm", ["too few rows", "not finite", "too narrow"])
+async def test_rows_that_are_not_what_was_asked_for_are_corrupt(masked: Any, harm: str) -> None:
+    """They come from strangers."""
+    backend, _ = masked
+
+    class Harmful(LocalBackend):
+        async def run(self, *arguments: Any, **options: Any) -> Any:
+            done = await backend.run(*arguments, **options)
+            rows = done.rows.copy()
+            rows[0, 0] = np.nan if harm == "not finite" else rows[0, 0]
+            rows = rows[:-1] if harm == "too few rows" else rows[:, :-1] if harm == "too narrow" else rows
+            return replace(done, rows=rows)
+
+    harmful = Harmful(backend.whole, masked[1], backend.manifest)
+    with pytest.raises(CorruptResult, match="finite numbers"):
+        await harmful.fill_mask("the [MASK] of the stick")

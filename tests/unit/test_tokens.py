@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,52 @@ def test_a_tokenizer_that_the_library_refuses_is_a_manifest_error(tmp_path: Path
         Tokens(tmp_path / "tokenizer.json")
     with pytest.raises(ManifestError, match="tokenizer"):
         Tokens(tmp_path / "missing.json")
+
+
+def bert_like(folder: Path, settings: object) -> Tokens:
+    """A word tokenizer with a mask, and a tokenizer_config.json."""
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "[MASK]": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["[UNK]", "[MASK]"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokens(folder / "tokenizer.json", folder / "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    "settings, mask",
+    [({"mask_token": "b"}, "b"), ({"mask_token": {"content": "a", "lstrip": True}}, "a"), ({}, "[MASK]"),
+     ({"mask_token": "<not in the vocabulary>"}, "[MASK]"), ({"mask_token": 7}, "[MASK]")],
+    ids=str,
+)  # fmt: skip
+def test_a_special_token_is_the_one_the_files_name_or_the_usual_one(
+    tmp_path: Path, settings: dict[str, object], mask: str
+) -> None:
+    assert bert_like(tmp_path, settings).special_token("mask") == mask
+
+
+def test_a_chat_template_is_a_file_of_its_own_or_a_setting_of_several_the_default(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    assert bert_like(tmp_path, {"chat_template": named}).chat_template == "D"
+    assert bert_like(tmp_path, {"chat_template": "S"}).chat_template == "S"
+    assert bert_like(tmp_path, {"chat_template": 3}).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("F")
+    tokens = Tokens(tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json", tmp_path / "chat_template.jinja")
+    assert tokens.chat_template == "F"
+
+
+def test_settings_that_are_no_object_are_a_manifest_error(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="tokenizer_config"):
+        bert_like(tmp_path, ["mask_token"])
+
+
+def test_windows_overlap_cover_the_text_and_leave_the_tokenizer_as_it_was(tmp_path: Path) -> None:
+    tokens = bert_like(tmp_path, {})
+    text = " ".join("ab" * 20)
+    windows = tokens.windows(text, None, 16, 4)
+    assert [len(window.ids) for window in windows] == [16, 16, 16]
+    assert windows[0].offsets[-4:] == windows[1].offsets[:4]
+    assert {offset for window in windows for offset in window.offsets} == set(tokens.analyse(text).offsets)
+    with pytest.raises(ConfigError, match="windows of 4 tokens"):
+        tokens.windows(text, None, 4, 4)
+    assert len(tokens.encode(text)) == 40

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tallystick.route import Candidate
-from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, check_length, look_up, merge
+from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, check_length, check_rows, look_up, merge
 from tallystick.tasks.decoding import Continuation, Order, generate
 from tallystick.tasks.languages import source_ids, target_code
 from tallystick.tasks.passes import longest
@@ -14,7 +14,7 @@ from tallystick.tasks.prompts import chat_ids, summarize_instruction, translate_
 from tallystick.tasks.settings import DEFAULT_NEW_TOKENS, settle, with_forced_bos
 from tallystick.tasks.text_generation import generated_text
 from tallystick.verdict import Policy, Verdict
-from tallystick_protocol.errors import ConfigError, CorruptResult
+from tallystick_protocol.errors import ConfigError
 
 INSTRUCTED_TOKENS = 256
 """New tokens at most when an instructed model answers and nobody said how many."""
@@ -81,14 +81,14 @@ async def encode_decode(
     """The source's ids through the encoder; its last hidden states are the memory of the decoder, which generates."""
     manifest = served.manifest
     check_length(manifest, len(ids))
-    start = settings.pop("decoder_start", manifest.generation.get("decoder_start", manifest.generation.get("bos")))
+    own = manifest.generation.get("decoder_start", manifest.generation.get("bos"))
+    start = settings.pop("decoder_start_token_id", own)
     if type(start) is not int or not 0 <= start < manifest.vocab:
-        raise ConfigError(f"{manifest.name} names no decoder start: set decoder_start to a token id")
+        raise ConfigError(f"{manifest.name} names no decoder start: set decoder_start_token_id")
     chosen = with_forced_bos(settle(manifest, 1, **settings), forced_bos)
     encoded = await backend.run(served.id, ids, verify=verify)
-    if encoded.rows.shape[0] != len(ids):
-        raise CorruptResult(f"{encoded.rows.shape[0]} states came back for a text of {len(ids)} tokens")
-    order = Order([start], chosen, memory=encoded.rows, encoder_ids=tuple(ids))
+    memory = check_rows(encoded.rows, (len(ids), manifest.width))
+    order = Order([start], chosen, memory=memory, encoder_ids=tuple(ids))
     found, route, verdict = await generate(backend, served, order, verify)
     return found, [*encoded.route, *route], merge([encoded.verdict, verdict])
 
