@@ -38,7 +38,7 @@ class Dealt:
     whole: ParallelSpan
 
 
-@pytest.fixture(scope="module", params=[checkpoints.llama, qwen3], ids=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=[checkpoints.llama, pytest.param(qwen3, marks=pytest.mark.nightly)])
 def dealt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dealt]:
     root = tmp_path_factory.mktemp("dealt")
     torch.set_num_threads(1)
