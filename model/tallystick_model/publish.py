@@ -24,6 +24,7 @@ from tallystick_model.publishing.precheck import check_disk, check_memory, peak_
 from tallystick_model.publishing.progress import Meter, Progress, Report, quiet
 from tallystick_model.publishing.quantize import GROUPS, quantised_weights
 from tallystick_model.publishing.tasks import labels_of, task_of
+from tallystick_model.rehearsal import rehearse
 from tallystick_model.skeleton import Skeleton, build_skeleton
 from tallystick_protocol.content.cid import Cid, Codec
 from tallystick_protocol.content.store import LocalStore, Store
@@ -98,6 +99,7 @@ class _Plan:
         self.labels = labels_of(source.config, self.task)
         self.skeleton: Skeleton = build_skeleton(self.config, self.architecture, self.labels)
         self.anatomy: Anatomy = dissect(self.skeleton)
+        rehearse(self.config, self.architecture, self.labels)
         self.weights: Weights = match(source, self.skeleton, self.anatomy)
         self.vocab = vocabulary(self.skeleton.config)
         self.max_length = max_length(self.skeleton, source)
@@ -122,7 +124,7 @@ class _Plan:
         return Encoding(rounded - chosen, chosen, self.quantization)
 
     def reader(self, piece: str, said: Callable[[int], None] = lambda count: None) -> PieceReader:
-        return PieceReader(self.weights, self.anatomy.weights_of(piece), self.encoding, said)
+        return PieceReader(piece, self.weights, self.anatomy.weights_of(piece), self.encoding, said)
 
     @property
     def names(self) -> list[str]:
