@@ -205,10 +205,13 @@ class Lane:
         if remote.rows_due > bench.funded_to:
             bench.funded_to = remote.rows_due + BUDGET_ROWS // 2
             await asyncio.to_thread(purse.top_up, remote.node)
+        paid, before = self._shop.verdict.paid, remote.rows_paid
         try:
             await remote.pay(remote.rows_due, purse)
         except TallystickError as error:
             log.info("a voucher did not reach %s (%s)", remote.node, error)
+        more = self._price(remote.candidate, remote.rows_paid - before)
+        paid[remote.node] = Wei(paid.get(remote.node, Wei(0)) + more)
 
     async def _dismiss(self, node: Address) -> None:
         """End the session at a node, if one is open."""
@@ -219,8 +222,6 @@ class Lane:
         shop.purse.release([bench.need])
         if node not in shop.avoid:
             shop.purse.expect(node, self._price(remote.candidate, remote.rows_due - remote.rows_paid))
-        paid = self._price(remote.candidate, remote.rows_paid)
-        shop.verdict.paid[node] = Wei(shop.verdict.paid.get(node, Wei(0)) + paid)
         await remote.close()
 
     def _price(self, candidate: Candidate, num_rows: int) -> Wei:

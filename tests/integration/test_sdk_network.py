@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import tallystick
 from conftest import Running
 from tallystick.torch.causal_lm import NetworkModelForCausalLM
 from tallystick_devnet.demo import cheating_command
+from tallystick_devnet.localchain import repository
 from tallystick_devnet.localnet import READY_TIMEOUT_S
 
 IDS = torch.arange(40, 58).view(2, 9) * 71 % 4000
@@ -108,6 +110,24 @@ def test_adapters_get_the_local_models_gradients(running: Running, whole: Any, c
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for one, parameter in zip(found, lora.parameters(), strict=True):
         assert (one - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max()
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "lora"])
+def test_the_examples_losses_are_those_of_the_local_model(
+    running: Running, whole: Any, client: tallystick.Client, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(repository() / "examples"))
+    example = importlib.import_module(name)
+    said: list[str] = []
+    try:
+        expected = example.run(whole, 2, said.append)
+    finally:
+        for module in whole.modules():
+            module._forward_hooks.clear()
+    with opened(client, running) as served:
+        found = example.run(served, 2, said.append)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len(said) % 2 == 0 and said[0] == said[len(said) // 2]
 
 
 def test_a_session_that_broke_is_opened_again_in_mid_tuning(
