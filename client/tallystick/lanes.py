@@ -64,6 +64,21 @@ class Workshop:
     verdict: Verdict
     audit_probability: float
     avoid: set[Address] = field(default_factory=set)
+    reserved: dict[Address, Need] = field(default_factory=dict)
+
+    async def reserve(self, candidates: list[Candidate]) -> None:
+        """Set money aside for nodes that are about to be used, in one transaction."""
+        needs = {c.node: Need(c.node, self.price(c, BUDGET_ROWS)) for c in candidates}
+        await asyncio.to_thread(self.purse.reserve, list(needs.values()))
+        self.reserved.update(needs)
+
+    def release(self) -> None:
+        """Give back what is set aside for nodes that were not used."""
+        self.purse.release(list(self.reserved.values()))
+        self.reserved.clear()
+
+    def price(self, candidate: Candidate, num_rows: int) -> Wei:
+        return charge(candidate.span, self.manifest.layers, Wei(candidate.offer.price), num_rows)
 
 
 @dataclass(slots=True)
@@ -87,10 +102,20 @@ class Lane:
         self._benches: dict[Address, _Bench] = {}
         self._turn = asyncio.Lock()
         self._number = 0
+        self._drawn: list[Candidate] = []  # who may check, in the order of the draw
 
     @property
     def span(self) -> Span:
         return self._route[self._index].span
+
+    def draw(self) -> list[Candidate]:
+        """The nodes that this lane is going to use: its own, and under "full" the first auditor."""
+        shop = self._shop
+        possible = auditors(shop.candidates, self._route, self._index, shop.avoid)
+        usual = statistics.median(c.offer.price for c in possible) if possible else 0
+        coins = [1.0 - _COINS.random() for _ in possible]
+        self._drawn = draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
+        return [self._route[self._index], *(self._drawn[:1] if shop.verdict.policy == "full" else [])]
 
     async def ask(
         self,
@@ -163,7 +188,6 @@ class Lane:
 
     async def _open(self, candidate: Candidate) -> _Bench:
         shop = self._shop
-        need = Need(candidate.node, self._price(candidate, BUDGET_ROWS))
         opening = Opening(
             nonce=fresh_nonce(),
             model=shop.manifest.model_id,
@@ -175,7 +199,9 @@ class Lane:
             top_k=0,
         )
         remembered = shop.purse.remembers(candidate.node)
-        await asyncio.to_thread(shop.purse.reserve, [need])
+        if candidate.node not in shop.reserved:
+            await shop.reserve([candidate])
+        need = shop.reserved.pop(candidate.node)
         ask = partial(Remote.open, shop.peers, candidate, opening, shop.key, shop.domain, shop.purse)
         try:
             try:
@@ -210,7 +236,7 @@ class Lane:
             await remote.pay(remote.rows_due, purse)
         except TallystickError as error:
             log.info("a voucher did not reach %s (%s)", remote.node, error)
-        more = self._price(remote.candidate, remote.rows_paid - before)
+        more = self._shop.price(remote.candidate, remote.rows_paid - before)
         paid[remote.node] = Wei(paid.get(remote.node, Wei(0)) + more)
 
     async def _dismiss(self, node: Address) -> None:
@@ -221,11 +247,8 @@ class Lane:
         remote, shop = bench.remote, self._shop
         shop.purse.release([bench.need])
         if node not in shop.avoid:
-            shop.purse.expect(node, self._price(remote.candidate, remote.rows_due - remote.rows_paid))
+            shop.purse.expect(node, self._shop.price(remote.candidate, remote.rows_due - remote.rows_paid))
         await remote.close()
-
-    def _price(self, candidate: Candidate, num_rows: int) -> Wei:
-        return charge(candidate.span, self._shop.manifest.layers, Wei(candidate.offer.price), num_rows)
 
     def _substitute(self, lost: Candidate, error: TallystickError) -> None:
         """Put another node of the span into the route. Raises NoRoute when there is none."""
@@ -236,6 +259,7 @@ class Lane:
             raise no_route([c for c in shop.candidates if c.node not in shop.avoid], Span(0, shop.manifest.layers))
         self._route[self._index] = spare[0]
         shop.verdict.replaced.append((lost.node, spare[0].node, error.code))
+        self.draw()
         log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
 
     # -- checking
@@ -284,14 +308,13 @@ class Lane:
             )
         if wrong[0] == candidate.node:
             self._route[self._index] = next(c for c in shop.candidates if c.node == auditor)
+            self.draw()
         return third[1]
 
     async def _second_answer(self, request: Any, done: set[Address]) -> tuple[Address, dict[str, np.ndarray]] | None:
-        shop = self._shop
-        possible = auditors(shop.candidates, self._route, self._index, shop.avoid | done)
-        usual = statistics.median(c.offer.price for c in possible) if possible else 0
-        dearest = int(AUDITOR_PRICE_FACTOR * usual)
-        for auditor in draw(possible, [1.0 - _COINS.random() for _ in possible], dearest):
+        for auditor in self._drawn:
+            if auditor.node in self._shop.avoid | done:
+                continue
             try:
                 return auditor.node, await request(auditor)
             except _OWN_FAULTS:

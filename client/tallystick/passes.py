@@ -6,6 +6,7 @@ requests, so one that fails is replaced in mid-pass. NumPy arrays in and out: `t
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -42,6 +43,8 @@ class Passes:
     def __init__(self, workshop: Workshop, route: list[Candidate]) -> None:
         self._lanes = [Lane(workshop, route, index) for index in range(len(route))]
         self._workshop = workshop
+        self._ready = asyncio.Lock()
+        self._is_ready = False
 
     async def __aenter__(self) -> Passes:
         return self
@@ -54,6 +57,7 @@ class Passes:
     async def close(self) -> None:
         for lane in self._lanes:
             await lane.close()
+        self._workshop.release()
 
     @property
     def verdict(self) -> Verdict:
@@ -70,6 +74,10 @@ class Passes:
         """
         adapters = dict(adapters or {})
         self._check(rows, adapters)
+        async with self._ready:
+            if not self._is_ready:
+                await self._workshop.reserve([candidate for lane in self._lanes for candidate in lane.draw()])
+                self._is_ready = True
         manifest = self._workshop.manifest
         entered, states = [rows[:, None] if rows.ndim == 1 else rows], []
         for lane in self._lanes:
