@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from harness import checkpoints
 from harness.checkpoints import ENDS, SMALL, Published, Session, published
+from tallystick_model.canary import check_canary
 from tallystick_model.gradients import SpanGradients
 from tallystick_model.parallel import ParallelSpan, load_parallel
 from tallystick_model.segments import Segment
@@ -55,6 +56,7 @@ def test_two_ranks_compute_what_one_process_computes(dealt: Dealt) -> None:
     together = Session([dealt.whole]).steps(IDS, CHUNKS)
     assert (together - alone).abs().max() <= 1e-5 * max(1.0, float(alone.abs().max()))
     assert torch.equal(Session([dealt.whole]).steps(IDS, CHUNKS), together), "another session, the same steps"
+    assert check_canary(dealt.whole, dealt.served.manifest, dealt.served.store.get_block) < 1e-5
 
 
 def test_a_rank_holds_its_half_of_what_the_plan_deals_out(dealt: Dealt) -> None:
