@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from tallystick.tasks.backend import Served
-from tallystick.templates import render_chat
 from tallystick_protocol.errors import ConfigError
 
 Message = dict[str, Any]
@@ -30,6 +29,8 @@ async def prompt_ids(served: Served, inputs: str | Sequence[Message] | list[int]
 
 async def chat_ids(served: Served, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
     """A conversation as its model was trained on, up to where the model's answer begins."""
+    from tallystick.templates import render_chat  # the only part of the tasks that needs tallystick_model
+
     template = served.tokens.chat_template
     if template is None:
         raise ConfigError(f"{served.manifest.name} has no chat template: give it a text to continue instead")
