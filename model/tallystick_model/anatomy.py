@@ -367,7 +367,7 @@ def _sort_ties(skeleton: Skeleton, roles: dict[str, str]) -> tuple[dict[str, str
 
 def _grafts(skeleton: Skeleton, roles: dict[str, str], layers: tuple[LayerShape, ...]) -> dict[str, str]:
     """Modules of a stack's first layer whose weights later layers use without the tokens."""
-    grafts = {}
+    grafts: dict[str, str] = {}
     for index, stack in enumerate(skeleton.stacks):
         first = next(layer for layer in layers if layer.stack == index)
         once = sum(layer.stack == index and layer.module == first.module for layer in layers) == 1

@@ -91,7 +91,7 @@ def _shapes(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: An
     part = hidden_states.new_empty(hidden_states.shape)
     if module.has_post_expert_norm:
         part = module.post_expert_norm(part)
-    return part * top_k_weights[:, :1]
+    return (part * top_k_weights[:, :1]).to(hidden_states.dtype)
 
 
 ExpertsInterface.register(NAME, _experts)

@@ -37,7 +37,8 @@ class Call:
 
     @property
     def arguments(self) -> dict[int | str, Any]:
-        return {**dict(enumerate(self.args)), **self.kwargs}
+        named: dict[int | str, Any] = dict(enumerate(self.args))
+        return named | dict(self.kwargs)
 
     @property
     def left(self) -> torch.Tensor:

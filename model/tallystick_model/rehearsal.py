@@ -62,11 +62,11 @@ def _rehearse(config: str, architecture: str, labels: tuple[str, ...]) -> None:
     for step, (one, other) in enumerate(zip(found, expected, strict=True)):
         if one.shape != other.shape:
             raise ManifestError(f"{architecture} cannot be cut into spans: they return another shape than the whole")
-        error = float((one - other).abs().max()) / (float(other.std()) or 1.0)
-        if not error <= TOLERANCE:
+        difference = float((one - other).abs().max()) / (float(other.std()) or 1.0)
+        if not difference <= TOLERANCE:
             what = "the first rows" if step == 0 else "rows behind cached ones"
             raise ManifestError(
-                f"{architecture} cannot be cut into spans: {what} differ from the whole model's by {error:.0e}; "
+                f"{architecture} cannot be cut into spans: {what} differ from the whole model's by {difference:.0e}; "
                 "its layers share more than what passes from one to the next"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,8 +29,8 @@ from tallystick_protocol.types import Span
 CLOSE = 2e-2
 """Relative difference, of the output's standard deviation, up to which a result counts as close and not as wrong."""
 
-STEPS = {2: 5, 3: 20}
-"""Cached decode steps, by the number of spans."""
+RUNS = {torch.float32: ((2, 5), (3, 20)), torch.bfloat16: ((2, 20),)}
+"""How often, and how: {dtype: (spans, cached decode steps)...}."""
 
 MEMORY_ROWS = 11
 
@@ -178,7 +179,7 @@ def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torc
     if dtype is not torch.float32:
         reference = in_dtype(entry, model, dtype)
     anatomy = None
-    for pieces in (2, 3):
+    for pieces, steps in RUNS[dtype]:
         spans = Spans(values, entry, weights, pieces, dtype, anatomy=anatomy)
         anatomy = spans.anatomy
         result.layers = len(spans.anatomy.layers)
@@ -186,7 +187,7 @@ def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torc
         whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal)
         check = _Comparison(result, f"{'fp32' if dtype is torch.float32 else 'bf16'} {pieces} spans")
         with torch.inference_mode(), _flushed():
-            _run(spans, whole, check, result, STEPS[pieces])
+            _run(spans, whole, check, result, steps)
     return anatomy
 
 
@@ -202,7 +203,7 @@ def in_dtype(entry: Entry, model: Any, dtype: torch.dtype) -> Any:
     kept = other._keep_in_fp32_modules_strict or ()
     with torch.no_grad():
         for name, tensor in named_weights(other).items():
-            fp32 = any(part in name.split(".") for part in kept)
+            fp32 = any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept)
             value = source[name].to(torch.float32 if fp32 else (dtype if tensor.is_floating_point() else tensor.dtype))
             owner, _, leaf = name.rpartition(".")
             module = other.get_submodule(owner)
