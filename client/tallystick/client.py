@@ -16,7 +16,7 @@ from tallystick.generation import Answer, Stream
 from tallystick.lanes import Workshop
 from tallystick.network import Network, Survey
 from tallystick.passes import Passes
-from tallystick.payments import Purse
+from tallystick.payments import Need, Purse
 from tallystick.repair import RolledBack
 from tallystick.route import Candidate, Weights, plan
 from tallystick.sampling import Sampling
@@ -210,6 +210,7 @@ class AsyncClient(Tasks):
             sides = Sides(memory=_memory_rows(manifest, memory))
             survey, route = await self.plan(record, manifest, stack)
             setting = self._setting(record, manifest, stack, survey, max_length, dense, sides)
+            await self._prepay([setting.need(candidate, count) for candidate in route])
             opened: list[Session] = []
             try:
                 for _ in range(count):
@@ -302,6 +303,11 @@ class AsyncClient(Tasks):
             on_replaced=lambda: self.network.forget(record),
             sides=sides or Sides(),
         )
+
+    async def _prepay(self, needs: list[Need]) -> None:
+        """Fill the channels for several sessions in one transaction; what each of them sets aside is then there."""
+        await asyncio.to_thread(self._purse.reserve, needs)
+        self._purse.release(needs)
 
     async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
         session = Session(setting, route, verdict)

@@ -178,14 +178,10 @@ class Session:
 
     async def _reserve(self, candidates: list[Candidate]) -> None:
         """Set aside what the whole session may cost at these nodes, replays included, in one transaction."""
-        setting = self.setting
-        needs = [
-            Need(c.node, charge(c.span, setting.manifest.layers, Wei(c.offer.price), 2 * setting.max_length))
-            for c in candidates
-            if c.node not in {need.node for need in self._reserved}
-        ]
+        known = {need.node for need in self._reserved}
+        needs = [self.setting.need(candidate) for candidate in candidates if candidate.node not in known]
         if needs:
-            await asyncio.to_thread(setting.purse.reserve, needs)
+            await asyncio.to_thread(self.setting.purse.reserve, needs)
             self._reserved += needs
 
     def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tallystick.payments import Purse
+from tallystick.payments import Need, Purse
 from tallystick.route import Candidate
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Context, rows_root
 from tallystick_protocol.signing import Domain, Key
-from tallystick_protocol.types import Digest, Span
+from tallystick_protocol.types import Digest, Span, Wei
+from tallystick_protocol.vouchers import charge
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,11 @@ class Setting:
     def one_shot(self) -> bool:
         """Whether the session takes all its rows in one step: encoders."""
         return not self.manifest.is_causal(self.stack)
+
+    def need(self, candidate: Candidate, sessions: int = 1) -> Need:
+        """What so many whole sessions may cost at a node, replays included."""
+        price = Wei(candidate.offer.price)
+        return Need(candidate.node, charge(candidate.span, self.manifest.layers, price, 2 * sessions * self.max_length))
 
     def context(self, span: Span, want: tuple[bool, ...]) -> Context:
         """What a receipt of `span` must say about a window."""
