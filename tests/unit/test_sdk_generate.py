@@ -183,6 +183,29 @@ def test_generation_begins_anew_when_a_node_lied_and_was_caught(pair: Any, monke
         served.generate(PROMPT, max_new_tokens=12, pad_token_id=PAD, do_sample=True, streamer=streamer)
 
 
+def test_a_forward_is_made_anew_when_a_node_lied(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, served, backend = pair
+    honest, liars = backend.decoder, []
+
+    def decoder(max_length: int, beams: int) -> Any:
+        made = honest(max_length, beams)
+        if not liars:
+            liars.append(made)
+            made.wrong_from, real_finish = 3, made.finish
+
+            async def finish() -> None:
+                made.caught_at = 3
+                await real_finish()
+
+            made.finish = finish
+        return made
+
+    monkeypatch.setattr(backend, "decoder", decoder)
+    with torch.no_grad():
+        torch.testing.assert_close(served(PROMPT).logits, whole(PROMPT).logits, atol=1e-4, rtol=1e-4)
+    assert liars[0].caught_at == 3 and liars[0].left
+
+
 def test_goes_on_when_a_node_was_caught_before_anything_was_wrong(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = both(pair, seed=5, do_sample=True)
     _, served, backend = pair

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from tallystick.repair import RolledBack
 from tallystick.torch.backend import Backend, Decoding, side_by_side
 from tallystick.verdict import Verdict
-from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, CorruptResult
+from tallystick_protocol.errors import ContextLengthExceeded, CorruptResult
 
 REOPENINGS = 4
 """How often a batch's sessions are opened anew because a node was caught, before that is an error."""
@@ -56,9 +56,7 @@ class NetworkCache(Cache):
         return sum(self.shown[index])
 
     def show(self, columns: torch.Tensor) -> None:
-        """New columns (batch, n): which are real. Raises ConfigError for another batch."""
-        if self.shown and len(self.shown) != len(columns):
-            raise ConfigError(f"this cache holds a batch of {len(self.shown)}, not of {len(columns)}")
+        """New columns (batch, n) are held: which are real."""
         self.shown = self.shown or [[] for _ in range(len(columns))]
         for row, new in zip(self.shown, columns.tolist(), strict=True):
             row += [bool(shown) for shown in new]
@@ -217,7 +215,7 @@ class SessionCache(NetworkCache):
         self._ids = [list(self._ids[parent]) for parent in parents]
         self._used = [dict(self._used[parent]) for parent in parents]
         if not same and self._decoder is not None:  # a batch of another size takes other sessions
-            self._backend.wait(self._end())
+            self._repaired(self._end)
 
     async def _end(self) -> None:
         if self._decoder is not None:
@@ -242,12 +240,11 @@ class ReplayCache(NetworkCache):
         super().__init__()
         self.rows: list[torch.Tensor] = []
 
-    def append(self, rows: list[torch.Tensor], embed: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
-        """Each row of the batch with what is new; `embed` makes embeddings of ids where one of both is embeddings."""
-        if self.rows:
-            rows = [_joined(old, new, embed) for old, new in zip(self.rows, rows, strict=True)]
-        self.rows = [row.detach() for row in rows]
-        return rows
+    def joined(self, rows: list[torch.Tensor], embed: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        """What is held and what is new; `embed` makes embeddings of ids where one of both is embeddings."""
+        if not self.rows:
+            return rows
+        return [_joined(old, new, embed) for old, new in zip(self.rows, rows, strict=True)]
 
     def _crop(self, lengths: list[int]) -> None:
         self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]

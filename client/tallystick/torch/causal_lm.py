@@ -120,10 +120,11 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As a causal model of transformers. Columns that attention_mask hides are not sent; their logits are zero.
+        """As a causal model of transformers, but a cache is kept only where `use_cache=True` asks for one.
 
-        Padding never shifts positions: position_ids must be those of the sequence without it. Raises ConfigError for
-        arguments that have no meaning here, and what sessions and passes raise.
+        Columns that attention_mask hides are not sent; their logits are zero. Padding never shifts positions:
+        position_ids must be those of the sequence without it. Raises ConfigError for arguments that have no meaning
+        here, and what sessions and passes raise; Overturned where a cache that was handed in is of no use any more.
         """
         strange = [name for name, value in kwargs.items() if value is not None and name not in _INERT]
         if strange or output_attentions:
@@ -133,28 +134,37 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("give input_ids or inputs_embeds, one of both")
         if type(logits_to_keep) is not int or not logits_to_keep >= 0:
             raise ConfigError("logits_to_keep is a number of last columns, or 0 for all")
-        cache, temporary = self._cache_for(given, past_key_values, use_cache, bool(output_hidden_states))
+        cache, temporary = self._cache_for(given, past_key_values, bool(use_cache), bool(output_hidden_states))
         shown = _new_columns(cache, given, attention_mask)
         _check_positions(cache, shown, position_ids)
         keep = min(logits_to_keep or given.shape[1], given.shape[1])
+        try:
+            if isinstance(cache, SessionCache):
+                logits, hidden = self._by_sessions(cache, given, shown, keep), None
+            else:
+                form: Hidden = "all" if output_hidden_states else "none"
+                logits, hidden = self._by_passes(cache, given, shown, keep, form)
+            if temporary:
+                cache.settle()
+        except BaseException as error:
+            if temporary:
+                cache.close()
+            if temporary and isinstance(error, Overturned):  # every time on other nodes, until there are none
+                return self.forward(
+                    input_ids, attention_mask, position_ids, None, inputs_embeds, labels, use_cache,
+                    output_hidden_states, output_attentions, logits_to_keep, **kwargs,
+                )  # fmt: skip
+            raise
         cache.show(shown)
-        if isinstance(cache, SessionCache):
-            logits, hidden = self._by_sessions(cache, given, shown, keep), None
-        else:
-            form: Hidden = "all" if output_hidden_states else "none"
-            logits, hidden = self._by_passes(cache, given, shown, keep, form)
-        if temporary and isinstance(cache, SessionCache):
-            cache.settle()
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **{
-                name: value for name, value in kwargs.items() if name == "num_items_in_batch"
-            })  # fmt: skip
+            counted = {"num_items_in_batch": kwargs["num_items_in_batch"]} if "num_items_in_batch" in kwargs else {}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted)
         kept = None if temporary else cache
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept, hidden_states=hidden)
 
     def _cache_for(
-        self, given: torch.Tensor, past: NetworkCache | None, use_cache: bool | None, states: bool
+        self, given: torch.Tensor, past: NetworkCache | None, use_cache: bool, states: bool
     ) -> tuple[NetworkCache, bool]:
         """The cache that the rows go to, and whether it ends with this call."""
         replays = self._replays(given.is_floating_point(), states)
@@ -165,19 +175,18 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
                     " from the first token on"
                 )
             return past, False
-        temporary = not (self.config.use_cache if use_cache is None else use_cache) or torch.is_grad_enabled()
-        return self._new_cache(replays, given.shape[1] * (1 if temporary else 2), kept=not temporary), temporary
+        if not use_cache or torch.is_grad_enabled():
+            return self._new_cache(replays, given.shape[1]), True
+        self._made.append(self._new_cache(replays, 2 * given.shape[1]))
+        return self._made[-1], False
 
     def _replays(self, embeds: bool, states: bool) -> bool:
         return embeds or states or self.lora is not None
 
-    def _new_cache(self, replays: bool, max_length: int, kept: bool = True) -> NetworkCache:
-        limit = self._backend.manifest.max_length
-        cache = ReplayCache() if replays else SessionCache(
-            self._backend, min(max(max_length, 1), limit), self.verdicts.append
-        )  # fmt: skip
-        self._made.append(cache)
-        return cache
+    def _new_cache(self, replays: bool, max_length: int) -> NetworkCache:
+        if replays:
+            return ReplayCache()
+        return SessionCache(self._backend, min(max_length, self._backend.manifest.max_length), self.verdicts.append)
 
     def _by_sessions(self, cache: SessionCache, ids: torch.Tensor, shown: torch.Tensor, keep: int) -> torch.Tensor:
         fed = [row[real].tolist() for row, real in zip(ids, shown, strict=True)]
@@ -188,13 +197,14 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
         self, cache: NetworkCache, given: torch.Tensor, shown: torch.Tensor, keep: int, form: Hidden
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         assert isinstance(cache, ReplayCache)
-        rows = cache.append([row[real] for row, real in zip(given, shown, strict=True)], self._embed)
+        rows = cache.joined([row[real] for row, real in zip(given, shown, strict=True)], self._embed)
         if any(not len(row) for row in rows):
             raise ConfigError("a row of the batch is all padding")
         names, adapters = (self.lora.names, self.lora.tensors()) if self.lora is not None else ([], [])
         wanted = shown[:, -keep:].sum(dim=1).tolist()
         call = Call(self._backend, self._passes(), [max(1, count) for count in wanted], form, names)
         found, states = run(call, rows, adapters)
+        cache.rows = [row.detach() for row in rows]
         logits = _spread([one[len(one) - count :] for one, count in zip(found, wanted, strict=True)], shown[:, -keep:])
         if form == "none":
             return logits, None
@@ -272,7 +282,8 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
             replays = self._replays(
                 model_kwargs.get("inputs_embeds") is not None, bool(generation_config.output_hidden_states)
             )
-            model_kwargs["past_key_values"] = self._new_cache(replays, max_cache_length + 1)
+            self._made.append(self._new_cache(replays, max_cache_length + 1))
+            model_kwargs["past_key_values"] = self._made[-1]
 
     def _drop_caches(self, first: int = 0) -> None:
         for cache in self._made[first:]:
@@ -293,6 +304,8 @@ def _generation_config(config: Any, said: dict[str, Any]) -> GenerationConfig:
 def _new_columns(cache: NetworkCache, given: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(batch, n) bool: which of the new columns are real. Raises ConfigError for a mask of another form."""
     past, (batch, count) = cache.get_seq_length(), given.shape[:2]
+    if cache.shown and len(cache.shown) != batch:
+        raise ConfigError(f"this cache holds a batch of {len(cache.shown)}, not of {batch}")
     if mask is None:
         return torch.ones(batch, count, dtype=torch.bool)
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] not in (count, past + count):
