@@ -27,8 +27,8 @@ class Passage:
     """What goes through one forward of a spliced model: set before it, read by the stand-ins within.
 
     batch, num_rows: of the rows that travel. received: the streams that enter the span (None where ids do).
-    stop: leave after the last layer of the stack; other spans leave anyway. passing: called with the index of every
-    layer that is passed, on the axis of all layers. entered: the streams that entered the span's first layer.
+    stop: leave after the last layer of the stack; other spans leave anyway.
+    entered: the streams that entered the span's first layer.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,6 @@ class Passage:
         self.num_rows = 0
         self.received: list[torch.Tensor] | None = None
         self.stop = True
-        self.passing: Callable[[int], None] | None = None
         self.entered: list[torch.Tensor] = []
         self._turn = 0
         self._leaving: dict[int, torch.Tensor] = {}
@@ -81,21 +80,19 @@ class _Turn:
         index = self._passage.next_layer()
         shape = self._layers[index]
         if index < self._span.start:
-            return self._hand_on(index, shape, args, kwargs)
+            return self._hand_on(shape, args, kwargs)
         if index >= self._span.end:
             self._take_leave(index, args, kwargs)
-            return self._hand_on(index, shape, args, kwargs)
+            return self._hand_on(shape, args, kwargs)
         args, kwargs = self._enter(index, args, kwargs)
         output = self._forward(*args, **kwargs)
         if index == self._stack.end - 1 and self._passage.stop:
             raise Leave([hidden_of(output, shape)])
         return output
 
-    def _hand_on(self, index: int, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        passage = self._passage
-        if passage.passing is not None:
-            passage.passing(index)
-        hidden = passage.received[0] if passage.received is not None else shape.hidden.get(args, kwargs)
+    def _hand_on(self, shape: LayerShape, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        received = self._passage.received
+        hidden = received[0] if received is not None else shape.hidden.get(args, kwargs)
         leaves, spec = tree_flatten(shape.output)
         return tree_unflatten([hidden if leaf else None for leaf in leaves], spec)
 

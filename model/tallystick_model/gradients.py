@@ -133,7 +133,7 @@ class SpanGradients:
         passage, rules, count = spliced.passage, spliced.rules, len(rows)
         selection = rules.selection if rules is not None and rules.selects else None
         passage.received = None if model.is_first else unpack_rows(model._entering, rows)
-        passage.stop, passage.passing = not model.is_last, None
+        passage.stop = not model.is_last
         states: list[torch.Tensor] = []
         with ExitStack() as stack:
             if selection is not None:

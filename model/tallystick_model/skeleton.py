@@ -91,7 +91,7 @@ def build_skeleton(
         with _building, _parameters_on_meta(), no_init_weights(), _default_dtype(dtype):
             model = cls(config)
         model.eval().requires_grad_(False)
-        _keep_in_fp32(model)
+        _settle_dtypes(model, dtype)
         ties = _untie(model)
         _persistent_buffers_to_meta(model)
         stacks = find_stacks(model)
@@ -169,12 +169,13 @@ def _untie(model: Any) -> dict[str, str]:
     return ties
 
 
-def _keep_in_fp32(model: Any) -> None:
-    """The weights that a class wants in fp32 whatever the others are in."""
-    for pattern in model._keep_in_fp32_modules_strict or ():
-        for name, tensor in named_weights(model).items():
-            if re.search(rf"(^|\.){pattern}(\.|$)", name):
-                _replace_tensor(model, name, tensor.float())
+def _settle_dtypes(model: Any, dtype: torch.dtype) -> None:
+    """Every weight in `dtype`, but for those that the class wants in fp32 whatever the others are in."""
+    kept = [rf"(^|\.){pattern}(\.|$)" for pattern in model._keep_in_fp32_modules_strict or ()]
+    for name, tensor in named_weights(model).items():
+        wanted = torch.float32 if any(re.search(pattern, name) for pattern in kept) else dtype
+        if tensor.is_floating_point() and tensor.dtype is not wanted:
+            _replace_tensor(model, name, tensor.to(wanted))
 
 
 @contextmanager

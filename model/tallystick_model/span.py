@@ -89,7 +89,7 @@ class SpanModel:
         if not self.causal:
             return None
         if not self._packs:
-            return StockCache(self._spliced.skeleton.config, self.span, self._stack, max_length, remembered)
+            return StockCache(self._spliced.skeleton.config, max_length, remembered)
         return KvCache(self._cache_shapes, max_length)
 
     def _check_memory(self, memory: torch.Tensor | None) -> torch.Tensor | None:
@@ -230,18 +230,14 @@ class SpanModel:
         flat = [] if wanted is None else offset_rows(parts, wanted)
         passage.stop = stop or (wanted is not None and not flat)
         rules = spliced.rules
-        if rules is None or not rules.packs:
-            self._prepare_stock(cache, num_rows)
-        else:
+        if rules is not None and rules.packs:
             rules.batch.placed = place(segments, parts)
             rules.batch.masks.clear()
             rules.selection[:] = [torch.tensor(flat)] if flat else []
         try:
             with spliced.operators or nullcontext():
-                output = self.run_model(inputs, num_rows)
+                output = self.run_model(inputs, num_rows, cache)
         except Leave as leave:
-            if isinstance(cache, StockCache):
-                cache.pass_rest(num_rows)
             if wanted is not None:
                 return [torch.zeros(0, self._output_width()) for _ in parts]
             return cut(pack_rows(self._leaving, leave.streams, self.manifest.width), parts)
@@ -255,12 +251,21 @@ class SpanModel:
             scores = output.logits[0] if flat and rules is not None and rules.selects else output.logits[0, flat]
         return list(scores.float().split([len(rows_of_part) for rows_of_part in wanted]))
 
-    def run_model(self, inputs: dict[str, Any], num_rows: int) -> Any:
+    def run_model(self, inputs: dict[str, Any], num_rows: int, cache: Cache | None = None) -> Any:
         """One forward of the spliced model. Raises `Leave` with the streams where the span ends before the model."""
         passage = self._spliced.passage
         passage.num_rows, passage.entered = num_rows, []
         passage.begin(self._stack.start)
-        return self._runner(**inputs)
+        if not isinstance(cache, StockCache):
+            return self._runner(**inputs)
+        cache.begin()
+        try:
+            output = self._runner(**inputs)
+        except Leave:
+            cache.pass_rest(num_rows)
+            raise
+        cache.pass_rest(num_rows)
+        return output
 
     def run_batch(
         self,
@@ -276,14 +281,9 @@ class SpanModel:
         before the model.
         """
         self._spliced.passage.batch, self._spliced.passage.received = shape[0], received
-        self._prepare_stock(cache, shape[1])
         known = {name: value for name, value in inputs.items() if name in self._arguments}
         try:
-            return self.run_model(known, shape[1])
-        except Leave:
-            if cache is not None:
-                cache.pass_rest(shape[1])
-            raise
+            return self.run_model(known, shape[1], cache)
         finally:
             self._spliced.passage.batch = 1
 
@@ -327,13 +327,6 @@ class SpanModel:
             if cache.memory is not None:
                 inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
         return {name: value for name, value in inputs.items() if name in self._arguments}
-
-    def _prepare_stock(self, cache: Cache | None, num_rows: int) -> None:
-        passage = self._spliced.passage
-        passage.passing = None
-        if isinstance(cache, StockCache):
-            cache.begin()
-            passage.passing = lambda index: cache.pass_layer(index, num_rows)
 
 
 def _roll_back(cache: Cache, length: int) -> None:

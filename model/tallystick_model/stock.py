@@ -13,24 +13,19 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from tallystick_protocol.types import Span
-
 
 class StockCache:
     """One session's transformers cache for a span; `length` is the clock.
 
-    stack: the layers of the span's stack. memory: (m, width) fp32, an encoder's output, for its decoder.
+    memory: (m, width) fp32, an encoder's output, for its decoder.
     `lost` is set when a step failed that cannot be taken back.
     """
 
-    def __init__(
-        self, config: Any, span: Span, stack: Span, max_length: int, memory: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, config: Any, max_length: int, memory: torch.Tensor | None = None) -> None:
         self.max_length = max_length
         self.length = 0
         self.memory = memory
         self.lost = False
-        self._span, self._stack = span, stack
         own = DynamicCache(config=config)
         self.inner = own if memory is None else EncoderDecoderCache(own, DynamicCache(config=config))
         self._layers: list[Any] = own.layers
@@ -43,15 +38,14 @@ class StockCache:
         """A step begins; `commit` ends it."""
         self._stepping = True
 
-    def pass_layer(self, index: int, num_rows: int) -> None:
-        """A layer that is elsewhere was passed by that many tokens. index: on the axis of all layers."""
-        if index - self._stack.start < len(self._layers):
-            _pass(self._layers[index - self._stack.start], num_rows)
-
     def pass_rest(self, num_rows: int) -> None:
-        """The forward ended with this span; the layers behind it have been passed, too."""
-        for index in range(self._span.end, self._stack.end):
-            self.pass_layer(index, num_rows)
+        """A forward over that many tokens is done: layers that it did not run have been passed by them."""
+        for layer in self._layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
+            if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() < self.length + num_rows:
+                row = torch.empty(1, 1, num_rows, 1, device="meta")
+                layer.update(row, row)
 
     def commit(self, length: int) -> None:
         self.length = length
@@ -95,18 +89,8 @@ class StockCache:
 
     @property
     def size_bytes(self) -> int:
-        first = self._stack.start
-        own = self._layers[self._span.start - first : self._span.end - first]
-        held = [tensor for layer in own for tensor in _tensors(layer)]
+        held = [tensor for layer in self._layers for tensor in _tensors(layer) if tensor.device.type != "meta"]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-
-def _pass(layer: Any, num_rows: int) -> None:
-    if isinstance(layer, LinearAttentionCacheLayerMixin):
-        layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
-    if isinstance(layer, CacheLayerMixin):
-        row = torch.empty(1, 1, num_rows, 1, device="meta")
-        layer.update(row, row)
 
 
 def _tensors(layer: Any) -> list[torch.Tensor]:

@@ -141,6 +141,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blenderbot": {"encoder_layers": 4, "decoder_layers": 4},
     "bailing_hybrid": {"layer_group_size": 2},
     "qwen4_exp_text": _QWEN4 | {"eos_token_id": 3},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "glm_moe_dsa": {"indexer_types": ["full"] * 4},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},

@@ -67,7 +67,10 @@ def examine(entry: Entry) -> dict[str, Any]:
         values = checkpoint_config(config.to_dict())
         rehearse(values, entry.architecture)
         anatomy = _examine_stock(entry, values, model, torch.float32, result)
-        _examine_stock(entry, values, model, torch.bfloat16, result)
+        if _runs_in_bf16(entry, model):
+            _examine_stock(entry, values, model, torch.bfloat16, result)
+        else:
+            result.why = "transformers cannot run it in bf16: fp32 only"
     except TallystickError as error:
         result.result, result.why = "refused", _short(error)
         return asdict(result)
@@ -189,6 +192,18 @@ def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torc
         with torch.inference_mode(), _flushed():
             _run(spans, whole, check, result, steps)
     return anatomy
+
+
+def _runs_in_bf16(entry: Entry, model: Any) -> bool:
+    """Whether the whole model runs in bf16 at all."""
+    ids = torch.arange(8, 14)[None]
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if entry.task == "seq2seq" else {"input_ids": ids}
+    try:
+        with torch.inference_mode():
+            in_dtype(entry, model, torch.bfloat16)(**inputs)
+    except RuntimeError:
+        return False
+    return True
 
 
 def in_dtype(entry: Entry, model: Any, dtype: torch.dtype) -> Any:
