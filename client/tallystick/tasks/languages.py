@@ -53,8 +53,3 @@ def source_ids(tokens: Tokens, text: str, source: str | None, target: str | None
 def target_code(tokens: Tokens, target: str | None) -> int | None:
     """The id that a translation begins with; None when the model knows no codes. Raises ConfigError."""
     return None if target is None or not codes(tokens) else code_of(tokens, target)
-
-
-def takes_languages(tokens: Tokens, target: str) -> bool:
-    """Whether the vocabulary can name languages, one way or the other."""
-    return bool(codes(tokens)) or tokens.id_of(f">>{target}<<") is not None
