@@ -10,7 +10,8 @@ replaced by a fresh tensor is `head` (of an encoder: `shared`). No names, no sha
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,6 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from tallystick_model.attention import AttentionPlan, ProbeSeat, attend_with, probing
-from tallystick_model.experts import PROBE
 from tallystick_model.experts import PROBE
 from tallystick_model.obstacles import find_obstacles
 from tallystick_model.operators import SCOPED
@@ -290,7 +290,7 @@ def _leaves(call: Call) -> list[tuple[Place, torch.Tensor]]:
 def _hidden_places(calls: list[Call], taint: Taint) -> list[Place]:
     """Where each call takes the hidden state: what the layer before returned; else where most others take it."""
     places: list[Place | None] = [None]
-    for before, call in zip(calls, calls[1:], strict=False):
+    for before, call in pairwise(calls):
         left = before.left
         places.append(next((place for place, leaf in _leaves(call) if leaf is left), None))
     known = next((place for place in places if place is not None), None)

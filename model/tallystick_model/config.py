@@ -14,8 +14,8 @@ from typing import Any
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from tallystick_protocol.errors import ManifestError
 
@@ -44,6 +44,9 @@ MAPPINGS = (
     auto.MODEL_MAPPING_NAMES,
 )
 """transformers' tables of classes for the tasks that are served."""
+
+UNREAD = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "n_positions", "output_past"})
+"""Keys that checkpoints of classes without such a field often hold; nothing reads them."""
 
 LEGACY = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
 """Older spellings that a checkpoint may use; transformers turns them into fields, and manifests hold fields."""
@@ -115,8 +118,9 @@ def _accepted(values: dict[str, Any], cls: Any, defaults: dict[str, Any]) -> dic
     """
     known = _names(cls) | LEGACY | {"model_type", PER_LAYER}
     derived = frozenset(defaults) - known
-    _refuse_keys(values, cls, allowed=known | LEFT_OUT | derived | {"tie_encoder_decoder"})
-    left_out = (LEFT_OUT - set(servable_fields(cls))) | derived
+    unread = derived | (UNREAD - known)
+    _refuse_keys(values, cls, allowed=known | LEFT_OUT | unread | {"tie_encoder_decoder"})
+    left_out = (LEFT_OUT - set(servable_fields(cls))) | unread
     kept = {key: value for key, value in values.items() if key not in left_out and not _is_default(cls, key, value)}
     for key in MUST_BE.keys() & values.keys() & left_out:
         _check_meaning(key, values[key])

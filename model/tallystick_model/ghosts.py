@@ -51,7 +51,7 @@ class Passage:
 
 
 def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> Passage:
-    """Cut the span out of a skeleton, in place: layers, prologue and unused modules that are elsewhere answer blanks."""
+    """Cut the span out of a skeleton, in place: what is elsewhere or unused answers blanks."""
     passage = Passage()
     stack = anatomy.layers[span.start].stack
     absent = set(anatomy.unused)

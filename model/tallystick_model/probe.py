@@ -80,7 +80,9 @@ def _as_list(value: Any) -> tuple[Any, ...]:
 
 
 def follow(skeleton: Skeleton, index: int, taint: Taint, encoded: Any, *, masked: bool) -> Run:
-    """Run stack `index` under `taint`. encoded: for a decoder, what its encoder returned. masked: hand it a mask of ones.
+    """Run stack `index` under `taint`.
+
+    encoded: for a decoder, what its encoder returned. masked: hand it a mask of ones.
 
     Raises ManifestError where layers are not called as layers, and whatever the forward raises.
     """

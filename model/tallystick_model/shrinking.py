@@ -21,8 +21,8 @@ _SIZES: dict[int, str] = {
         laurel_rank gated_norm_rank d_rel global_rotary_dim ssm_cfg chunk_size mamba_chunk_size""",
     8: "n_routed_experts num_experts num_local_experts moe_num_experts moe_num_primary_experts num_buckets",
     4: """num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads index_n_heads
-        linear_num_key_heads linear_num_value_heads mamba_n_heads mamba_num_heads swa_num_attention_heads linear_num_heads
-        zero_expert_num""",
+        linear_num_key_heads linear_num_value_heads mamba_n_heads mamba_num_heads swa_num_attention_heads
+        linear_num_heads zero_expert_num""",
     2: """num_key_value_heads num_kv_heads swa_num_key_value_heads num_experts_per_tok moe_topk moe_k top_k_experts
         top_k num_selected_experts n_group topk_group mamba_n_groups n_groups""",
 }

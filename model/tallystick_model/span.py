@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 
 from tallystick_model.anatomy import Anatomy
-from tallystick_model.tiles import R
 from tallystick_model.cache import CacheShape, KvCache
 from tallystick_model.canonical import Canonical
 from tallystick_model.ghosts import Leave, Passage
@@ -20,8 +19,9 @@ from tallystick_model.probe import ordinary_id
 from tallystick_model.scopes import CanonicalOperators
 from tallystick_model.segments import Cache, Segment, cut, offset_rows, place, token_types_of, wanted_in
 from tallystick_model.skeleton import Skeleton, arguments_of
-from tallystick_model.streams import pack_rows, unpack_rows
 from tallystick_model.stock import StockCache
+from tallystick_model.streams import pack_rows, unpack_rows
+from tallystick_model.tiles import R
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded
 from tallystick_protocol.manifest import Manifest, Output
 from tallystick_protocol.types import Span
@@ -111,8 +111,10 @@ class SpanModel:
         Returns for each segment the hidden rows (n, width) fp32 that leave the span; on the last span what the
         manifest's output says: fp32 logits (len(wanted), vocab), scores (len(wanted), labels), or a label's scores
         (1, labels) where the segment's last row is wanted and (0, labels) where it is not.
-        Canonical rows are the same bits however the rows were cut or packed. Raises BadTensor, BadPosition, ContextLengthExceeded before anything is changed; on any
-        error the caches are as they were.
+        Canonical rows are the same bits however the rows were cut or packed.
+
+        Raises BadTensor, BadPosition, ContextLengthExceeded before anything is changed; on any error the caches are as
+        they were, or, where a recurrent state cannot be rolled back, refuse further steps.
         """
         for segment in segments:
             self._check(segment)
@@ -206,18 +208,19 @@ class SpanModel:
         return [torch.cat(out) + 0.0 for out in outs]  # -0.0 + 0.0 is +0.0
 
     def _calls(self, segments: Sequence[Segment]) -> list[list[Part]]:
-        if self.execution == "stock":
-            return [[Part(index, 0, len(segment))] for index, segment in enumerate(segments)]
+        numbered = list(enumerate(segments))
+        if self.execution == "stock" or (not self._packs and not self.causal):
+            return [[Part(index, 0, len(segment))] for index, segment in numbered]
         if not self._packs:  # a row's call then has the shapes of its position, whoever travels with it
-            return [[Part(index, row, row + 1)] for index, segment in enumerate(segments) for row in range(len(segment))
-                    ] if self.causal else [[Part(index, 0, len(segment))] for index, segment in enumerate(segments)]  # fmt: skip
+            return [[Part(index, row, row + 1)] for index, segment in numbered for row in range(len(segment))]
         for segment in segments:
             if isinstance(segment.cache, KvCache):
                 segment.cache.reserve(segment.first + len(segment) + R - 1)
         lengths = [len(segment) for segment in segments]
         if self._output == "label":  # the head takes one row of a whole call
-            return [[replace(part, segment=index) for part in call]
-                    for index, length in enumerate(lengths) for call in pack([length], divisible=self.causal)]  # fmt: skip
+            alone = [pack([length], divisible=self.causal) for length in lengths]
+            calls = [(index, call) for index, own in enumerate(alone) for call in own]
+            return [[replace(part, segment=index) for part in call] for index, call in calls]
         return pack(lengths, divisible=self.causal)
 
     def _call(

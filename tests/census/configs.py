@@ -24,14 +24,16 @@ TASKS = {
 _AUDIO = "takes sound"
 _IMAGES = "takes images; its text model is a type of its own"
 COMPOSITE: dict[str, str] = {
-    "audioflamingo3": _AUDIO, "emu3": _IMAGES, "fuyu": _IMAGES, "gemma3": _IMAGES, "gemma3n": _IMAGES, "gemma4": _IMAGES,
+    "audioflamingo3": _AUDIO, "emu3": _IMAGES, "fuyu": _IMAGES, "gemma3": _IMAGES, "gemma3n": _IMAGES,
+    "gemma4": _IMAGES,
     "gemma4_unified": _IMAGES, "git": _IMAGES, "glmasr": _AUDIO, "got_ocr2": _IMAGES, "granite_speech": _AUDIO,
     "granite_speech_plus": _AUDIO, "mllama": _IMAGES, "modernvbert": _IMAGES, "moshi": _AUDIO,
     "moss_transcribe_diarize": _AUDIO, "musicflamingo": _AUDIO, "musicgen": _AUDIO, "musicgen_melody": _AUDIO,
     "nemo_speechlm": _AUDIO, "phi4_multimodal": _IMAGES, "blt": "works on bytes in patches that it finds itself",
     "t5gemma2": _IMAGES, "perceiver": "works on bytes and arrays, not on layers of tokens",
     "gemma4_assistant": "drafts for another model, whose cache it reads",
-    "gemma4_unified_assistant": "drafts for another model, whose cache it reads", "qwen2_audio": _AUDIO, "qwen3_asr": _AUDIO,
+    "gemma4_unified_assistant": "drafts for another model, whose cache it reads",
+    "qwen2_audio": _AUDIO, "qwen3_asr": _AUDIO,
     "ultravbert": _IMAGES, "vibevoice_asr": _AUDIO, "voxtral": _AUDIO, "voxtral_realtime": _AUDIO,
 }  # fmt: skip
 """Types in the tables that are no text models, and why: they are not examined."""
@@ -74,8 +76,7 @@ def tiny_config(entry: Entry) -> Any:
     model = getattr(transformers, entry.architecture)
     if model.config_class is not cls and isinstance(model.config_class, type):
         cls = model.config_class
-    values = _defaults(cls) | {name: value for name, value in _extra(cls, entry).items()}
-    return cls(**values)
+    return cls(**(_defaults(cls) | _extra(cls, entry)))
 
 
 def _defaults(cls: Any) -> dict[str, Any]:

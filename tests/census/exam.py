@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from census.whole import Whole
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.config import checkpoint_config
 from tallystick_model.ghosts import Leave
+from tallystick_model.kernels import flushing_denormals
 from tallystick_model.loader import assemble, vocabulary
 from tallystick_model.rehearsal import random_model, rehearse
 from tallystick_model.segments import Segment
@@ -31,6 +33,9 @@ CLOSE = 2e-2
 
 RUNS = {torch.float32: ((2, 5), (3, 20)), torch.bfloat16: ((2, 20),)}
 """How often, and how: {dtype: (spans, cached decode steps)...}."""
+
+QUICK = {torch.float32: ((3, 4),), torch.bfloat16: ((2, 2),)}
+"""The same for a test that has little time."""
 
 MEMORY_ROWS = 11
 
@@ -52,29 +57,30 @@ class Result:
     worst: dict[str, float] = field(default_factory=dict)
 
 
-def examine(entry: Entry) -> dict[str, Any]:
-    """Run the whole exam; never raises for a model that fails it."""
+def examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] | None = None) -> dict[str, Any]:
+    """Run the exam, all of it by default; never raises for a model that fails it."""
+    runs = runs or RUNS
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     result = Result(entry.type, entry.task, entry.architecture)
     try:
         config = tiny_config(entry)
         model = lively_model(config, entry)
-    except Exception as error:  # noqa: BLE001 - whatever a model class raises is the finding
+    except Exception as error:
         result.result, result.why = "unbuildable", _short(error)
         return asdict(result)
     try:
         values = checkpoint_config(config.to_dict())
         rehearse(values, entry.architecture)
-        anatomy = _examine_stock(entry, values, model, torch.float32, result)
+        anatomy = _examine_stock(entry, values, model, torch.float32, result, runs)
         if _runs_in_bf16(entry, model):
-            _examine_stock(entry, values, model, torch.bfloat16, result)
+            _examine_stock(entry, values, model, torch.bfloat16, result, runs)
         else:
             result.why = "transformers cannot run it in bf16: fp32 only"
     except TallystickError as error:
         result.result, result.why = "refused", _short(error)
         return asdict(result)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         result.result, result.why = "wrong", f"{type(error).__name__}: {_short(error)}"
         return asdict(result)
     differences = result.worst.values()
@@ -86,7 +92,7 @@ def examine(entry: Entry) -> dict[str, Any]:
         _examine_canonical(entry, values, model, result, anatomy)
     except TallystickError as error:
         result.canonical_why = _short(error)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         result.canonical_why = f"{type(error).__name__}: {_short(error)}"
     return asdict(result)
 
@@ -119,8 +125,8 @@ class Spans:
         for stack in stacks:
             for span in cut_evenly(stack, pieces):
                 fresh = build_skeleton(values, entry.architecture, (), dtype)
-                spliced = assemble(fresh, self.anatomy, span, lambda piece, names: {n: weights[n].clone() for n in names},
-                                   execution)  # fmt: skip
+                source = lambda piece, names: {name: weights[name].clone() for name in names}  # noqa: E731
+                spliced = assemble(fresh, self.anatomy, span, source, execution)
                 self.spans.append(SpanModel(self.manifest, span, spliced, execution))
         cut = stacks[0].end if len(stacks) > 1 else 0
         self.encoder = [span for span in self.spans if span.span.end <= cut]
@@ -173,23 +179,25 @@ class Spans:
 def cut_evenly(stack: Span, pieces: int) -> list[Span]:
     count = min(pieces, len(stack))
     cuts = [stack.start + round(index * len(stack) / count) for index in range(count + 1)]
-    return [Span(start, end) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [Span(start, end) for start, end in pairwise(cuts)]
 
 
-def _examine_stock(entry: Entry, values: dict[str, Any], model: Any, dtype: torch.dtype, result: Result) -> Any:
+def _examine_stock(
+    entry: Entry, values: dict[str, Any], model: Any, dtype: torch.dtype, result: Result, runs: dict[torch.dtype, Any]
+) -> Any:
     reference = model
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
     if dtype is not torch.float32:
         reference = in_dtype(entry, model, dtype)
     anatomy = None
-    for pieces, steps in RUNS[dtype]:
+    for pieces, steps in runs[dtype]:
         spans = Spans(values, entry, weights, pieces, dtype, anatomy=anatomy)
         anatomy = spans.anatomy
         result.layers = len(spans.anatomy.layers)
         seq2seq = bool(spans.encoder)
         whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal)
         check = _Comparison(result, f"{'fp32' if dtype is torch.float32 else 'bf16'} {pieces} spans")
-        with torch.inference_mode(), _flushed():
+        with torch.inference_mode(), flushing_denormals():
             _run(spans, whole, check, result, steps)
     return anatomy
 
@@ -323,7 +331,7 @@ def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result:
     whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, min(spans.vocab, 300), (30,), generator=generator)
-    with torch.inference_mode(), _flushed():
+    with torch.inference_mode(), flushing_denormals():
         if spans.encoder:
             spans.encode(ids[:MEMORY_ROWS])
             whole.encode(ids[None, :MEMORY_ROWS])
@@ -342,12 +350,6 @@ def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result:
                 result.canonical_why = "chunks and prefill differ"
                 return
     result.canonical = True
-
-
-def _flushed() -> Any:
-    from tallystick_model.kernels import flushing_denormals
-
-    return flushing_denormals()
 
 
 def _short(error: BaseException) -> str:

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from census.configs import Entry, composites, entries
+from census.exam import Result
 from census.table import put_table, special_cases
 
 TIMEOUT_SECONDS = 150
@@ -51,8 +53,7 @@ class Worker:
         if answer:
             return json.loads(answer)  # type: ignore[no-any-return]
         why = f"the process ended with {process.wait()}, or took over {TIMEOUT_SECONDS} s"
-        return {"type": entry.type, "task": entry.task, "architecture": entry.architecture, "result": "wrong",
-                "why": why, "layers": 0, "crop": False, "canonical": False, "canonical_why": "", "worst": {}}  # fmt: skip
+        return asdict(Result(entry.type, entry.task, entry.architecture, "wrong", why))
 
     def close(self) -> None:
         if self._process is not None:

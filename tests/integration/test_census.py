@@ -1,0 +1,53 @@
+"""The table in docs/models.md is true: 30 types of every kind are examined again, and the whole census at night."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from census.configs import Entry, entries
+from census.exam import QUICK, examine
+from census.run import summary, take_census
+from census.table import read_table
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+REPRESENTATIVES = """
+    llama:causal qwen2:causal qwen3:causal qwen3_moe:causal mistral:causal mixtral:causal gemma2:causal phi3:causal
+    gemma3_text:causal gemma3n_text:causal gpt2:causal gpt_neox:causal gpt_oss:causal
+    bloom:causal falcon:causal
+    mpt:causal opt:causal mamba:causal jamba:causal zamba2:causal deepseek_v4:causal longcat_flash:causal inkling2_text:causal
+    albert:masked bert:masked roberta:masked deberta-v2:masked t5:seq2seq bart:seq2seq marian:seq2seq
+"""
+
+
+def entry(name: str) -> Entry:
+    return next(one for one in entries() if one.name == name)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES.split())
+def test_the_table_says_what_a_type_does(name: str) -> None:
+    torch.set_num_threads(1)
+    found = examine(entry(name), QUICK)
+    execution = "canonical" if found["canonical"] else "stock" if found["result"] in ("bitwise", "close") else ""
+    said = read_table(PAGE)[found["type"], found["task"]]
+    assert (found["result"], execution) == said, found["why"] or found["canonical_why"]
+
+
+def test_the_table_lists_every_type() -> None:
+    assert read_table(PAGE).keys() == {(one.type, one.task) for one in entries()}
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(7200)
+def test_the_whole_census() -> None:
+    results = take_census(entries(), jobs=2)
+    counts: dict[str, Any] = summary(results)
+    assert counts["bitwise"] >= 205
+    assert not counts["wrong"]
+    table = read_table(PAGE)
+    for found in results:
+        assert table[found["type"], found["task"]][0] == found["result"], found
