@@ -25,8 +25,16 @@ def whole(running: Running) -> Any:
     return Local.from_pretrained(running.checkpoint, dtype=torch.float32).eval().requires_grad_(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(running: Running) -> Iterator[tallystick.Client]:
+    """One client for all: its channels are funded once."""
+    with tallystick.Client(running.key, running.net.settings()) as client:
+        yield client
+
+
+@pytest.fixture
+def fresh(running: Running) -> Iterator[tallystick.Client]:
+    """A client that is going to ban a node."""
     with tallystick.Client(running.key, running.net.settings()) as client:
         yield client
 
@@ -148,7 +156,7 @@ def test_a_session_that_broke_is_opened_again_in_mid_tuning(
 
 
 @pytest.mark.nightly
-def test_tuning_goes_on_when_a_node_is_killed(running: Running, whole: Any, client: tallystick.Client) -> None:
+def test_tuning_goes_on_when_a_node_is_killed(running: Running, whole: Any, fresh: tallystick.Client) -> None:
     expected, _ = steps(whole, 3)
 
     def kill(step: int) -> None:
@@ -157,7 +165,7 @@ def test_tuning_goes_on_when_a_node_is_killed(running: Running, whole: Any, clie
             running.node(passing._lanes[1]._route[1].node).process.kill()
 
     try:
-        with opened(client, running) as served:
+        with opened(fresh, running) as served:
             losses, _ = steps(served, 3, kill)
             assert served.verdict is not None and len(served.verdict.replaced) == 1
     finally:
@@ -167,7 +175,7 @@ def test_tuning_goes_on_when_a_node_is_killed(running: Running, whole: Any, clie
 
 @pytest.mark.nightly
 def test_a_cheater_is_overruled_by_two_others_and_not_paid(
-    running: Running, whole: Any, client: tallystick.Client
+    running: Running, whole: Any, fresh: tallystick.Client
 ) -> None:
     expected, _ = steps(whole, 1)
     cheater = next(node for node in running.nodes if node.span == running.spans[1])
@@ -176,11 +184,11 @@ def test_a_cheater_is_overruled_by_two_others_and_not_paid(
     try:
         cheater.process.wait_for("fault: row", READY_TIMEOUT_S)
         cheater.wait()
-        with opened(client, running, "full") as served:
+        with opened(fresh, running, "full") as served:
             losses, _ = steps(served, 1)
         verdict = served.verdict
         assert verdict is not None and verdict.failed == 1 and losses == pytest.approx(expected, rel=1e-5)
-        assert client.asynchronous.banned == {cheater.address} and not verdict.paid.get(cheater.address)
+        assert fresh.asynchronous.banned == {cheater.address} and not verdict.paid.get(cheater.address)
     finally:
         cheater.process.stop()
         running.net.restart(cheater, running.model)
