@@ -122,6 +122,9 @@ def _whole(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> list[torch.Tensor
             "use_cache": True,
             **inputs,
         }
+        if at and anatomy.position_offset is not None:  # behind cached rows some models count from 0 unless told
+            offset = 0 if first else anatomy.position_offset
+            step[f"{first}position_ids"] = torch.arange(at, at + length)[None] + offset
         found.append(_rows(model(**_known(model, step))))
         at += length
     return found

@@ -195,7 +195,8 @@ def _examine_stock(
         anatomy = spans.anatomy
         result.layers = len(spans.anatomy.layers)
         seq2seq = bool(spans.encoder)
-        whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal)
+        whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal,
+                      offset=spans.anatomy.position_offset)  # fmt: skip
         check = _Comparison(result, f"{'fp32' if dtype is torch.float32 else 'bf16'} {pieces} spans")
         with torch.inference_mode(), flushing_denormals():
             _run(spans, whole, check, result, steps)
@@ -328,7 +329,8 @@ def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result:
     """Decode, chunks and one prefill: the same bits; and those of the whole model up to noise."""
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
     spans = Spans(values, entry, weights, 2, execution="canonical", anatomy=anatomy)
-    whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal)
+    whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal,
+                      offset=spans.anatomy.position_offset)  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, min(spans.vocab, 300), (30,), generator=generator)
     with torch.inference_mode(), flushing_denormals():

@@ -11,10 +11,14 @@ from tallystick_model.skeleton import arguments_of
 
 
 class Whole:
-    """model: eval mode; seq2seq: whether it has an encoder. One session's cache at a time."""
+    """model: eval mode; seq2seq: whether it has an encoder; offset: the position of the first token.
 
-    def __init__(self, model: Any, *, seq2seq: bool, causal: bool) -> None:
+    One session's cache at a time.
+    """
+
+    def __init__(self, model: Any, *, seq2seq: bool, causal: bool, offset: int | None = 0) -> None:
         self.model, self.seq2seq, self.causal = model, seq2seq, causal
+        self.offset = 0 if seq2seq else offset
         self.memory: Any = None
         self.cache: Any = None
         self.length = 0
@@ -52,6 +56,8 @@ class Whole:
             inputs[f"{first}attention_mask"] = mask[:, :total]
             positions = (mask[:, :total].cumsum(1) - 1).clamp(min=0)[:, self.length :]
             inputs |= {f"{first}position_ids": positions} if self.causal else {}  # else numbered by the model itself
+        elif self.length and self.offset is not None:  # behind cached rows some models count from 0 unless told
+            inputs[f"{first}position_ids"] = torch.arange(self.length, total)[None] + self.offset
         if self.seq2seq:
             inputs |= {"encoder_outputs": self.memory, "attention_mask": memory_mask}
         if self.cache is not None:

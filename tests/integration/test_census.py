@@ -19,7 +19,8 @@ REPRESENTATIVES = """
     llama:causal qwen2:causal qwen3:causal qwen3_moe:causal mistral:causal mixtral:causal gemma2:causal phi3:causal
     gemma3_text:causal gemma3n_text:causal gpt2:causal gpt_neox:causal gpt_oss:causal
     bloom:causal falcon:causal
-    mpt:causal opt:causal mamba:causal jamba:causal zamba2:causal deepseek_v4:causal longcat_flash:causal inkling2_text:causal
+    mpt:causal opt:causal mamba:causal jamba:causal zamba2:causal deepseek_v4:causal
+    longcat_flash:causal inkling2_text:causal
     albert:masked bert:masked roberta:masked deberta-v2:masked t5:seq2seq bart:seq2seq marian:seq2seq
 """
 
