@@ -15,8 +15,8 @@ from tallystick_model.companions import Companions, companions, find_licence, ge
 from tallystick_model.config import checkpoint_config
 from tallystick_model.loader import vocabulary
 from tallystick_model.publishing.canary import CANARY_TEXT, Walk, canary_ids
-from tallystick_model.publishing.gguf import GgufCheckpoint
 from tallystick_model.publishing.context import max_length
+from tallystick_model.publishing.gguf import GgufCheckpoint
 from tallystick_model.publishing.job import Job, open_job
 from tallystick_model.publishing.matching import Weights, match
 from tallystick_model.publishing.pieces import Encoding, PieceReader
