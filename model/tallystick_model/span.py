@@ -198,7 +198,8 @@ class SpanModel:
                               for rows, end, part in zip(wanted, last, parts, strict=True)]  # fmt: skip
                 done = self._call(segments, parts, wanted, stop)
                 if entered is not None:
-                    rows = pack_rows(self._entering, self._spliced.passage.entered, self.manifest.width)
+                    seen = self._spliced.passage.entered  # behind ids, the hidden state alone
+                    rows = pack_rows(self._entering[: len(seen)], seen, self.manifest.width)
                     entered.append(rows[: sum(len(part) for part in parts)])
                 for part, out in zip(parts, done, strict=True):
                     outs[part.segment].append(out)
