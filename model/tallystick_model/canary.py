@@ -22,16 +22,25 @@ def check_canary(model: SpanModel, manifest: Manifest, get_block: Callable[[Cid]
     get_block: the bytes of a raw block, checked against its CID. Raises CorruptResult when a span computes something
     else or something that is not finite, ManifestError when the canary's own blocks are malformed.
     """
-    ids = torch.tensor(manifest.canary.ids)
-    expected_in = read_rows(get_block(manifest.canary.rows[model.span.start]), len(ids), manifest.width)
-    expected_out = read_rows(get_block(manifest.canary.rows[model.span.end]), len(ids), manifest.width)
-    rows = ids if model.is_first else expected_in
-    entered, left = model.rows_between(Segment(model.new_cache(manifest.max_length), 0, rows))
-    errors = [relative_error(left, expected_out, expected_in)]
-    if model.is_first:
-        errors.append(relative_error(entered, expected_in, torch.zeros_like(expected_in)))
-    if model.is_last:
-        errors.append(_output_error(model, manifest, rows, get_block))
+    span, ids = model.span, torch.tensor(manifest.canary.ids)
+
+    def block(boundary: int) -> torch.Tensor:
+        return read_rows(get_block(manifest.canary.rows[boundary]), len(ids), manifest.width)
+
+    begins = manifest.takes_ids(span)
+    rows = ids if begins else block(span.start)
+    decodes = 0 < manifest.encoder_layers <= span.start
+    memory = block(manifest.encoder_layers) if decodes else None
+    before = torch.zeros(len(ids), manifest.width) if decodes and begins else block(span.start)
+    expected = block(span.end)
+    entered, left = model.rows_between(Segment(model.new_cache(manifest.max_length, memory), 0, rows))
+    if span.end == manifest.encoder_layers:  # this boundary's block is the encoder's result, after its last norm
+        left = model.forward([Segment(None, 0, rows)])[0]
+    errors = [relative_error(left, expected, before)]
+    if span.start == 0:
+        errors.append(relative_error(entered, before, torch.zeros_like(before)))
+    if span.end == manifest.layers:
+        errors.append(_output_error(model, manifest, rows, memory, get_block))
     if not all(error <= TOLERANCE for error in errors):  # also when one is NaN
         raise CorruptResult(
             f"span {model.span} of {manifest.name} differs from its canary by {max(errors):.1e} ({TOLERANCE:.0e} is "
@@ -57,9 +66,16 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor, before: torch.Te
     return error / contribution if contribution > 0 else (0.0 if error == 0 else float("nan"))
 
 
-def _output_error(model: SpanModel, manifest: Manifest, rows: torch.Tensor, get_block: Callable[[Cid], bytes]) -> float:
-    segment = Segment(model.new_cache(manifest.max_length), 0, rows, wanted=[len(rows) - 1])
+def _output_error(
+    model: SpanModel,
+    manifest: Manifest,
+    rows: torch.Tensor,
+    memory: torch.Tensor | None,
+    get_block: Callable[[Cid], bytes],
+) -> float:
+    segment = Segment(model.new_cache(manifest.max_length, memory), 0, rows, wanted=[len(rows) - 1])
     found = model.forward([segment])[0]
-    count, width = (1, manifest.vocab) if manifest.output == "logits" else (len(rows), manifest.width)
-    expected = read_rows(get_block(manifest.canary.output), count, width)
-    return relative_error(found, expected, expected.mean(dim=1, keepdim=True))
+    widths = {"logits": manifest.vocab, "scores": len(manifest.labels), "label": len(manifest.labels)}
+    width = widths.get(manifest.output, manifest.width)
+    expected = read_rows(get_block(manifest.canary.output), len(rows) if manifest.output == "hidden" else 1, width)
+    return relative_error(found, expected, expected.mean(dim=1, keepdim=True) if width > 1 else expected * 0)

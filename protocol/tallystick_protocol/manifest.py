@@ -215,14 +215,15 @@ class Manifest:
         return Span(0, self.layers)
 
     def span_pieces(self, span: Span) -> tuple[Piece, ...]:
-        """The pieces a span needs: its layers, `shared`, `embed` at the front (or for a tied head), `head` at the end.
+        """The pieces a span needs: its layers, `shared`, `embed` where a stack begins (or for a tied head), `head` last.
 
         Raises ManifestError when the manifest has no such layers.
         """
         if span.end > self.layers:
             raise ManifestError(f"{self.name} has layers [0, {self.layers}), not {span}", layers=self.layers)
         last = span.end == self.layers
-        wanted = {"shared"} | ({"embed"} if span.start == 0 or (last and self.tied) else set())
+        begins = span.start in (0, self.encoder_layers)
+        wanted = {"shared"} | ({"embed"} if begins or (last and self.tied) else set())
         wanted |= {"head"} if last else set()
         return tuple(
             piece

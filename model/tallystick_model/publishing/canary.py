@@ -50,6 +50,10 @@ def _arithmetic_ids(count: int, vocab: int) -> list[int]:
     return [int.from_bytes(digest[:8], "big") % vocab for digest in digests]
 
 
+_COLLECTED_BYTES = 8 << 20
+"""Layers smaller than that may pile up until Python collects them by itself."""
+
+
 class Walk:
     """Three sequences on their way through a model."""
 
@@ -73,7 +77,8 @@ class Walk:
             rows, output = self._step(index, state, rows, ids)
             self._meter.add(self._cost(index))
             state["layer"] = index + 1
-            gc.collect()  # a spliced model holds itself: without this, layers pile up
+            if self._cost(index) > _COLLECTED_BYTES:
+                gc.collect()  # a spliced model holds itself: without this, layers pile up
             if index + 1 < draft.layers:
                 self._job.note_walk(state, rows)
         blocks = tuple(Cid.parse(block) for block in state["blocks"])

@@ -70,7 +70,7 @@ class Job:
     def note_walk(self, state: dict[str, Any], rows: dict[str, torch.Tensor]) -> None:
         """Remember where the walk is. The rows go into a new file before the state names it."""
         name = f"rows.{state['layer']}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in rows.items()}, self.folder / name)
+        save_file({key: tensor.clone() for key, tensor in rows.items()}, self.folder / name)
         with replacing(self.folder / "walk.json") as file:
             file.write(json.dumps({**state, "rows": name}).encode())
         for path in self.folder.glob("rows.*.safetensors"):

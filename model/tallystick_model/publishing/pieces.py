@@ -50,9 +50,10 @@ class PieceReader:
     """The bytes of a piece's file, for `Store.put_file`; memory holds one run of rows."""
 
     def __init__(
-        self, weights: Weights, names: tuple[str, ...], encoding: Encoding, said: Callable[[int], None]
+        self, piece: str, weights: Weights, names: tuple[str, ...], encoding: Encoding, said: Callable[[int], None]
     ) -> None:
-        """said: called with the number of bytes whenever some are read."""
+        """names: the weights in the piece. said: called with the number of bytes whenever some are read."""
+        self.piece = piece
         tensors = {part: spec for name in names for part, spec in encoding.specs(weights, name).items()}
         order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name].dtype], name))
         self.tensors = {name: tensors[name] for name in sorted(tensors)}

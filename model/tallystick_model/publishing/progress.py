@@ -49,7 +49,7 @@ class Meter:
     def skip(self, count: int) -> None:
         """Bytes that an earlier run went through."""
         self._skipped += count
-        self.add(count)
+        self._done += count
 
     def end(self) -> None:
         self._tell()
