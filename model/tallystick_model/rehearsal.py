@@ -114,7 +114,9 @@ def _whole(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> list[torch.Tensor
         cache = EncoderDecoderCache(cache, DynamicCache(config=model.config))
     found, at = [], 0
     names = arguments_of(model)
-    cached = next((name for name in ("past_key_values", "cache_params") if name in names), "past_key_values")
+    cached = next((name for name in ("past_key_values", "cache_params") if name in names), None)
+    if cached is None:
+        raise ManifestError(f"{type(model).__name__} keeps no cache between steps: sessions cannot go on")
     for length in CHUNKS:
         step = {
             f"{first}input_ids": ids[None, at : at + length],

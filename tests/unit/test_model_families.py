@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from harness.checkpoints import BERT, ENDS, SMALL, Published, published, reference, save
+from census.configs import entries, tiny_config
+from harness.checkpoints import BERT, ENDS, SMALL, Published, Session, published, reference, save
 from tallystick_model.anatomy import dissect
 from tallystick_model.config import checkpoint_config
 from tallystick_model.rehearsal import rehearse
@@ -141,3 +142,19 @@ def test_a_model_that_mixes_its_layers_is_refused_before_it_is_published() -> No
 def test_a_rehearsal_runs_a_small_copy_of_a_large_model() -> None:
     config = transformers.LlamaConfig(num_hidden_layers=3)
     rehearse(checkpoint_config(config.to_dict()), "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize("name", ["zamba2:causal", "gemma3n_text:causal"])
+def test_what_else_follows_the_tokens_crosses_in_the_rows(tmp_path: Path, name: str) -> None:
+    entry = next(entry for entry in entries() if entry.name == name)
+    config = tiny_config(entry)
+    folder = save(getattr(transformers, entry.architecture), config, tmp_path / "checkpoint", 0)
+    served = published(folder, tmp_path)
+    assert served.manifest.width > config.hidden_size
+    session = Session(served.cut(2, execution="stock"), 64)
+    with torch.no_grad():
+        whole = reference(folder, entry.architecture)(input_ids=IDS[None]).logits[0]
+    assert torch.equal(session.step(IDS), whole)
+    if name.startswith("zamba2"):
+        with pytest.raises(RuntimeError, match="rolled back"):
+            session.crop(3)
