@@ -47,7 +47,7 @@ class Wire:
 
 
 def remote(wire: Wire | None = None) -> Remote:
-    opening = Opening(samples.digest("nonce"), samples.MODEL, 4, 0, ZERO_ADDRESS, ZERO_ADDRESS, 4096, 8, False)
+    opening = Opening(samples.digest("nonce"), samples.MODEL, 4, 0, ZERO_ADDRESS, ZERO_ADDRESS, 4096, 8)
     channel: Any = wire or Wire()
     return Remote(CANDIDATE, opening, channel, samples.STAKING, CLIENT.address)
 
