@@ -22,12 +22,15 @@ SLOW_FILES = (
 """What a tokenizer without tokenizer.json consists of."""
 
 MAX_SUPPRESSED = 1024
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty")
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "length_penalty",
+    "encoder_repetition_penalty",
+)  # fmt: skip
 _COUNTS = {
     "num_beams": 64, "max_length": 1 << 22, "max_new_tokens": 1 << 22, "min_length": 1 << 22,
-    "no_repeat_ngram_size": 1 << 10, "encoder_no_repeat_ngram_size": 1 << 10,
+    "min_new_tokens": 1 << 22, "no_repeat_ngram_size": 1 << 10, "encoder_no_repeat_ngram_size": 1 << 10,
 }  # fmt: skip
-_FLAGS = ("do_sample", "early_stopping", "renormalize_logits")
+_FLAGS = ("do_sample", "early_stopping", "renormalize_logits", "remove_invalid_values")
 _IDS = {
     "bos_token_id": "bos",
     "pad_token_id": "pad",
@@ -153,6 +156,8 @@ def _numbers(given: dict[str, Any]) -> dict[str, Any]:
             if type(value) is not int or not 0 <= value <= high:
                 raise ManifestError(f"generation setting {name} is {str(value)[:40]!r}, not 0 to {high}")
             found[name] = value
+    if given.get("early_stopping") == "never":
+        found["early_stopping"] = "never"
     return found | {name: given[name] for name in _FLAGS if isinstance(given.get(name), bool)}
 
 

@@ -24,7 +24,7 @@ FORBIDDEN = frozenset({"auto_map", "trust_remote_code", "custom_generate", "quan
 
 _LEFT_OUT = """
     _name_or_path name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict
-    output_hidden_states output_attentions id2label label2id problem_type chunk_size_feed_forward gradient_checkpointing
+    output_hidden_states output_attentions id2label label2id chunk_size_feed_forward gradient_checkpointing
     task_specific_params finetuning_task _commit_hash torchscript use_bfloat16 position_embedding_type model_max_length
     initializer_factor pruned_heads sep_token_id decoder_start_token_id num_labels
 """
@@ -44,6 +44,13 @@ MAPPINGS = (
     auto.MODEL_MAPPING_NAMES,
 )
 """transformers' tables of classes for the tasks that are served."""
+
+KEPT = {"scale_decoder_outputs": "tie_word_embeddings"}
+"""Attributes that models read and manifests hold, though no fields, and the key that the class makes them of.
+
+T5 takes tie_word_embeddings for whether its decoder's output is scaled before the head, and says true from then on.
+In a manifest tie_word_embeddings = false says of such a class that its head has weights of its own.
+"""
 
 UNREAD = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "n_positions", "output_past"})
 """Keys that checkpoints of classes without such a field often hold; nothing reads them."""
@@ -91,7 +98,7 @@ def build_config(values: dict[str, Any]) -> Any:
 
 
 def _refuse_unservable(values: dict[str, Any], cls: Any) -> None:
-    extra = {PER_LAYER} if PER_LAYER in _defaults(cls) else set()
+    extra = _kept(_defaults(cls)) | ({PER_LAYER} & _defaults(cls).keys())
     _refuse_keys(values, cls, allowed=frozenset(servable_fields(cls)) | {"model_type"} | extra)
     for layer in (values.get(PER_LAYER) or {}).values():
         _refuse_keys(layer if isinstance(layer, dict) else {}, cls, allowed=frozenset(servable_fields(cls)))
@@ -116,7 +123,7 @@ def _accepted(values: dict[str, Any], cls: Any, defaults: dict[str, Any]) -> dic
 
     defaults: what the class writes of itself, or of this part of it.
     """
-    known = _names(cls) | LEGACY | {"model_type", PER_LAYER}
+    known = _names(cls) | LEGACY | {"model_type", PER_LAYER} | _kept(defaults)
     derived = frozenset(defaults) - known
     unread = derived | (UNREAD - known)
     _refuse_keys(values, cls, allowed=known | LEFT_OUT | unread | {"tie_encoder_decoder"})
@@ -131,6 +138,11 @@ def _accepted(values: dict[str, Any], cls: Any, defaults: dict[str, Any]) -> dic
     return kept
 
 
+def _kept(defaults: dict[str, Any]) -> set[str]:
+    """The KEPT attributes of a class with these defaults, and what they are made of."""
+    return {name for pair in KEPT.items() if pair[0] in defaults for name in pair}
+
+
 def _inner_defaults(cls: Any, defaults: dict[str, Any], name: str) -> dict[str, Any]:
     """What a config within a config writes of itself: its own defaults, and what the outer one sets in it."""
     outer = defaults.get(name)
@@ -139,7 +151,7 @@ def _inner_defaults(cls: Any, defaults: dict[str, Any], name: str) -> dict[str, 
 
 def _check_derived(cls: Any, values: dict[str, Any], written: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Values that are no fields are what the class makes of its fields. Raises ManifestError for one that is not."""
-    stated = _names(cls) | LEFT_OUT | LEGACY | {"model_type", PER_LAYER}
+    stated = _names(cls) | LEFT_OUT | LEGACY | {"model_type", PER_LAYER} | _kept(defaults)
     for name in cls.sub_configs:
         if isinstance(inner := values.get(name), dict) and isinstance(made := written.get(name), dict):
             inner_cls = _inner_class(cls, name, inner)
@@ -188,6 +200,7 @@ def _written(cls: Any, written: dict[str, Any]) -> dict[str, Any]:
     values = {name: written.get(name, written.get(cls.attribute_map.get(name, name))) for name in servable_fields(cls)}
     kept = {name: _plain(value) for name, value in values.items() if value is not None}
     kept = {name: value for name, value in kept.items() if not _is_default(cls, name, value)}
+    kept |= {name: bool(written[name]) for name in KEPT.keys() & _defaults(cls).keys()}
     if written.get(PER_LAYER):
         kept[PER_LAYER] = _plain(written[PER_LAYER])
     for name in cls.sub_configs:

@@ -18,7 +18,7 @@ from tallystick_model.publishing.canary import CANARY_TEXT, Walk, canary_ids
 from tallystick_model.publishing.context import max_length
 from tallystick_model.publishing.gguf import GgufCheckpoint
 from tallystick_model.publishing.job import Job, open_job
-from tallystick_model.publishing.matching import Weights, match
+from tallystick_model.publishing.matching import Weights, as_stored, match
 from tallystick_model.publishing.pieces import Encoding, PieceReader
 from tallystick_model.publishing.precheck import check_disk, check_memory, peak_bytes
 from tallystick_model.publishing.progress import Meter, Progress, Report, quiet
@@ -94,7 +94,7 @@ class _Plan:
         self.source, self.numerics = source, numerics
         self.name, self.licence = name, licence or find_licence(source)
         self.architecture = _architecture(source)
-        self.config = checkpoint_config(source.config)
+        self.config = as_stored(checkpoint_config(source.config), source)
         self.task = task_of(self.config, self.architecture)
         self.labels = labels_of(source.config, self.task)
         self.skeleton: Skeleton = build_skeleton(self.config, self.architecture, self.labels)

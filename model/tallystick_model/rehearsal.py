@@ -62,13 +62,18 @@ def _rehearse(config: str, architecture: str, labels: tuple[str, ...]) -> None:
     for step, (one, other) in enumerate(zip(found, expected, strict=True)):
         if one.shape != other.shape:
             raise ManifestError(f"{architecture} cannot be cut into spans: they return another shape than the whole")
-        difference = float((one - other).abs().max()) / (float(other.std()) or 1.0)
+        difference = float((one - other).abs().max()) / _scale(other)
         if not difference <= TOLERANCE:
             what = "the first rows" if step == 0 else "rows behind cached ones"
             raise ManifestError(
                 f"{architecture} cannot be cut into spans: {what} differ from the whole model's by {difference:.0e}; "
                 "its layers share more than what passes from one to the next"
             )
+
+
+def _scale(rows: torch.Tensor) -> float:
+    """The standard deviation of a model's output; the size of one that is a single number."""
+    return float(rows.std() if rows.numel() > 1 else rows.abs()) or 1.0
 
 
 def random_model(config: Any, architecture: str, labels: tuple[str, ...] = ()) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from tallystick_model.config import build_config, model_class
+from tallystick_model.config import KEPT, build_config, model_class
 from tallystick_protocol.errors import ManifestError
 
 BUILD_ERRORS = (
@@ -93,6 +93,10 @@ def build_skeleton(
         model.eval().requires_grad_(False)
         _settle_dtypes(model, dtype)
         ties = _untie(model)
+        if KEPT.keys() & config_values.keys() and config_values.get("tie_word_embeddings") is False:
+            head = id(model.get_output_embeddings())
+            own = {f"{name}.weight" for name, module in model.named_modules() if id(module) == head}
+            ties = {late: early for late, early in ties.items() if late not in own}
         _persistent_buffers_to_meta(model)
         stacks = find_stacks(model)
     except BUILD_ERRORS as error:

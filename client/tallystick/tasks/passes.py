@@ -23,9 +23,9 @@ def values_of(manifest: Manifest) -> int:
 def token_types(served: Served, encoding: Encoding) -> list[int] | None:
     """Segment numbers, for models that have them; None when all are 0, which is what models take without any."""
     inputs = served.tokens.settings.get("model_input_names")
-    segments = served.manifest.config.get("type_vocab_size", 2 if isinstance(inputs, list) else 0)
     takes = "token_type_ids" in inputs if isinstance(inputs, list) else True
-    return encoding.types if takes and segments > 1 and any(encoding.types) else None
+    known = int(served.manifest.config.get("type_vocab_size") or 1)
+    return encoding.types if takes and known > 1 and any(encoding.types) else None
 
 
 async def one_pass(

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from tallystick_model.anatomy import Anatomy
 from tallystick_model.checkpoint import CHUNK_BYTES, TORCH_DTYPES, TensorSource
+from tallystick_model.config import KEPT
 from tallystick_model.publishing.computed import computed_weights
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton
 from tallystick_protocol.errors import ManifestError
@@ -175,6 +176,15 @@ def _expect_droppable(stored: str, skeleton: Skeleton, prefix: str) -> None:
         f"the checkpoint holds {stored}, which {type(skeleton.model).__name__} does not have: "
         "is `architectures` in config.json right?"
     )
+
+
+def as_stored(config: dict[str, Any], source: TensorSource) -> dict[str, Any]:
+    """A manifest's config that says whether the head is tied, where the class does not: as in transformers, two
+    different tables in the checkpoint are two tables (T5 1.1, Flan-T5)."""
+    table, head = "shared.weight", "lm_head.weight"
+    if not KEPT.keys() & config.keys() or not {table, head} <= source.names() or _equal(source, table, head):
+        return config
+    return {**config, "tie_word_embeddings": False}
 
 
 def _settle_ties(source: TensorSource, found: dict[str, _Recipe], ties: dict[str, str]) -> None:
