@@ -215,7 +215,7 @@ class Manifest:
         return Span(0, self.layers)
 
     def span_pieces(self, span: Span) -> tuple[Piece, ...]:
-        """The pieces a span needs: its layers, `shared`, `embed` where a stack begins (or for a tied head), `head` last.
+        """The pieces a span needs: its layers, `shared`, `embed` where a stack begins or a head is tied, `head` last.
 
         Raises ManifestError when the manifest has no such layers.
         """

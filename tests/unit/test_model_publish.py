@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from harness import checkpoints
 from harness.checkpoints import Session, add_companions, change_config, published
@@ -88,6 +90,32 @@ def test_norms_have_room_for_every_honest_row(folder: Path, tmp_path: Path) -> N
     assert bool(((rows.norm(dim=1) > 4 * low) & (rows.norm(dim=1) < high / 4)).all())
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def reframe(
+    folder: Path,
+    change: Callable[[dict[str, Any]], object] = lambda header: None,
+    *,
+    length: int | None = None,
+    raw: bytes | None = None,
+) -> None:
+    """Write the safetensors file anew with a changed header."""
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = raw if raw is not None else json.dumps(header).encode()
+    path.write_bytes((length or len(text)).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def shift(header: dict[str, Any], by: int) -> None:
+    """Move the tensor that comes second."""
+    name = sorted((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])[1]
+    header[name]["data_offsets"] = [offset + by for offset in header[name]["data_offsets"]]
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "only pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "safetensors"),
@@ -122,6 +150,34 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "safetensors",
     ),
     "json": (lambda f: (f / "config.json").write_text("{"), "JSON"),
+    "config is no object": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "header of 2 GB": (lambda f: reframe(f, length=1 << 31), "safetensors"),
+    "header is no JSON": (lambda f: reframe(f, raw=b"{"), "safetensors"),
+    "overlap": (lambda f: reframe(f, lambda header: shift(header, -4)), "safetensors"),
+    "hole": (lambda f: reframe(f, lambda header: shift(header, 4)), "safetensors"),
+    "wrong type size": (
+        lambda f: reframe(f, lambda header: header["model.norm.weight"].update(dtype="F64")),
+        "safetensors",
+    ),
+    "index without map": (lambda f: (f / INDEX).write_text("{}"), "weight_map"),
+    "index leaves the folder": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+        "names a file",
+    ),
+    "index promises more": (
+        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}'),
+        "promises a",
+    ),
+    "index names a pickle": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": "a.bin"}}'), "names a file"),
+    "hostile template": (
+        lambda f: (f / "chat_template.jinja").write_text("{{ 'a' * 10 ** 9 }}" + "{% if %}"),
+        "chat template",
+    ),
+    "template of numbers": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": 7}'),
+        "chat_template",
+    ),
+    "huge tokenizer": (lambda f: (f / "tokenizer.json").open("ab").truncate(500 << 20), "limit"),
 }
 
 
@@ -137,3 +193,34 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:
     folder = checkpoints.llama(tmp_path / "checkpoint", num_hidden_layers=2, vocab_size=200)
     with pytest.raises(ManifestError, match="tokenizer"):
         published(folder, tmp_path)
+
+
+def test_the_chat_template_and_the_generation_config_are_pinned(folder: Path, tmp_path: Path) -> None:
+    templates = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    settings = {"bos_token": "<s>", "chat_template": templates}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    served = published(folder, tmp_path)
+    found = {}
+    for name, ref in served.manifest.tokenizer.items():
+        size = served.store.read_file(ref.cid, tmp_path / name, ref.bytes)
+        assert size == ref.bytes
+        found[name] = (tmp_path / name).read_bytes()
+    assert found["chat_template.jinja"] == b"d"
+    assert found["generation_config.json"] == (folder / "generation_config.json").read_bytes()
+
+
+@pytest.mark.nightly
+def test_a_folder_with_a_slow_tokenizer_gets_a_tokenizer_json(tmp_path: Path) -> None:
+    folder = checkpoints.gpt2(tmp_path / "checkpoint", n_layer=1)
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    before = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(checkpoints.TEXT).ids
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "</s>"})
+    )
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]) + "\n")
+    served = published(folder, tmp_path)
+    ref = served.manifest.tokenizer["tokenizer.json"]
+    served.store.read_file(ref.cid, tmp_path / "made.json", ref.bytes)
+    assert Tokenizer.from_file(str(tmp_path / "made.json")).encode(checkpoints.TEXT).ids == before

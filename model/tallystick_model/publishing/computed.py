@@ -1,4 +1,4 @@
-"""Weights that a checkpoint need not hold, because the model's class computes them: sinusoidal position tables, zeros."""
+"""Weights that a checkpoint need not hold, because the model's class computes them: sinusoidal tables, zeros."""
 
 from __future__ import annotations
 
