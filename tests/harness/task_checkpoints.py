@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, WordPiece
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 
 SENTENCES = [
@@ -57,6 +58,46 @@ def bert(folder: Path, head: str, *, seed: int = 0, **changes: Any) -> Path:
     return save(model, folder, wordpiece(), BERT_TOKENS)
 
 
+def classifier(folder: Path, family: str, head: str, *, seed: int = 1, **changes: Any) -> Path:
+    """A tiny "Roberta", "DistilBert", "Electra" or "Llama" with a head, and a tokenizer as the family has it."""
+    torch.manual_seed(seed)
+    own: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer, settings = wordpiece(), dict(BERT_TOKENS)
+    if family == "Roberta":
+        own |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1}
+        tokenizer, settings = byte_level(), dict(ROBERTA_TOKENS)
+    elif family == "DistilBert":
+        own = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+    elif family == "Electra":
+        own |= {"embedding_size": 32}
+    elif family == "Llama":
+        own |= {"num_key_value_heads": 2, "pad_token_id": 0}
+        tokenizer = metaspace(template="<s> $A")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "model_max_length": 64}
+    own |= {"vocab_size": 340, "max_position_embeddings": 130}
+    model = getattr(transformers, f"{family}For{head}")(getattr(transformers, f"{family}Config")(**{**own, **changes}))
+    return save(model, folder, tokenizer, settings)
+
+
+def byte_level() -> Tokenizer:
+    """A tokenizer as RoBERTa's: bytes, "Ġ" for a space before, <s> … </s>, two of them between two texts."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.post_processor = RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=False)
+    return tokenizer
+
+
+ROBERTA_TOKENS = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+    "model_max_length": 64, "mask_token": "<mask>", "unk_token": "<unk>", "pad_token": "<pad>", "cls_token": "<s>",
+    "sep_token": "</s>", "bos_token": "<s>", "eos_token": "</s>",
+}  # fmt: skip
 BERT_TOKENS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
@@ -109,6 +150,50 @@ MARIAN_GENERATION = {
     "max_length": 24, "forced_eos_token_id": 2,
 }  # fmt: skip
 """As the Marian checkpoints of the hubs have it."""
+
+
+SUMMARY_GENERATION = {
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_bos_token_id": 1,
+    "forced_eos_token_id": 2, "min_length": 6, "max_length": 16, "length_penalty": 2.0, "no_repeat_ngram_size": 3,
+    "num_beams": 4, "early_stopping": True,
+}  # fmt: skip
+"""As BART's checkpoints for summaries have it, but shorter."""
+
+
+def summarizer(folder: Path, family: str = "Bart", *, seed: int = 3, **generation: Any) -> Path:
+    """A tiny encoder-decoder of BART's kin: "Bart", "MBart", "M2M100", "Pegasus". generation: what differs."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{family}Config")(**{**SEQ2SEQ_SMALL, "decoder_start_token_id": 2})
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    _enliven(model)
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias[0, 2] = 2.0  # it ends now and then
+    model.generation_config = transformers.GenerationConfig(**{**SUMMARY_GENERATION, **generation})
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    return save(model, folder, metaspace(template="<s> $A </s>"), settings, 1.0)
+
+
+def t5(folder: Path, *, seed: int = 3, own_head: bool = False, **changes: Any) -> Path:
+    """A tiny T5. own_head: stored as T5 1.1 and Flan-T5 are, with a head that is not the embedding's table."""
+    torch.manual_seed(seed)
+    config = transformers.T5Config(**{
+        "vocab_size": 200, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+        "num_heads": 4, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, **changes,
+    })  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    _enliven(model)
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model.generation_config = transformers.GenerationConfig(**ids)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    save(model, folder, metaspace(), settings, 1.0)
+    if own_head:
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"])
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        written = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+        del written["scale_decoder_outputs"]
+        (folder / "config.json").write_text(json.dumps(written))
+    return folder
 
 
 def multilingual(folder: Path, *, seed: int = 0) -> Path:

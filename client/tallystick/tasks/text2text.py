@@ -8,7 +8,7 @@ from typing import Any
 from tallystick.route import Candidate
 from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, check_length, check_rows, look_up, merge
 from tallystick.tasks.decoding import Continuation, Order, generate
-from tallystick.tasks.languages import source_ids, target_code
+from tallystick.tasks.languages import codes, source_ids, target_code
 from tallystick.tasks.passes import longest
 from tallystick.tasks.prompts import chat_ids, summarize_instruction, translate_instruction
 from tallystick.tasks.settings import DEFAULT_NEW_TOKENS, settle, with_forced_bos
@@ -61,7 +61,11 @@ async def translation(
         source = _Source([], translate_instruction(text, src_lang, tgt_lang))
     else:
         ids = source_ids(served.tokens, prefix + text, src_lang, tgt_lang)
-        source = _Source(_shortened(served, ids, truncate), "", target_code(served.tokens, tgt_lang))
+        code = target_code(served.tokens, tgt_lang)
+        if code is not None and served.manifest.generation.get("decoder_start") in codes(served.tokens).values():
+            settings.setdefault("decoder_start_token_id", code)  # mBART's first checkpoints begin with the language
+            code = None
+        source = _Source(_shortened(served, ids, truncate), "", code)
     found, route, verdict = await _answer(backend, served, source, verify, settings)
     return Answers([{"translation_text": text} for text in found], route, verdict)
 
