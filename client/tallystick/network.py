@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tallystick.route import Candidate
 from tallystick.tokens import Tokens
-from tallystick_model.sandbox.tokenizers import examine_tokenizer
 from tallystick_protocol.chain.reads import Chain, ModelRecord, Serving
 from tallystick_protocol.content.cid import Cid, Codec
 from tallystick_protocol.content.fetch import fetch_file
@@ -86,6 +85,8 @@ class Network:
                 for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
                 if name in manifest.tokenizer
             }
+            from tallystick_model.sandbox.tokenizers import examine_tokenizer  # a client without text never needs it
+
             await asyncio.to_thread(examine_tokenizer, paths["tokenizer.json"])  # in a limited process first
             self._tokens[record.id] = Tokens(
                 paths["tokenizer.json"], paths.get("tokenizer_config.json"), paths.get("chat_template.jinja")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
 
-from tallystick_model.publishing.progress import Progress
+if TYPE_CHECKING:  # the client and its command line load without tallystick_model
+    from tallystick_model.publishing.progress import Progress
 
 _TITLES = {"pieces": "writing pieces", "canary": "running the canary"}
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aiohttp import web
 
-from tallystick_model.publishing.progress import Report, quiet
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
@@ -19,13 +18,16 @@ from tallystick_protocol.manifest import Manifest, Numerics
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import ModelId
 
+if TYPE_CHECKING:  # the client and its command line load without tallystick_model
+    from tallystick_model.publishing.progress import Report
+
 
 def cut(
     checkpoint: Path,
     store: Store,
     name: str | None = None,
     licence: str | None = None,
-    progress: Report = quiet,
+    progress: Report | None = None,
     *,
     numerics: Numerics = "fp32",
     quantize: Literal["int8", "int4"] | None = None,
@@ -38,6 +40,7 @@ def cut(
     """
     try:
         from tallystick_model.publish import publish
+        from tallystick_model.publishing.progress import quiet
     except ImportError:
         raise ConfigError("publishing takes torch: pip install 'tallystick[torch]'") from None
     manifest = publish(
@@ -47,7 +50,7 @@ def cut(
         licence=licence,
         numerics=numerics,
         quantize=quantize,
-        progress=progress,
+        progress=progress or quiet,
         work=work,
     )
     for cid in contents(manifest):

@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates of strangers: the same answers as the libraries, and an end to whatever goes too far."""
+"""Tokenizers and chat templates of strangers: answers as of the libraries, and an end to whatever goes too far."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ TEMPLATES = {
 {%- for message in messages %}
     {%- if message.role == 'system' %}{% continue %}{% endif %}
     {%- set ns.seen = ns.seen + 1 %}
-    {%- if message.thinking is defined %}<think>{{ message.thinking }}|{{ message.reasoning_content }}</think>{% endif %}
+    {%- if message.thinking is defined %}
+<think>{{ message.thinking }}|{{ message.reasoning_content }}</think>
+    {%- endif %}
     {%- if ns.seen > 2 %}{% break %}{% endif %}
 {{ ns.seen }}: {{ message.content | upper }}{{ dict(a=1) | tojson }}
 {%- endfor %}{% macro end(x) %}{{ x ~ '!' }}{% endmacro %}{{ end(strftime_now('%Y') | length) }}""",
