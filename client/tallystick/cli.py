@@ -256,12 +256,8 @@ async def _models(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([entry.to_json() for entry in entries]))
         return 0
-    table = Table(title=f"{len(entries)} models")
-    for column in ("name", "id", "task", "layers", "numerics", "weights", "size", "licence"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("id", "layers", "size"))
-    for entry in entries:
-        table.add_row(*entry.cells())
-    Console().print(table)
+    for line in [line for entry in entries for line in entry.lines()] or ["no model on this chain yet"]:
+        print(line)
     return 0
 
 

@@ -49,23 +49,16 @@ class Entry:
             }
         return found
 
-    def cells(self) -> list[str]:
-        """name, id, task, layers, numerics, weights, size, licence; for a terminal."""
-        start = [f"0x{self.record.id.hex()[:12]}"]
-        manifest = self.manifest
-        if manifest is None:
-            return ["(manifest not found)", *start, "", str(self.record.layers), "", "", "", ""]
-        size = sum(piece.bytes for piece in manifest.pieces)
-        return [
-            manifest.name,
-            *start,
-            manifest.task,
-            str(manifest.layers),
-            manifest.numerics,
-            weights_of(manifest),
-            f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB",
-            manifest.licence,
-        ]
+    def lines(self) -> list[str]:
+        """For a person: the whole id, to be copied, and what the model is."""
+        known = self.manifest
+        said = f"{self.record.layers} layers"
+        if known is not None:
+            size = sum(piece.bytes for piece in known.pieces)
+            amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+            said = ", ".join((known.task, said, known.numerics, f"{weights_of(known)} weights", amount, known.licence))
+        name = "(its manifest is not found)" if known is None else known.name
+        return [f"0x{self.record.id.hex()}", f"  {name}: {said}"]
 
 
 def weights_of(manifest: Manifest) -> str:
