@@ -79,7 +79,7 @@ def no_route(usable: list[Candidate], goal: Span) -> NoRoute:
     onward = [c.span.start for c in usable if c.span.start > start]
     end = min(onward, default=goal.end)
     return NoRoute(
-        f"nobody serves layers [{start}, {end}) of {goal};"
+        f"nobody serves layers [{start}, {end}) of {goal.end};"
         f" to serve them: tallystick-node run --join --span {start}:{end}",
         start=start,
         end=end,
