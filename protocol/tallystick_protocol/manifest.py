@@ -161,6 +161,7 @@ class Manifest:
 
     def stack_of(self, span: Span) -> Span:
         """The layers of the stack that a span belongs to. Raises ManifestError for one that crosses stacks."""
+        self._has(span)
         cut = self.encoder_layers
         stack = Span(0, cut) if span.start < cut else Span(cut, self.layers)
         if span.end > stack.end:
@@ -219,8 +220,7 @@ class Manifest:
 
         Raises ManifestError when the manifest has no such layers.
         """
-        if span.end > self.layers:
-            raise ManifestError(f"{self.name} has layers [0, {self.layers}), not {span}", layers=self.layers)
+        self._has(span)
         last = span.end == self.layers
         begins = span.start in (0, self.encoder_layers)
         wanted = {"shared"} | ({"embed"} if begins or (last and self.tied) else set())
@@ -230,6 +230,10 @@ class Manifest:
             for piece in self.pieces
             if (span.start <= piece.index < span.end if piece.kind == "layer" else piece.kind in wanted)
         )
+
+    def _has(self, span: Span) -> None:
+        if span.end > self.layers:
+            raise ManifestError(f"{self.name} has layers [0, {self.layers}), not {span}", layers=self.layers)
 
     @staticmethod
     def from_bytes(block: bytes) -> Manifest:
