@@ -17,6 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tallystick_model.cache import KvCache
+from tallystick_model.devices import CPU
 from tallystick_model.masks import Mask, recognise
 from tallystick_model.tiles import R, Scores, attend
 
@@ -86,8 +87,8 @@ def _attention(module: Any, query: Any, key: Any, value: Any, attention_mask: An
     return seat(query, key, value, attention_mask, arguments), None
 
 
-def _describe_mask(*, mask_function: Callable[..., Any], **_: Any) -> torch.Tensor:
-    marker = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+def _describe_mask(*, mask_function: Callable[..., Any], **sizes: Any) -> torch.Tensor:
+    marker = torch.zeros(1, 1, sizes.get("q_length", 1), sizes.get("kv_length", 1), dtype=torch.bool)
     marker.tallystick_mask = recognise(mask_function)  # type: ignore[attr-defined]
     return marker
 
@@ -137,24 +138,26 @@ class Batch:
     """What every layer of one packed call needs to know."""
 
     placed: list[Placed] = field(default_factory=list)
-    masks: dict[tuple[Mask, int, int, int], torch.Tensor] = field(default_factory=dict)
-    staircase: torch.Tensor = field(default_factory=lambda: torch.zeros(R, 0))
+    masks: dict[tuple[Mask, int, int, int, torch.device], torch.Tensor] = field(default_factory=dict)
+    staircases: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
-    def causal_mask(self, keys: int) -> torch.Tensor:
+    def causal_mask(self, keys: int, device: torch.device = CPU) -> torch.Tensor:
         """(R, keys), zero where the tile's query may look and -inf above the diagonal of its last R keys."""
-        if self.staircase.shape[1] < keys:
-            self.staircase = torch.zeros(R, 2 * keys)
-            self.staircase[:, -R:] = torch.full((R, R), float("-inf")).triu(1)
-        return self.staircase[:, -keys:]
+        held = self.staircases.get(device)
+        if held is None or held.shape[1] < keys:
+            held = torch.zeros(R, 2 * keys)
+            held[:, -R:] = torch.full((R, R), float("-inf")).triu(1)
+            held = self.staircases[device] = held.to(device)
+        return held[:, -keys:]
 
-    def mask(self, mask: Mask, tile: int, low: int, high: int) -> torch.Tensor:
+    def mask(self, mask: Mask, tile: int, low: int, high: int, device: torch.device = CPU) -> torch.Tensor:
         """The same for queries tile.. and the keys low..high of any mask."""
-        found = self.masks.get((mask, tile, low, high))
+        found = self.masks.get((mask, tile, low, high, device))
         if found is None:
             seen = mask.sees(torch.arange(tile, tile + R), torch.arange(low, high))
             seen[:, 0] |= ~seen.any(1)  # a query behind the last row sees something, or its softmax is NaN
-            found = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-            self.masks[mask, tile, low, high] = found
+            found = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).to(device)
+            self.masks[mask, tile, low, high, device] = found
         return found
 
 
@@ -186,7 +189,9 @@ class TiledSeat:
         for rows in tiles:
             end = tile + R
             low = rule.first_key(tile) // ALIGNMENT * ALIGNMENT
-            mask = batch.causal_mask(end) if self._plain else batch.mask(rule, tile, low, end)
+            mask = (
+                batch.causal_mask(end, rows.device) if self._plain else batch.mask(rule, tile, low, end, rows.device)
+            )
             outs.append(attend(rows, keys[:, :, low:end], values[:, :, low:end], mask, form))
             tile = end
         return _from_tiles(outs)[skipped : skipped + query.shape[2]]
@@ -197,7 +202,7 @@ class TiledSeat:
         count = keys.shape[2]
         outs = []
         for index, rows in enumerate(tiles):
-            mask = None if self._plain else self._batch.mask(self._plan.mask, index * R, 0, count)
+            mask = None if self._plain else self._batch.mask(self._plan.mask, index * R, 0, count, rows.device)
             outs.append(attend(rows, keys, values, mask, form))
         return _from_tiles(outs)[: query.shape[2]]
 

@@ -30,10 +30,14 @@ class KvCache:
     A step writes rows at `length`.. in every layer and then calls `commit`; one that fails calls `crop(length)`.
     """
 
-    def __init__(self, shapes: Mapping[int, CacheShape], max_length: int) -> None:
+    def __init__(
+        self, shapes: Mapping[int, CacheShape], max_length: int, devices: Mapping[int, torch.device] | None = None
+    ) -> None:
+        """devices: where each layer's rows lie; None for the CPU."""
         self.max_length = max_length
         self.length = 0
         self._shapes = dict(shapes)
+        self._devices = dict(devices or {})
         self._capacity = 0
         self._written = 0
         self._keys: dict[int, torch.Tensor] = {}
@@ -57,7 +61,7 @@ class KvCache:
         capacity = min(max(_round_up(length), 2 * self._capacity, 4 * ROWS), max(limit, _round_up(length)))
         for layer, shape in self._shapes.items():
             for held, dim in ((self._keys, shape.key_dim), (self._values, shape.value_dim)):
-                grown = torch.zeros(1, shape.groups, capacity, dim)
+                grown = torch.zeros(1, shape.groups, capacity, dim, device=self._devices.get(layer))
                 if layer in held:
                     grown[:, :, : self._capacity] = held[layer]
                 held[layer] = grown

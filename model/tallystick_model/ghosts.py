@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tallystick_model.anatomy import Anatomy, LayerShape, module_weights
+from tallystick_model.devices import CPU, Placement, moved
 from tallystick_model.probe import Blank
 from tallystick_model.skeleton import Skeleton, set_weight
 from tallystick_protocol.types import Span
@@ -28,10 +29,12 @@ class Passage:
 
     batch, num_rows: of the rows that travel. received: the streams that enter the span (None where ids do).
     stop: leave after the last layer of the stack; other spans leave anyway.
-    entered: the streams that entered the span's first layer.
+    entered: the streams that entered the span's first layer. placement: where the layers are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.spread = placement.distinct != (CPU,)
         self.batch = 1
         self.num_rows = 0
         self.received: list[torch.Tensor] | None = None
@@ -50,15 +53,15 @@ class Passage:
         return self._turn - 1
 
 
-def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> Passage:
+def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span, placement: Placement) -> Passage:
     """Cut the span out of a skeleton, in place: what is elsewhere or unused answers blanks."""
-    passage = Passage()
+    passage = Passage(placement)
     stack = anatomy.layers[span.start].stack
     absent = set(anatomy.unused)
     if span.start > anatomy.stack_span(stack).start:
         absent |= {name for name in anatomy.prologues[stack] if anatomy.roles[name] == "embed"}
         _graft(skeleton, anatomy, span)
-    for name in _outermost(skeleton, absent):
+    for name in outermost(skeleton, absent):
         _blank_out(skeleton.model.get_submodule(name), anatomy.blanks[stack].get(name), anatomy, passage)
     for layer in skeleton.stack(stack):
         layer.forward = _Turn(layer.forward, anatomy, span, passage)
@@ -85,6 +88,9 @@ class _Turn:
             self._take_leave(index, args, kwargs)
             return self._hand_on(shape, args, kwargs)
         args, kwargs = self._enter(index, args, kwargs)
+        if self._passage.spread:
+            device = self._passage.placement.of_layer(index)
+            args, kwargs = moved(args, device), moved(kwargs, device)
         output = self._forward(*args, **kwargs)
         if index == self._stack.end - 1 and self._passage.stop:
             raise Leave([hidden_of(output, shape)])
@@ -162,12 +168,12 @@ def _blank_out(module: nn.Module, blank: Any, anatomy: Anatomy, passage: Passage
         shape = [passage.num_rows if length == -1 else length for length in leaf.shape]
         if leaf.shape[:1] == (1,):
             shape[0] = passage.batch
-        return torch.zeros(shape, dtype=leaf.dtype)
+        return torch.zeros(shape, dtype=leaf.dtype, device=passage.placement.first)
 
     module.forward = lambda *args, **kwargs: tree_map(zeros, blank)
 
 
-def _outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
+def outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
     """The outermost modules all of whose weights, at least one, are among `weights`."""
     found: list[str] = []
     for name, module in skeleton.model.named_modules():
@@ -177,7 +183,7 @@ def _outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
     return found
 
 
-def fill_blanks(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> None:
+def fill_blanks(skeleton: Skeleton, anatomy: Anatomy, span: Span, device: torch.device) -> None:
     """Zeros without memory for the weights outside the layers, in whose place the span's own are put afterwards.
 
     A span's forward may touch weights that it does not hold, in what it computes before its first layer.
@@ -185,4 +191,4 @@ def fill_blanks(skeleton: Skeleton, anatomy: Anatomy, span: Span) -> None:
     stack = skeleton.stacks[anatomy.layers[span.start].stack] + "."
     for name, tensor in skeleton.weights().items():
         if not name.startswith(stack) and tensor.device.type == "meta":
-            set_weight(skeleton.model, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+            set_weight(skeleton.model, name, torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape))

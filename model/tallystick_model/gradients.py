@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tallystick_model.devices import CPU, moved
 from tallystick_model.experts import ExpertProducts
 from tallystick_model.ghosts import Leave, hidden_of
 from tallystick_model.kernels import CanonicalLinear, flushing_denormals
@@ -144,13 +145,13 @@ class SpanGradients:
             stack.enter_context(_adapted(spliced.skeleton.model, adapters))
             stack.enter_context(self._watching(states, hidden))
             try:
-                logits = model.run_model(self._inputs(rows), count).logits[0]
+                logits = model.run_model(self._inputs(rows), count).logits[0].to(CPU)
                 out = logits[-keep:] if keep and selection is None else logits
             except Leave as leave:
-                out = pack_rows(model._leaving, leave.streams, model.manifest.width)
+                out = pack_rows(model._leaving, moved(leave.streams, CPU), model.manifest.width)
         if hidden == "all":
             states.insert(0, passage.entered[0])
-        return out, [self._widened(state.reshape(count, -1)) for state in states]
+        return out, [self._widened(state.reshape(count, -1).to(CPU)) for state in states]
 
     def _inputs(self, rows: torch.Tensor) -> dict[str, Any]:
         """The model's arguments."""
@@ -287,7 +288,11 @@ def _adapted(model: nn.Module, adapters: Mapping[str, Adapter]) -> Iterator[None
     """While held, linear modules add what their adapters make of their input."""
 
     def hook(adapter: Adapter) -> Any:
-        return lambda _, args, output: output + args[0] @ adapter.a.T @ adapter.b.T
+        def add(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+            rows: torch.Tensor = args[0]
+            return output + rows @ adapter.a.to(rows.device).T @ adapter.b.to(rows.device).T
+
+        return add
 
     handles = [model.get_submodule(name).register_forward_hook(hook(adapter)) for name, adapter in adapters.items()]
     try:

@@ -76,7 +76,7 @@ class CanonicalLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.rounds = numerics == "bf16w"
-        self.packed = packed_operators_hold(numerics) if packed is None else packed
+        self.packed = (weight.device.type == "cpu" and packed_operators_hold(numerics)) if packed is None else packed
         if self.rounds:
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         if self.packed:

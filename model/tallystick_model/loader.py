@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.canonical import Canonical
-from tallystick_model.ghosts import fill_blanks, splice
+from tallystick_model.devices import CPU, Carried, Placement, check_resident, move_buffers
+from tallystick_model.ghosts import fill_blanks, outermost, splice
 from tallystick_model.memory import WORTH_RELEASING, all_finite, release_freed_memory
 from tallystick_model.publishing.quantize import read_weight, weight_shapes
 from tallystick_model.skeleton import Skeleton, build_skeleton, set_weight
@@ -32,11 +33,13 @@ def load_span(
     execution: Execution = "canonical",
     threads: int | None = None,
     dtype: torch.dtype = torch.float32,
+    placement: Placement | None = None,
 ) -> SpanModel:
     """Load layers [start, end) from local piece files.
 
     open_piece: the path of a piece whose bytes were already checked against its CID. threads: torch's, None to leave.
     dtype: of the weights and of what is computed with them, in stock execution; canonical execution is fp32.
+    placement: the devices of the layers; None for the CPU.
     Raises ManifestError for a piece that is not what the manifest says, a manifest that does not fit its own config,
     and (field reason="stock_only") a model without a canonical rule when execution is "canonical".
     Memory: the span's weights once in fp32, and one piece.
@@ -44,7 +47,7 @@ def load_span(
     if threads is not None:
         torch.set_num_threads(threads)
     skeleton, anatomy = checked_anatomy(manifest, dtype)
-    return fill_span(manifest, span, open_piece, skeleton, anatomy, execution)
+    return fill_span(manifest, span, open_piece, skeleton, anatomy, execution, placement)
 
 
 def fill_span(
@@ -54,6 +57,7 @@ def fill_span(
     skeleton: Skeleton,
     anatomy: Anatomy,
     execution: Execution = "canonical",
+    placement: Placement | None = None,
 ) -> SpanModel:
     """`load_span` for a skeleton of one's own, which is used up, and an anatomy that was found before."""
     pieces = {piece.name: piece for piece in manifest.span_pieces(span)}
@@ -63,7 +67,7 @@ def fill_span(
             return {}
         return read_piece(open_piece(pieces[name]), pieces[name], wanted, manifest.quantization)
 
-    spliced = assemble(skeleton, anatomy, span, read, execution, manifest.numerics)
+    spliced = assemble(skeleton, anatomy, span, read, execution, manifest.numerics, placement)
     return SpanModel(manifest, span, spliced, execution)
 
 
@@ -130,24 +134,62 @@ def assemble(
     source: Source,
     execution: Execution,
     numerics: Numerics = "fp32",
+    placement: Placement | None = None,
 ) -> Spliced:
     """Splice the span into the skeleton, in place, and fill it."""
-    fill_blanks(skeleton, anatomy, span)
-    passage = splice(skeleton, anatomy, span)
+    placement = placement or Placement.on(CPU, span)
+    fill_blanks(skeleton, anatomy, span, placement.first)
+    passage = splice(skeleton, anatomy, span, placement)
+    carried = _outside(skeleton, anatomy, placement) if passage.spread else {}
     rules = Canonical(skeleton, anatomy, span, numerics) if execution == "canonical" else None
     if execution == "stock" and numerics != "fp32":
         rules = Canonical(skeleton, anatomy, span, numerics, stock=True)
     for piece, weights in _pieces_of(anatomy, span):
         tensors = source(piece, tuple(sorted({stored for _, stored in weights})))
         for name, stored in weights:
-            set_weight(skeleton.model, name, tensors[stored])
+            device = placement.of_weight("tied" if name in anatomy.tied else anatomy.roles[name])
+            set_weight(skeleton.model, name, tensors[stored].to(device))
         size = sum(tensor.nbytes for tensor in tensors.values())
         tensors.clear()  # so that a plain weight is free once it is packed
         if rules is not None:
             rules.fill({name for name, _ in weights})
         if size >= WORTH_RELEASING:
             release_freed_memory()
+    if passage.spread:
+        _settle(skeleton, anatomy, span, placement, carried)
     return Spliced(skeleton, anatomy, passage, rules, rules.finish() if rules is not None else None)
+
+
+def _outside(skeleton: Skeleton, anatomy: Anatomy, placement: Placement) -> dict[str, torch.device]:
+    """{module outside the layers: its device}, of those that may be given what is on another one."""
+    shared = {name for name, role in anatomy.roles.items() if role == "shared"}
+    head = {name for name, role in anatomy.roles.items() if role == "head"} | set(anatomy.tied)
+    found = dict.fromkeys(outermost(skeleton, shared), placement.first)
+    return found | dict.fromkeys(outermost(skeleton, head), placement.last)
+
+
+def _settle(
+    skeleton: Skeleton, anatomy: Anatomy, span: Span, placement: Placement, carried: dict[str, torch.device]
+) -> None:
+    """Put on their modules' devices what modules computed when they were built, and what `carried` ones are given.
+
+    carried: {module outside the layers: its device}. Raises ManifestError where layers on two devices share weights.
+    """
+    model, stack = skeleton.model, anatomy.layers[span.start].stack
+    layers = list(skeleton.stack(stack))
+    elsewhere = {id(inner) for layer in layers for inner in layer.modules()}
+    for name, device in carried.items():
+        module = model.get_submodule(name)
+        if id(module) not in elsewhere:
+            move_buffers(module.modules(), device)
+            module.forward = Carried(module.forward, device)
+            elsewhere |= {id(inner) for inner in module.modules()}
+    move_buffers([inner for inner in model.modules() if id(inner) not in elsewhere], placement.first)
+    served = [(index, layers[anatomy.layers[index].module]) for index in range(span.start, span.end)]
+    for index, layer in served:
+        move_buffers(layer.modules(), placement.of_layer(index))
+    for index, layer in served:
+        check_resident(layer, index, placement.of_layer(index))
 
 
 def _pieces_of(anatomy: Anatomy, span: Span) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -65,6 +66,11 @@ def layer_bytes(manifest: Manifest) -> tuple[int, ...]:
         found[stack.start] += pieces.get("embed", 0) + pieces.get("shared", 0)
     found[-1] += pieces.get("head", 0) + (pieces.get("embed", 0) if manifest.tied else 0)
     return tuple(found)
+
+
+def device_layer_bytes(manifest: Manifest) -> tuple[int, ...]:
+    """`layer_bytes` on an accelerator, where products keep their weights in fp32 in every numerics."""
+    return layer_bytes(replace(manifest, numerics="fp32"))
 
 
 def span_bytes(manifest: Manifest, span: Span) -> int:

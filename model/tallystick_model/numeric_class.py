@@ -18,6 +18,7 @@ import torch
 
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.cache import KvCache
+from tallystick_model.devices import CPU, Placement
 from tallystick_model.loader import assemble
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.skeleton import Skeleton, build_skeleton
@@ -42,12 +43,18 @@ _TAG = b"tallystick numeric class 2"
 _DRAWN = 1_048_573  # a prime, so that no matrix repeats in step with its rows
 
 
-def numeric_class(manifest: Manifest) -> Digest:
+def numeric_class(manifest: Manifest, devices: Sequence[torch.device] = (CPU,)) -> Digest:
     """The class of this machine for a model, as it runs now: SHA-256 over what it computes, or STOCK.
 
+    devices: those that layers are on; where they compute different things the machine has no class, which is STOCK.
     Depends on nothing in the manifest but config, architecture, labels and numerics. Raises ManifestError when the
     config cannot be built.
     """
+    first, *others = (_class_of(manifest, device) for device in devices)
+    return first if all(other == first for other in others) else STOCK
+
+
+def _class_of(manifest: Manifest, device: torch.device) -> Digest:
     config = _trial_config(manifest)
     skeleton = build_skeleton(config, manifest.architecture, manifest.labels)
     anatomy = dissect(skeleton)
@@ -60,7 +67,8 @@ def numeric_class(manifest: Manifest) -> Digest:
     for layer in _kinds(skeleton, anatomy):
         fresh = build_skeleton(config, manifest.architecture, manifest.labels)
         span = Span(layer, layer + 1)
-        spliced = assemble(fresh, anatomy, span, _drawn_weights(fresh), "canonical", manifest.numerics)
+        placement = Placement.on(device, span)
+        spliced = assemble(fresh, anatomy, span, _drawn_weights(fresh), "canonical", manifest.numerics, placement)
         outputs = _agreed_outputs(SpanModel(trial, span, spliced, "canonical"), anatomy)
         if outputs is None:
             return STOCK

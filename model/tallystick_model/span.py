@@ -12,6 +12,7 @@ import torch
 from tallystick_model.anatomy import Anatomy
 from tallystick_model.cache import CacheShape, KvCache
 from tallystick_model.canonical import Canonical
+from tallystick_model.devices import CPU, Placement, moved
 from tallystick_model.ghosts import Leave, Passage
 from tallystick_model.kernels import MIN_ROWS, flushing_denormals
 from tallystick_model.packing import Part, pack
@@ -70,6 +71,11 @@ class SpanModel:
         }
 
     @property
+    def placement(self) -> Placement:
+        """Where the layers are."""
+        return self._spliced.passage.placement
+
+    @property
     def row_bytes(self) -> int:
         """Cache bytes that one position of a session takes in this span (fp32)."""
         return sum(shape.row_bytes for shape in self._cache_shapes.values()) if self.causal else 0
@@ -90,7 +96,8 @@ class SpanModel:
             return None
         if not self._packs:
             return StockCache(self._spliced.skeleton.config, max_length, remembered)
-        return KvCache(self._cache_shapes, max_length)
+        devices = {index: self.placement.of_layer(index) for index in self._cache_shapes}
+        return KvCache(self._cache_shapes, max_length, devices)
 
     def _check_memory(self, memory: torch.Tensor | None) -> torch.Tensor | None:
         """(1, m, the encoder's own width), in the dtype that layers compute in."""
@@ -103,7 +110,7 @@ class SpanModel:
         if not 0 < len(memory) <= self.manifest.max_length or not bool(torch.isfinite(memory).all()):
             raise BadTensor(f"an encoder's output has 1 to {self.manifest.max_length} rows, all finite")
         anatomy = self._spliced.anatomy
-        return memory[None, :, : anatomy.memory_width].to(anatomy.ends[0].dtype)
+        return memory[None, :, : anatomy.memory_width].to(self.placement.first, anatomy.ends[0].dtype)
 
     def forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
         """Extend sessions by their segments' rows, all packed in one call.
@@ -198,7 +205,7 @@ class SpanModel:
                               for rows, end, part in zip(wanted, last, parts, strict=True)]  # fmt: skip
                 done = self._call(segments, parts, wanted, stop)
                 if entered is not None:
-                    seen = self._spliced.passage.entered  # behind ids, the hidden state alone
+                    seen = moved(self._spliced.passage.entered, CPU)  # behind ids, the hidden state alone
                     rows = pack_rows(self._entering[: len(seen)], seen, self.manifest.width)
                     entered.append(rows[: sum(len(part) for part in parts)])
                 for part, out in zip(parts, done, strict=True):
@@ -244,20 +251,22 @@ class SpanModel:
         except Leave as leave:
             if wanted is not None:
                 return [torch.zeros(0, self._output_width()) for _ in parts]
-            return cut(pack_rows(self._leaving, leave.streams, self.manifest.width), parts)
+            return cut(pack_rows(self._leaving, moved(leave.streams, CPU), self.manifest.width), parts)
         if wanted is None:
-            return cut(self._widened(output.last_hidden_state[0].float()), parts)
+            return cut(self._widened(output.last_hidden_state[0].float()).to(CPU), parts)
         if self._output == "label":
-            return [output.logits.float()]
+            return [output.logits.float().to(CPU)]
         if getattr(output, "start_logits", None) is not None:
             scores = torch.stack([output.start_logits[0], output.end_logits[0]], dim=1)[flat]
         else:
             scores = output.logits[0] if flat and rules is not None and rules.selects else output.logits[0, flat]
-        return list(scores.float().split([len(rows_of_part) for rows_of_part in wanted]))
+        return list(scores.float().to(CPU).split([len(rows_of_part) for rows_of_part in wanted]))
 
     def run_model(self, inputs: dict[str, Any], num_rows: int, cache: Cache | None = None) -> Any:
         """One forward of the spliced model. Raises `Leave` with the streams where the span ends before the model."""
         passage = self._spliced.passage
+        if passage.spread:
+            inputs, passage.received = moved((inputs, passage.received), passage.placement.first)
         passage.num_rows, passage.entered = num_rows, []
         passage.begin(self._stack.start)
         if not isinstance(cache, StockCache):

@@ -7,6 +7,7 @@ import time
 import torch
 
 from tallystick_model.anatomy import dissect
+from tallystick_model.devices import CPU, Placement
 from tallystick_model.loader import assemble
 from tallystick_model.memory import piece_bytes
 from tallystick_model.segments import Segment
@@ -22,14 +23,14 @@ _REPEATS = 5
 _FILL = 1 / 64
 
 
-def layer_seconds(manifest: Manifest) -> tuple[float, ...]:
+def layer_seconds(manifest: Manifest, device: torch.device = CPU) -> tuple[float, ...]:
     """Seconds per row for every layer: one layer inside the stack is timed, the others scaled by their bytes.
 
     Steps of few rows are bound by reading the weights, which is why bytes are the measure. Raises ManifestError.
     """
     sizes = _bytes_read(manifest)
     layer = min(range(manifest.layers), key=lambda index: (sizes[index], index))
-    seconds = _time_layer(manifest, layer)
+    seconds = _time_layer(manifest, layer, device)
     return tuple(seconds * size / max(1, sizes[layer]) for size in sizes)
 
 
@@ -41,7 +42,7 @@ def _bytes_read(manifest: Manifest) -> list[int]:
     return sizes
 
 
-def _time_layer(manifest: Manifest, layer: int) -> float:
+def _time_layer(manifest: Manifest, layer: int, device: torch.device) -> float:
     skeleton = build_skeleton(manifest.config, manifest.architecture, manifest.labels)
     anatomy = dissect(skeleton)
     shapes = {name: tuple(weight.shape) for name, weight in skeleton.weights().items()}
@@ -51,7 +52,7 @@ def _time_layer(manifest: Manifest, layer: int) -> float:
     def filled(piece: str, wanted: tuple[str, ...]) -> dict[str, torch.Tensor]:
         return {name: torch.full(shapes[name], _FILL) for name in wanted}
 
-    spliced = assemble(skeleton, anatomy, span, filled, execution, manifest.numerics)
+    spliced = assemble(skeleton, anatomy, span, filled, execution, manifest.numerics, Placement.on(device, span))
     model = SpanModel(manifest, span, spliced, execution)
     rows = torch.arange(_ROWS) % manifest.vocab
     if not manifest.takes_ids(span):
@@ -63,5 +64,7 @@ def _time_layer(manifest: Manifest, layer: int) -> float:
         cache = model.new_cache(length, memory)
         begin = time.perf_counter()
         model.forward([Segment(cache, 0, rows, wanted=[])])
+        if device.type == "cuda":  # a last layer returns nothing that would be waited for
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times[1:]) / _ROWS

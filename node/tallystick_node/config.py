@@ -42,6 +42,9 @@ class NodeConfig(BaseSettings):
     execution: Literal["canonical", "stock"] = Field(
         "canonical", description="stock: results cannot be checked by equality, and clients refuse them"
     )
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$", description="auto, cpu, cuda (all of them) or cuda:N"
+    )
     tensor_parallel: int = Field(1, ge=1, le=64, description="processes that share a span; more than 1 takes stock")
     sources: list[str] = Field(default_factory=list, description="gateways to fetch pieces from, besides other nodes")
     hot_key: Path = Field(..., description="keystore V3 file of the hot key, which signs receipts")
@@ -90,6 +93,8 @@ class NodeConfig(BaseSettings):
             raise ValueError(
                 'tensor_parallel = 2 or more gives results of no numeric class: it takes execution = "stock"'
             )
+        if self.tensor_parallel > 1 and self.device.startswith("cuda"):
+            raise ValueError(f'tensor_parallel = {self.tensor_parallel} runs on the CPU: set device = "cpu" or "auto"')
         return self
 
     @property

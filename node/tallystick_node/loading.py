@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,14 @@ from pathlib import Path
 import torch
 
 from tallystick_model.canary import check_canary
+from tallystick_model.devices import CPU, Placement
 from tallystick_model.loader import load_span
 from tallystick_model.numeric_class import STOCK, numeric_class
 from tallystick_model.parallel import ParallelSpan, load_parallel
 from tallystick_model.span import SpanModel
 from tallystick_node.config import NodeConfig
 from tallystick_node.pieces import Pieces
+from tallystick_node.placing import accelerators, place_span, room_on
 from tallystick_node.planning.choice import Machine, candidates, choose, consider_move
 from tallystick_node.planning.measure import check_memory, machine_for
 from tallystick_node.planning.report import Plan, why_of
@@ -73,6 +75,7 @@ class Loading:
         self.store = LocalStore((config.store or state / "store").expanduser())
         self._draw = random.Random()
         self._machine: Machine | None = None
+        self._devices: tuple[torch.device, ...] | None = None
         self._manifest: Manifest | None = None
 
     async def manifest(self) -> Manifest:
@@ -87,7 +90,8 @@ class Loading:
         if self._machine is None:
             torch.set_num_threads(self._config.threads)
             memory, cache = self._config.memory, self._config.cache_bytes
-            self._machine = await asyncio.to_thread(machine_for, manifest, memory, cache)
+            room, mixed = await asyncio.to_thread(self._room, manifest), self._config.device != "auto"
+            self._machine = await asyncio.to_thread(machine_for, manifest, memory, cache, room, mixed=mixed)
         machine, stacks = self._machine, stacks_of(manifest.layers, manifest.encoder_layers)
         servers = await find_servers(self._chain, self._peers, self._model, self._node)
         supply = supply_of(servers, machine.rate)
@@ -117,45 +121,69 @@ class Loading:
         manifest = await self.manifest()
         manifest.stack_of(span)
         manifest.span_pieces(span)
-        check_memory(manifest, span, config.memory)
         torch.set_num_threads(config.threads)
+        room = await asyncio.to_thread(self._room, manifest)
+        placement = place_span(config.device, manifest, span, room)
+        check_memory(manifest, span, config.memory, placement)
         pieces = await self._pieces()
         with took.of("fetching and hashing"):
             await pieces.fetch(manifest, span)
         with took.of("reading, checking and packing"):
-            model = await asyncio.to_thread(self._load, manifest, span, pieces)
+            model = await asyncio.to_thread(self._load, manifest, span, pieces, placement)
         try:
             with took.of("canary"):
-                error = await asyncio.to_thread(check_canary, model, manifest, self.store.get_block)
+                error = await asyncio.to_thread(self._reproduce, model, manifest)
             with took.of("class test"):
-                measured = await asyncio.to_thread(self.measure_class, manifest)
+                measured = await asyncio.to_thread(self.measure_class, manifest, placement.distinct)
         except BaseException:
             close_model(model)
             raise
-        log.info("layers %s loaded; the canary is reproduced to %.1e", span, error)
+        log.info("layers %s loaded; the canary is reproduced to %.1e", placement, error)
         log.info("start took: %s", took)
         log.info("numeric class %s", measured.hex()[:16] if any(measured) else "stock")
         if config.store is None:
             await asyncio.to_thread(pieces.drop, manifest, span)
         return Loaded(manifest, model, measured)
 
-    def measure_class(self, manifest: Manifest) -> Digest:
-        """The class to offer. Raises ConfigError where canonical results are asked for and the machine has none."""
+    def _room(self, manifest: Manifest) -> list[tuple[torch.device, int]]:
+        """Accelerators, and bytes for weights there."""
+        if self._devices is None:
+            self._devices = accelerators(self._config, manifest)
+        return room_on(self._devices, manifest, self._config.cache_bytes)
+
+    def _reproduce(self, model: SpanModel, manifest: Manifest) -> float:
+        try:
+            return check_canary(model, manifest, self.store.get_block)
+        except RuntimeError as error:
+            if model.placement.distinct == (CPU,):
+                raise
+            raise ConfigError(
+                f'{manifest.name} does not run with layers {model.placement}: {str(error)[:160]}; set device ='
+                ' "cpu", or one that holds the whole span'
+            ) from None
+
+    def measure_class(self, manifest: Manifest, devices: Sequence[torch.device] = (CPU,)) -> Digest:
+        """The class to offer. devices: those that layers are on.
+
+        Raises ConfigError where canonical results are asked for and the machine has none.
+        """
         if self._config.execution == "stock":
             return STOCK
-        measured = numeric_class(manifest)
+        measured = numeric_class(manifest, devices)
         if not any(measured):
+            names = ", ".join(map(str, devices))
             raise ConfigError(
-                f"this machine is not canonical for {manifest.name}: its own chunkings disagree, or the model has no"
-                ' canonical rule; try other settings for threads, another machine, or execution = "stock"'
+                f"this machine is not canonical for {manifest.name} on {names}: its own chunkings disagree, or its"
+                " devices do, or the model has no canonical rule; try other settings for threads or device, another"
+                ' machine, or execution = "stock"'
             )
         return measured
 
-    def _load(self, manifest: Manifest, span: Span, pieces: Pieces) -> SpanModel:
+    def _load(self, manifest: Manifest, span: Span, pieces: Pieces, placement: Placement) -> SpanModel:
         config = self._config
         if config.tensor_parallel > 1:
             return load_parallel(manifest, span, pieces.path, config.tensor_parallel, config.threads)
-        return load_span(manifest, span, pieces.path, execution=config.execution)
+        return load_span(manifest, span, pieces.path, execution=config.execution, placement=placement)
 
     async def _pieces(self) -> Pieces:
         serving = await asyncio.to_thread(self._chain.serving, self._model)
@@ -177,6 +205,6 @@ def self_check(loading: Loading, loaded: Loaded) -> Callable[[], Digest]:
 
     def check() -> Digest:
         check_canary(loaded.model, loaded.manifest, loading.store.get_block)
-        return loading.measure_class(loaded.manifest)
+        return loading.measure_class(loaded.manifest, loaded.model.placement.distinct)
 
     return check

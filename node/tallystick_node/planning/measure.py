@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from tallystick_model.memory import largest_piece_bytes, layer_bytes, span_bytes
+import torch
+
+from tallystick_model.devices import CPU, Placement
+from tallystick_model.memory import device_layer_bytes, largest_piece_bytes, layer_bytes, span_bytes
 from tallystick_model.speed import layer_seconds
 from tallystick_node.planning.choice import Machine
 from tallystick_protocol.errors import ConfigError
@@ -35,20 +39,38 @@ def free_memory_bytes() -> int:
     return max(0, int(free))
 
 
-def machine_for(manifest: Manifest, memory_bytes: int, cache_bytes: int) -> Machine:
+def machine_for(
+    manifest: Manifest,
+    memory_bytes: int,
+    cache_bytes: int,
+    room: Sequence[tuple[torch.device, int]] = (),
+    *,
+    mixed: bool = False,
+) -> Machine:
     """Measure this machine for a model. memory_bytes: what the node may take; 0: what is free, less a tenth.
 
-    Room for caches, and for the largest piece once more while it is loaded, is set aside.
+    Room for caches, and for the largest piece once more while it is loaded, is set aside. room: accelerators, and
+    bytes for weights there; the first one's speed counts for all. mixed: whether the CPU takes what does not fit them.
     """
     memory = memory_bytes or int(free_memory_bytes() * (1 - KEPT_FREE))
     aside = cache_bytes + largest_piece_bytes(manifest, manifest.whole)
-    return Machine(max(0, memory - aside), layer_bytes(manifest), layer_seconds(manifest))
+    here = max(0, memory - aside)
+    if not room:
+        return Machine(here, layer_bytes(manifest), layer_seconds(manifest))
+    there = sum(free for _, free in room)
+    return Machine(there + here * mixed, device_layer_bytes(manifest), layer_seconds(manifest, room[0][0]))
 
 
-def check_memory(manifest: Manifest, span: Span, memory_bytes: int) -> None:
-    """Raises ConfigError saying how much is missing to load a span. memory_bytes: the limit; 0: what is free."""
+def check_memory(manifest: Manifest, span: Span, memory_bytes: int, placement: Placement | None = None) -> None:
+    """Raises ConfigError saying how much is missing to load a span. memory_bytes: the limit; 0: what is free.
+
+    placement: layers on accelerators do not count; None for all on the CPU.
+    """
     free = memory_bytes or free_memory_bytes()
-    needed = span_bytes(manifest, span) + largest_piece_bytes(manifest, span)
+    places = placement.devices if placement is not None else ()
+    sizes = layer_bytes(manifest)[span.start : span.end]
+    elsewhere = sum(size for size, device in zip(sizes, places, strict=False) if device != CPU)
+    needed = span_bytes(manifest, span) - elsewhere + largest_piece_bytes(manifest, span)
     if needed > free:
         raise ConfigError(
             f"layers {span} of {manifest.name} take {_mb(needed)} of memory while they are loaded, {_mb(free)} may be"
