@@ -14,6 +14,13 @@ from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 
+class CannotForget(RuntimeError):
+    """A recurrent state has no rows that could be taken out of it."""
+
+    def __init__(self) -> None:
+        super().__init__("this model keeps recurrent states, which cannot be rolled back: open a new session")
+
+
 class StockCache:
     """One session's transformers cache for a span; `length` is the clock.
 
@@ -55,10 +62,12 @@ class StockCache:
     def take(self, other: StockCache, first: int, last: int) -> None:
         """Hold what another session of the same span and memory holds, up to row `last`; our `first` rows are equal.
 
-        Raises RuntimeError where rows beyond `last` cannot be forgotten, and then holds all of them.
+        Raises CannotForget where the other's rows beyond `last` cannot be left out, and then takes none.
         """
         if not 0 <= first <= last <= other.length:
             raise ValueError(f"cannot take rows [{first}, {last}) of {other.length}")
+        if last < other.length and other.is_recurrent:
+            raise CannotForget
         self.inner = copy.deepcopy(other.inner)
         own = self.inner.self_attention_cache if isinstance(self.inner, EncoderDecoderCache) else self.inner
         self._layers = own.layers
@@ -69,23 +78,28 @@ class StockCache:
     def crop(self, length: int) -> None:
         """Forget rows from `length` on, also those of a step that failed halfway.
 
-        Raises RuntimeError where the architecture cannot: a recurrent state has no rows to forget.
+        Raises CannotForget where the architecture cannot, and then forgets nothing.
         """
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop {self.length} rows to {length}")
         if self._stepping or length < self.length:
+            if self.is_recurrent:
+                raise CannotForget
             for layer in self._layers:
                 self._crop_layer(layer, length)
         self.length = length
         self._stepping = False
 
     def _crop_layer(self, layer: Any, length: int) -> None:
-        if isinstance(layer, LinearAttentionCacheLayerMixin):
-            raise RuntimeError("this model keeps recurrent states, which cannot be rolled back: open a new session")
         if isinstance(layer, CacheLayerMixin):
             surplus = layer.get_seq_length() - length
             if surplus > 0:
                 layer.crop(-surplus)  # type: ignore[attr-defined]
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer keeps a state instead of rows."""
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self._layers)
 
     @property
     def size_bytes(self) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 from tallystick_node.links import Dialler, Link
 from tallystick_node.record import Record
-from tallystick_protocol.errors import Unreachable
+from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame
 from tallystick_protocol.receipts import pack_flags
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Positions, SessionId
@@ -21,15 +21,25 @@ CLOSE_TIMEOUT_S = 1.0
 class Downstream:
     """The push connections of one session: one to the next hop, one for each session that rows were replayed to."""
 
-    def __init__(self, dialler: Dialler, session: SessionId, attempt: int, following: Address, record: Record) -> None:
-        """following: the next hop's node, or the zero address at the end of a route."""
+    def __init__(
+        self,
+        dialler: Dialler,
+        session: SessionId,
+        attempt: int,
+        following: Address,
+        record: Record,
+        tell: Callable[[TallystickError], Awaitable[None]],
+    ) -> None:
+        """following: the next hop's node, or the zero address at the end of a route. tell: the client what is lost."""
         self.node = following
         self._dialler = dialler
         self._session = session
         self._attempt = attempt
         self._record = record
+        self._tell = tell
         self._link: Link | None = None
         self._side: dict[SessionId, Link] = {}
+        self._readers: dict[int, asyncio.Task[None]] = {}
 
     @property
     def is_end(self) -> bool:
@@ -39,13 +49,14 @@ class Downstream:
     async def dial(self) -> Link | None:
         """A new connection to the next hop in place of the old one; None at the end. It is used once `join` took it."""
         if self._link is not None:
-            await self._link.channel.close()
-            self._link = None
+            old, self._link = self._link, None
+            await self._end(old)
         return None if self.is_end else await self._dialler.dial(self.node, self._session, self._attempt)
 
     async def join(self, link: Link, sealed: dict[int, bytes]) -> None:
         """Send the next hop what it has not got: rows, and the receipts that stand."""
         self._link = link
+        self._attend(link)
         if link.position < len(self._record):
             await self._send(link, Positions(link.position, len(self._record)))
         for window in sorted(sealed):
@@ -65,6 +76,7 @@ class Downstream:
         link = self._side.get(session)
         if link is None:
             link = self._side[session] = await self._dialler.dial(to, session, self._attempt)
+            self._attend(link)
         await self._send(link, positions)
         for window in range(self._record.num_windows):
             at = self._record.window(window)
@@ -77,18 +89,47 @@ class Downstream:
             try:
                 await link.send(Frame(Kind.CROP, position=position))
             except Unreachable:
-                self._forget(link)
+                await self._lose(link)
 
     async def close(self) -> None:
-        for link in self._links():
-            try:
-                async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                    await link.channel.close()
-            except (TimeoutError, Unreachable):
-                log.debug("a push connection did not close in time")
+        links, self._link, self._side = self._links(), None, {}
+        for link in links:
+            await self._end(link)
 
     def _links(self) -> list[Link]:
         return [link for link in (self._link, *self._side.values()) if link is not None]
+
+    def _attend(self, link: Link) -> None:
+        """Read a link as long as it lasts, and tell the client when the next hop's ends."""
+
+        async def read() -> None:
+            await link.ended()
+            self._readers.pop(id(link), None)
+            try:
+                await self._lose(link)
+            except Unreachable:
+                log.debug("the client is gone, too")
+
+        self._readers[id(link)] = asyncio.create_task(read())
+
+    async def _lose(self, link: Link) -> None:
+        """A link has ended. An auditor's is dialled anew by the next replay, and the client hears of its end itself."""
+        is_next = link is self._link
+        self._forget(link)
+        if is_next:
+            await self._tell(link.gone())
+
+    async def _end(self, link: Link) -> None:
+        """Close a link."""
+        reader = self._readers.pop(id(link), None)
+        if reader is not None:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await link.channel.close()
+        except (TimeoutError, Unreachable):
+            log.debug("a push connection did not close in time")
 
     async def _send(self, link: Link, positions: Positions) -> None:
         outputs, want = self._record.outputs(positions)

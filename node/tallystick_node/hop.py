@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from tallystick_model.cache import KvCache
+from tallystick_model.stock import CannotForget
 from tallystick_node.billing import Billing
 from tallystick_node.downstream import Downstream, result_frames
 from tallystick_node.engine import Engine
@@ -92,11 +95,11 @@ class Hop:
         self._control = control
         self._rows = RowFormat(manifest, model.span, opened.top_k)
         self._find, self._reserve = find, reserve
-        self._memory: Memory | None = Memory(manifest) if manifest.is_decoder(model.span) else None
+        self._result_room = 4 * manifest.width * opened.max_length  # what the opening has reserved for kept rows
+        self._memory = Memory(manifest, model.row_bytes, reserve) if manifest.is_decoder(model.span) else None
         self._cache = None if self._memory is not None else model.new_cache(opened.max_length)
         self._remembers = asyncio.Event()
         self._one_shot = not manifest.is_causal(model.span)
-        self._token_types: list[int] = []
         self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
         self._passes = Passes(shop.engine, shop.price, opened.max_length, self._billing, control.send, reserve)
         self._record = Record(self._one_shot)
@@ -117,10 +120,10 @@ class Hop:
         self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
-        self._downstream = Downstream(shop.dialler, session, opened.attempt, opened.next, self._record)
+        self._downstream = Downstream(shop.dialler, session, opened.attempt, opened.next, self._record, self._tell)
+        self._dialled = asyncio.Event()  # the first link stands, or cannot: a crop meanwhile would leave no mark on it
         self._sealed: dict[int, bytes] = {}
-        self._held: list[bytes] = []
-        self._held_want: list[bool] = []
+        self._drop_held()
         self._heard_at = time.monotonic()
 
     @property
@@ -148,7 +151,9 @@ class Hop:
             asyncio.create_task(self._sign_windows()),
             asyncio.create_task(self._watch()),
         ]
-        if not self._downstream.is_end:
+        if self._downstream.is_end:
+            self._dialled.set()
+        else:
             tasks.append(asyncio.create_task(self._first_link()))
         try:
             done, _ = await asyncio.wait(tasks[:5], return_when=asyncio.FIRST_COMPLETED)
@@ -219,11 +224,9 @@ class Hop:
             if handler is None:
                 await self._tell(BadFrame(f"{frame.kind.name} does not belong into a session"))
                 continue
-            number = frame.body.get("id", 0)
-            command = number if type(number) is int and 0 <= number < 1 << 31 else 0
-            if await self._report(handler(frame), command) and command:
-                await self._control.send(Frame(Kind.DONE, {"of": command}))
-            self._sign.set()  # only now: what is signed after a command is heard after its end
+            if await self._report(handler(frame), _command(frame)) and frame.kind not in (Kind.CROP, Kind.FORK):
+                await self._done(frame)
+            self._sign.set()
 
     async def _report(self, work: Awaitable[None], command: int = 0) -> bool:
         """Run a handler; an expected failure is told to the client and the session goes on where it was."""
@@ -234,6 +237,10 @@ class Hop:
             return False
         return True
 
+    async def _done(self, frame: Frame) -> None:
+        if command := _command(frame):
+            await self._control.send(Frame(Kind.DONE, {"of": command}))
+
     async def _tell(self, error: TallystickError, command: int = 0) -> None:
         """`of` names the command that failed, if it was one."""
         fields = {**error.fields, "at": self.position, **({"of": command} if command else {})}
@@ -241,6 +248,7 @@ class Hop:
 
     async def _first_link(self) -> None:
         await self._report(self._connect_next())
+        self._dialled.set()
 
     # -- rows
 
@@ -249,38 +257,50 @@ class Hop:
             raise Unauthorized("rows come from the hop that the session names as the previous one")
         rows = self._rows.parse(frame)
         want = self._flags(frame)
+        types = self._rows.token_types(frame)
         if self._one_shot:
-            types = self._rows.token_types(frame)
-            await self._one_shot_step(rows, want, types, more=take(frame.body, "more", bool, False))
+            await self._one_shot_step(frame, rows, want, types)
             return
+        crops = self._inbox.crops
         await self._await_memory()
-        known = self._record.new_rows(frame.position, rows)
-        if known:
-            _, before = self._record.outputs(Positions(frame.position, frame.position + known))
-            if any(asked and not had for asked, had in zip(want, before, strict=False)):
-                raise BadPosition("results are wanted of rows that were computed without: crop and send them again")
-            async with self._moving:
-                await self._deliver(Positions(frame.position, frame.position + known))
+        async with self._moving:
+            if crops != self._inbox.crops:
+                return  # void since then
+            known = self._record.new_rows(frame.position, rows)
+            if known:
+                repeated = Positions(frame.position, frame.position + known)
+                _, before = self._record.outputs(repeated)
+                if any(asked and not had for asked, had in zip(want, before, strict=False)):
+                    raise BadPosition("results are wanted of rows that were computed without: crop and send them again")
+                await self._deliver(repeated)
         if known < len(rows):
-            await self._compute(rows[known:], want[known:])
+            await self._compute(frame.position + known, rows[known:], want[known:], crops)
 
-    async def _one_shot_step(self, rows: list[bytes], want: list[bool], types: list[int], more: bool) -> None:
+    async def _one_shot_step(self, frame: Frame, rows: list[bytes], want: list[bool], types: list[int]) -> None:
         """A bidirectional span takes the whole sequence at once, however many frames it came in."""
         if len(self._record):
             raise BadPosition("this model is bidirectional: a session takes one step", expected=len(self._record))
+        if frame.position != len(self._held):
+            raise BadPosition(f"rows go on at position {len(self._held)}", expected=len(self._held))
         self._check_length(len(self._held) + len(rows))
-        if self._held and bool(types) != bool(self._token_types):
+        if self._held and bool(types) != bool(self._held_types):
             raise BadFrame("token types come with every row of a session or with none")
+        more = take(frame.body, "more", bool, False)
         self._held += rows
         self._held_want += want
-        self._token_types += types
+        self._held_types += types
         if not more:
-            held, self._held, want, self._held_want = self._held, [], self._held_want, []
-            if self._token_types:
-                self._windows.side = replace(
-                    self._windows.side, token_types=rows_root(bytes([kind]) for kind in self._token_types)
-                )
-            await self._compute(held, want)
+            rows, want, types = self._held, self._held_want, self._held_types
+            self._drop_held()
+            root = rows_root(bytes([kind]) for kind in types) if types else None
+            self._windows.side = replace(self._windows.side, token_types=root)
+            await self._compute(0, rows, want, self._inbox.crops, types)
+
+    def _drop_held(self) -> None:
+        """Forget the frames of a step that is not whole yet."""
+        self._held: list[bytes] = []
+        self._held_want: list[bool] = []
+        self._held_types: list[int] = []
 
     def _flags(self, frame: Frame) -> list[bool]:
         if "want" not in frame.body:
@@ -297,9 +317,20 @@ class Hop:
                 limit=self._open.max_length,
             )
 
-    async def _compute(self, rows: list[bytes], want: list[bool]) -> None:
-        start, crops = len(self._record), self._inbox.crops
+    def _make_room(self, num_bytes: int) -> None:
+        """Reserve what kept rows will take beyond what the opening has reserved: dense logits may be large."""
+        missing = num_bytes - self._result_room
+        if missing > 0:
+            self._reserve(missing)
+            self._result_room += missing
+
+    async def _compute(
+        self, start: int, rows: list[bytes], want: list[bool], crops: int, types: Sequence[int] = ()
+    ) -> None:
+        """New rows from position `start`; void when the session has been cropped since the `crops`-th time."""
         self._check_length(start + len(rows))
+        if self._rows.is_last:
+            self._make_room(self._record.size_bytes + sum(want) * self._rows.result_bytes)
         shop, model = self._shop, self._shop.engine.model
         cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
         if not await self._billing.book(cost, lambda: crops != self._inbox.crops):
@@ -309,13 +340,14 @@ class Hop:
                 self._billing.refund(cost)
                 return
             try:
-                segment = self._rows.segment(self._cache, start, rows, want, self._token_types)
+                segment = self._rows.segment(self._cache, start, rows, want, types)
                 result = await shop.engine.forward(segment)
                 outputs = self._rows.outputs(result, want)
             except TallystickError:
                 self._billing.refund(cost)
                 if self._cache is not None and self._cache.length > start:
-                    self._cache.crop(start)  # its rows were computed, but are not fit to be signed
+                    with suppress(CannotForget):  # then the model refuses what goes on from elsewhere than its state
+                        self._cache.crop(start)  # its rows were computed, but are not fit to be signed
                 raise
             self._record.append(rows, outputs, want)
             await self._deliver(Positions(start, len(self._record)))
@@ -376,23 +408,39 @@ class Hop:
 
         A hop that has fewer rows forgets none; it still waits for the hop before to say that it has heard.
         """
+        await self._dialled.wait()
         async with self._moving:
-            await self._rewind(min(frame.position, len(self._record)), frame.position)
+            await self._rewind(frame, min(frame.position, len(self._record)))
 
-    async def _rewind(self, length: int, marked: int, refill: Callable[[], None] | None = None) -> None:
-        """Keep `length` rows, then take others by `refill`; the next hop hears of a crop to `marked`. Holds _moving."""
+    async def _rewind(self, frame: Frame, length: int, source: Hop | None = None, last: int = 0) -> None:
+        """Keep `length` rows, then take [length, last) of `source`; the next hop hears of a crop. Holds _moving.
+
+        Nothing is signed until the client has heard that it is done: it drops every receipt that came before.
+        """
         async with self._signing:
+            try:
+                self._rewind_cache(length, source, last)
+            except CannotForget as error:
+                raise BadPosition(str(error)) from None
             self._record.crop(length)
             self._windows.crop()
-            if self._cache is not None:
-                self._cache.crop(length)
             self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
-            self._held, self._held_want, self._token_types = [], [], []
-            if refill is not None:
-                refill()
-        await self._downstream.mark_crop(marked)
-        await self._inbox.cropped()
-        self._billing.wake()  # a step that waited for a voucher is void now
+            self._drop_held()
+            if source is not None:
+                self._record.take(source._record, length, last)
+            await self._downstream.mark_crop(frame.position)
+            await self._inbox.cropped()
+            self._billing.wake()  # a step that waited for a voucher is void now
+            await self._done(frame)
+
+    def _rewind_cache(self, length: int, source: Hop | None, last: int) -> None:
+        """Raises CannotForget, and then has changed nothing."""
+        if self._cache is None:
+            return
+        if source is None or isinstance(self._cache, KvCache):
+            self._cache.crop(length)
+        if source is not None:
+            self._cache.take(source._cache, length, last)
 
     async def _on_fork(self, frame: Frame) -> None:
         """Go on from another session of this client: its rows [frame.position, to) replace ours from there on.
@@ -403,10 +451,10 @@ class Hop:
         first, last = frame.position, take(frame.body, "to", int)
         if source is None or source is self or source.client != self.client:
             raise SessionUnknown("no other session of yours with that id is open here")
-        mine, theirs = self._cache, source._cache
-        same = source._windows.side == self._windows.side
-        if mine is None or theirs is None or not same:
+        same = source._windows.side == self._windows.side and source._open.top_k == self._open.top_k
+        if self._one_shot or self._cache is None or source._cache is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
+        await self._dialled.wait()
         early, late = sorted((self, source), key=lambda hop: hop.id)
         async with early._moving, late._moving:
             if not 0 <= first <= last <= len(source._record) or first > len(self._record):
@@ -414,18 +462,14 @@ class Hop:
             self._check_length(last)
             if not self._record.shares(source._record, first):
                 raise BadPosition(f"the two sessions differ before position {first}")
-
-            def refill() -> None:
-                mine.take(theirs, first, last)
-                self._record.take(source._record, first, last)
-
-            await self._rewind(first, first, refill)
+            self._make_room(self._record.bytes_of(0, first) + source._record.bytes_of(first, last))
+            await self._rewind(frame, first, source, last)
 
     async def _on_memory(self, frame: Frame) -> None:
         """The encoder's last hidden states, which a decoder attends to: before the first step, in one frame or more."""
         if self._memory is None or self._cache is not None:
             raise BadFrame("states of an encoder belong to a decoder's session, once, before its first step")
-        self._reserve(self._memory.take(frame))
+        self._memory.take(frame)
         if not take(frame.body, "more", bool, False):
             states, root = self._memory.whole()
             self._cache = self._shop.engine.model.new_cache(self._open.max_length, states)
@@ -480,6 +524,12 @@ class Hop:
     async def _disconnect(self) -> None:
         await self._downstream.close()
         self._inbox.close()
+
+
+def _command(frame: Frame) -> int:
+    """The number of a command whose end the client wants to hear of; 0 for none."""
+    number = frame.body.get("id", 0)
+    return number if type(number) is int and 0 <= number < 1 << 31 else 0
 
 
 def _address(frame: Frame, key: str) -> Address:

@@ -30,7 +30,19 @@ class Link:
         try:
             await self.channel.send(frame)
         except Unreachable:
-            raise Unreachable(f"the next hop {self.node} is gone", hop=self.node) from None
+            raise self.gone() from None
+
+    async def ended(self) -> None:
+        """Read until the connection has ended. This answers the peer's pings: it drops a link that nobody reads."""
+        try:
+            while True:
+                await self.channel.receive()  # a next hop has nothing to say that the client does not hear from it
+        except TallystickError:
+            await self.channel.close()
+
+    def gone(self) -> Unreachable:
+        """What the client is told of a link that has ended."""
+        return Unreachable(f"the next hop {self.node} is gone", hop=self.node)
 
 
 class Dialler:

@@ -40,7 +40,11 @@ class Record:
     @property
     def size_bytes(self) -> int:
         """The bytes of the kept output rows."""
-        return sum(map(len, self._outputs))
+        return self.bytes_of(0, len(self))
+
+    def bytes_of(self, first: int, last: int) -> int:
+        """The bytes of the kept output rows [first, last)."""
+        return sum(map(len, self._outputs[first:last]))
 
     def new_rows(self, position: int, rows: Sequence[bytes]) -> int:
         """How many of these rows were seen before, with the same bytes: they are answered from memory.

@@ -35,6 +35,15 @@ class RowFormat:
     def result_dtype(self) -> DType:
         return DType.TOP_K if self._output == "logits" and self._k else DType.F32
 
+    @property
+    def result_bytes(self) -> int:
+        """The bytes of one wanted result at the model's end."""
+        if self._output == "hidden":
+            return 4 * self._manifest.width
+        if self._output == "logits":
+            return 8 * self._k or 4 * self._manifest.vocab
+        return 4 * len(self._manifest.labels)
+
     def parse(self, frame: Frame) -> list[bytes]:
         """The rows of a STEP. Raises BadTensor: wrong dtype or width, ids beyond the vocabulary, rows out of range."""
         expected = DType.IDS if self.is_first else DType.F32

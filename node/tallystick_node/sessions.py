@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tallystick_node.hop import Hop, Shop
+from tallystick_node.rows import RowFormat
 from tallystick_protocol.errors import (
     BadMessage,
     BadSignature,
@@ -20,7 +21,7 @@ from tallystick_protocol.errors import (
     UnknownModel,
     WrongLayers,
 )
-from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.frames import MAX_TENSOR, Frame, Kind
 from tallystick_protocol.messages import CLOCK_SKEW_S, TOP_K_MAX, Offer, Opened, PushOpen, SessionOpen, session_id
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import Key, digest, seal, unseal
@@ -129,6 +130,9 @@ class Sessions:
             )
         if not 0 <= opened.top_k <= TOP_K_MAX:
             raise BadMessage(f"top_k is from 1 to {TOP_K_MAX}, or 0 for all logits")
+        rows = RowFormat(model.manifest, model.span, opened.top_k)
+        if rows.is_last and rows.result_bytes > MAX_TENSOR:
+            raise BadMessage("a row of this model's logits does not fit into a frame; use a top_k from 1")
         session = session_id(shop.domain.chain_id, opened.client, opened.nonce, ModelId(opened.model))
         return opened, session, digest(shop.domain, opened)
 
@@ -157,7 +161,7 @@ class Sessions:
     def _take_more(self, session: SessionId, num_bytes: int) -> None:
         """Reserve further bytes for an open session. Raises Overloaded."""
         if self.reserved_bytes + num_bytes > self._cache_bytes:
-            raise Overloaded("no room for the encoder's states now", retry_after_s=1)
+            raise Overloaded("no room for more in this session now", retry_after_s=1)
         self._reserved[session] += num_bytes
 
     def _now(self) -> float:
