@@ -16,7 +16,8 @@ import torch
 from tallystick_model.checkpoint import TORCH_DTYPES
 from tallystick_model.publishing.matching import Weights
 from tallystick_model.publishing.quantize import SCALE, scales_of, stored_specs, values_of
-from tallystick_protocol.manifest import DTYPES, Quantization, TensorSpec
+from tallystick_protocol.manifest import Quantization, TensorSpec
+from tallystick_protocol.manifest_checks import DTYPES
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.auto import modeling_auto as auto
 
 from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.manifest import MAX_LABELS
+from tallystick_protocol.manifest_checks import MAX_LABELS
 
 _TABLES = (
     ("text2text-generation", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
