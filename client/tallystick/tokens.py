@@ -49,6 +49,7 @@ class Tokens:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.settings: dict[str, Any] = {} if settings is None else _read_settings(settings)
+        self._cleans_up = type(self._tokenizer.model).__name__ != "BPE"
         self._template = None if template is None else template.read_text("utf-8", errors="replace")
         self._added = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
 
@@ -88,7 +89,19 @@ class Tokens:
             self._tokenizer.no_truncation()
 
     def decode(self, ids: list[int], *, special: bool = False) -> str:
-        """Text of ids, special tokens left out unless wanted."""
+        """Text of ids, special tokens left out unless wanted.
+
+        Spaces before punctuation go where the checkpoint's settings say so (`clean_up_tokenization_spaces`), which
+        transformers heeds for every tokenizer but BPE.
+        """
+        text = self.decode_raw(ids, special=special)
+        if self.settings.get("clean_up_tokenization_spaces") is True and self._cleans_up:
+            for apart, joined in _JOINED:
+                text = text.replace(apart, joined)
+        return text
+
+    def decode_raw(self, ids: list[int], *, special: bool = False) -> str:
+        """The same, not cleaned up: more ids change nothing but the end of it."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=not special)
         return text
 
@@ -165,6 +178,12 @@ class Tokens:
             raise ConfigError("the text is not valid Unicode") from None
 
 
+_JOINED = (
+    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"),
+    (" 've", "'ve"), (" 're", "'re"),
+)  # fmt: skip
+"""In this order, as in transformers."""
+
 _ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _USUAL = {"mask": ("[MASK]", "<mask>"), "unk": ("[UNK]", "<unk>")}
 """For folders without a tokenizer_config.json."""
@@ -198,13 +217,13 @@ class TextStream:
         self._tokens = tokens
         self._prompt = prompt
         self._ids: list[int] = []
-        self._skip = len(tokens.decode(prompt))
+        self._skip = len(tokens.decode_raw(prompt))
         self._given = 0
 
     @property
     def text(self) -> str:
         """Everything generated so far."""
-        return self._tokens.decode(self._prompt + self._ids)[self._skip :]
+        return self._tokens.decode_raw(self._prompt + self._ids)[self._skip :]
 
     def extend(self, ids: list[int]) -> None:
         """Take ids at once; what they make is in `text`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
 
 from harness import task_checkpoints as checkpoints
 from harness.local_backend import LocalBackend, manifest_of
@@ -373,3 +376,17 @@ async def test_rows_that_are_not_what_was_asked_for_are_corrupt(masked: Any, har
     harmful = Harmful(backend.whole, masked[1], backend.manifest)
     with pytest.raises(CorruptResult, match="finite numbers"):
         await harmful.fill_mask("the [MASK] of the stick")
+
+
+@pytest.mark.parametrize("cleans", [True, False])
+def test_text_is_cleaned_up_as_the_checkpoints_settings_say(tmp_path: Path, cleans: bool) -> None:
+    words = ["▁I", "▁do", "▁n't", "▁know", "▁,", "▁it", "▁'s", "▁ok", "▁."]
+    tokenizer = Tokenizer(Unigram([("<unk>", 0.0), *((word, -1.0) for word in words)], 0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": cleans}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = list(range(1, len(words) + 1))
+    expected = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path).decode(ids)
+    assert Tokens(tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json").decode(ids) == expected
+    assert expected == ("I don't know, it's ok." if cleans else "I do n't know , it 's ok .")
