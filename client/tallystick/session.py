@@ -276,11 +276,19 @@ class Session:
             return
         frame = Frame(Kind.FORK, {"from": other.id, "to": length}, shared)
         computed = len(self.ids)
-        async with self._rewinding(frame, lambda remote: remote.fork(shared, length, computed)):
+        refused: list[Remote] = []
+        async with self._rewinding(frame, lambda remote: remote.fork(shared, length, computed), refused):
+            for hop in refused:  # it is owed a crop in the fork's place: marks on push connections are counted
+                await self._rewind_hop(hop, Frame(Kind.CROP, position=shared), lambda hop: hop.crop(shared, computed))
             self.forget(shared)
-            self.ids += ids
-            self._want += want
-            self._results.rows |= {at: row for at, row in other._results.rows.items() if at >= shared}
+            if not refused:
+                self.ids += ids
+                self._want += want
+                self._results.rows |= {at: row for at, row in other._results.rows.items() if at >= shared}
+        if refused:
+            async with self._rewinding(Frame(Kind.CROP, position=shared), lambda remote: remote.crop(shared, shared)):
+                pass  # those that did fork
+            await self.feed(ids, want)
 
     async def computed(self) -> None:
         """Wait until every hop has computed what was fed. Raises RolledBack, NoRoute."""
@@ -305,17 +313,20 @@ class Session:
         )
 
     @asynccontextmanager
-    async def _rewinding(self, frame: Frame, note: Callable[[Remote], None]) -> AsyncIterator[None]:
+    async def _rewinding(
+        self, frame: Frame, note: Callable[[Remote], None], refused: list[Remote] | None = None
+    ) -> AsyncIterator[None]:
         """Give every hop and auditor the command that takes rows back; within, the session's own books follow.
 
-        A hop that fails is repaired later. Receipts that come meanwhile wait.
+        A hop that fails is repaired later; one that only cannot do it is put into `refused`, if that is given.
+        Receipts that come meanwhile wait.
         """
         self._is_rewinding = True
         try:
             for audit in self.audits:
                 await audit.pause()
             for hop in self.hops:
-                await self._rewind_hop(hop, frame, note)
+                await self._rewind_hop(hop, frame, note, refused)
             for audit in self.audits:
                 try:
                     await audit.crop(frame.position)
@@ -328,7 +339,9 @@ class Session:
                 audit.start()
             self._wake()
 
-    async def _rewind_hop(self, hop: Remote, frame: Frame, note: Callable[[Remote], None]) -> None:
+    async def _rewind_hop(
+        self, hop: Remote, frame: Frame, note: Callable[[Remote], None], refused: list[Remote] | None = None
+    ) -> None:
         def on_done() -> None:
             note(hop)
             self.pending[hop] = {}  # what it signed before
@@ -336,6 +349,9 @@ class Session:
         try:
             await hop.command(frame, on_done=on_done)
         except TallystickError as error:
+            if refused is not None and error.code == "bad_position":
+                refused.append(hop)
+                return
             hop.failure = hop.failure or error
 
     def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:

@@ -51,6 +51,18 @@ class Engine:
     def num_waiting(self) -> int:
         return self._jobs.qsize()
 
+    @property
+    def row_bytes(self) -> int:
+        """Cache bytes that one position of a session takes (fp32).
+
+        Where the model's own attention keeps them in transformers' cache, keys and values are taken to be as wide as
+        hidden rows in every layer.
+        """
+        model = self.model
+        if not model.causal:
+            return 0
+        return model.row_bytes or 8 * model.manifest.width * (model.span.end - model.span.start)
+
     async def forward(self, segment: Segment) -> Any:
         """The segment's result: (rows, width) float32, or (wanted rows, vocabulary) logits from the last span.
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tallystick_model.cache import KvCache
 from tallystick_model.stock import CannotForget
@@ -96,7 +97,7 @@ class Hop:
         self._rows = RowFormat(manifest, model.span, opened.top_k)
         self._find, self._reserve = find, reserve
         self._result_room = 4 * manifest.width * opened.max_length  # what the opening has reserved for kept rows
-        self._memory = Memory(manifest, model.row_bytes, reserve) if manifest.is_decoder(model.span) else None
+        self._memory = Memory(manifest, shop.engine.row_bytes, reserve) if manifest.is_decoder(model.span) else None
         self._cache = None if self._memory is not None else model.new_cache(opened.max_length)
         self._remembers = asyncio.Event()
         self._one_shot = not manifest.is_causal(model.span)
@@ -440,7 +441,8 @@ class Hop:
         if source is None or isinstance(self._cache, KvCache):
             self._cache.crop(length)
         if source is not None:
-            self._cache.take(source._cache, length, last)
+            theirs: Any = source._cache  # of the same span, so of the same class
+            self._cache.take(theirs, length, last)
 
     async def _on_fork(self, frame: Frame) -> None:
         """Go on from another session of this client: its rows [frame.position, to) replace ours from there on.

@@ -148,7 +148,7 @@ class Sessions:
         if session in self._hops:
             raise SessionExists("this session is open here already")
         manifest = self._shop.engine.model.manifest
-        needed = opened.max_length * (self._shop.engine.model.row_bytes + manifest.width * 4)
+        needed = opened.max_length * (self._shop.engine.row_bytes + manifest.width * 4)
         full = self.reserved_bytes + needed > self._cache_bytes or len(self._hops) >= self._max_sessions
         if full or self.draining:
             self.counters.refused += 1
