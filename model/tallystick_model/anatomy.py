@@ -27,7 +27,7 @@ from tallystick_model.experts import PROBE
 from tallystick_model.obstacles import find_obstacles
 from tallystick_model.operators import SCOPED
 from tallystick_model.positions import position_offset
-from tallystick_model.probe import PROBE_ROWS, ROWS, Call, Run, argument_tag, follow
+from tallystick_model.probe import PROBE_ROWS, ROWS, Call, Run, argument_tag, follow, module_tag
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton, configs_of, named_weights
 from tallystick_model.streams import Place, Stream, memory_order
 from tallystick_model.taint import Taint
@@ -65,6 +65,10 @@ class Anatomy:
     last layer returns. layers: of all stacks on one axis.
     grafts: {weight of the first layer of a stack that later layers use: the module that holds it}.
     blanks: for each stack {module outside it: what it returns, tensors as `Blank`s}.
+    idle: modules outside the stacks that run, but reach nothing that is served.
+    replayed: whether sessions keep the rows that entered a span and compute all of them again at each step, since the
+    model keeps no cache, or one of a class of its own.
+    skipped: the cache entries of layers that ids alone do not call (cross-attention to images).
     masked: whether the forward needs an explicit mask; else some models make one from the ids.
     scoped: modules that call operators themselves for which there is a rule to be run by ("" is the model itself).
     exposed: weights of linear modules that other modules use, too.
@@ -87,6 +91,9 @@ class Anatomy:
     ends: tuple[Stream, ...]
     grafts: dict[str, str]
     blanks: tuple[dict[str, Any], ...]
+    idle: frozenset[str]
+    replayed: bool
+    skipped: frozenset[int]
     masked: bool
     scoped: frozenset[str]
     exposed: frozenset[str]
@@ -179,7 +186,9 @@ def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[Pro
     ]
     last = [call.arguments for call in runs[-1].calls]
     exposed, offset = _exposed(skeleton, taint), position_offset(skeleton)
-    obstacles = find_obstacles(skeleton, taint, plans, [one.streams for one in found], [len(r.calls) for r in runs])
+    called = _called(skeleton, runs)
+    ran = [plan for plan, layer in zip(plans, skeleton.layers, strict=True) if id(layer) in called]
+    obstacles = find_obstacles(skeleton, taint, ran, [one.streams for one in found], [len(r.calls) for r in runs])
     if exposed:
         obstacles.append(f"{min(exposed)} is used by another module, too")
     if offset is None and "position_ids" in skeleton.arguments:
@@ -190,7 +199,7 @@ def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[Pro
         tied,
         aliases,
         kind,
-        _is_causal(skeleton, plans, kind, last),
+        _is_causal(skeleton, ran, kind, last),
         max(*widths, *(end.width for end in ends), memory_width),
         memory_width,
         type(runs[0].output),
@@ -200,12 +209,41 @@ def _conclude(skeleton: Skeleton, runs: list[Run], taint: Taint, seats: list[Pro
         ends,
         _grafts(skeleton, roles, layers),
         tuple(run.blanks for run in runs),
+        _idle(runs, served, taint),
+        _is_replayed(skeleton),
+        _skipped(skeleton, called),
         masked,
         frozenset(module for module, name in taint.operators if name in SCOPED),
         exposed,
         offset,
         tuple(obstacles),
     )
+
+
+def _called(skeleton: Skeleton, runs: list[Run]) -> set[int]:
+    """The layers that were run, by id."""
+    return {id(skeleton.stack(index)[call.module]) for index, run in enumerate(runs) for call in run.calls}
+
+
+def _idle(runs: list[Run], served: list[torch.Tensor], taint: Taint) -> frozenset[str]:
+    """Modules outside the stacks that ran, and whose output is neither served nor given to a layer."""
+    reached = {tag for tensor in served for tag in taint.tags(tensor)}
+    reached |= {tag for run in runs for call in run.calls for _, leaf in _leaves(call) for tag in taint.tags(leaf)}
+    if len(runs) > 1:
+        reached |= taint.tags(runs[0].output.last_hidden_state)
+    return frozenset(name for run in runs for name in run.blanks if module_tag(name) not in reached)
+
+
+def _is_replayed(skeleton: Skeleton) -> bool:
+    """Whether transformers has no cache of the usual class for it."""
+    usual = getattr(skeleton.model, "_supports_default_dynamic_cache", lambda: True)
+    return not usual() or not {"past_key_values", "cache_params"} & skeleton.arguments
+
+
+def _skipped(skeleton: Skeleton, called: set[int]) -> frozenset[int]:
+    idle = [layer for layer in skeleton.layers if id(layer) not in called]
+    indices = {getattr(inner, "layer_idx", None) for layer in idle for inner in layer.modules()}
+    return frozenset(index for index in indices if isinstance(index, int))
 
 
 def _exposed(skeleton: Skeleton, taint: Taint) -> frozenset[str]:

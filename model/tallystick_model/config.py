@@ -221,14 +221,19 @@ def config_class(values: dict[str, Any]) -> Any:
 
 
 def model_class(config: Any, architecture: str) -> Any:
-    """The class that runs it: one that transformers lists for this very model type. Raises ManifestError."""
+    """The class that runs it: one that transformers lists for this very model type, or lists and makes for exactly
+    this class of config (the text model inside a larger type). Raises ManifestError."""
     known: set[str] = set()
+    listed: set[str] = set()
     for mapping in MAPPINGS:
         names = mapping.get(config.model_type, ())
         known |= {names} if isinstance(names, str) else set(names)
-    if architecture not in known:
-        raise ManifestError(f"architecture {architecture[:60]!r} is not one of {sorted(known)} for {config.model_type}")
-    return getattr(transformers, architecture)
+        listed |= {name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)}
+    if architecture in known:
+        return getattr(transformers, architecture)
+    if architecture in listed and getattr(transformers, architecture).config_class is type(config):
+        return getattr(transformers, architecture)
+    raise ManifestError(f"architecture {architecture[:60]!r} is not one of {sorted(known)} for {config.model_type}")
 
 
 def servable_fields(cls: Any) -> tuple[str, ...]:
@@ -307,7 +312,7 @@ def _check_bounds(name: str, value: Any) -> None:
     low, high = BOUNDS[name]
     whole = isinstance(low, int) and not name.endswith(("eps", "epsilon"))
     fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not fits or (whole and not isinstance(value, int)):
+    if not fits or (whole and value != int(value)):
         raise ManifestError(f"config {name} is {str(value)[:40]!r}, not a number from {low} to {high}", key=name)
 
 

@@ -54,7 +54,7 @@ class Passage:
 
 
 def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span, placement: Placement) -> Passage:
-    """Cut the span out of a skeleton, in place: what is elsewhere or unused answers blanks."""
+    """Cut the span out of a skeleton, in place: what is elsewhere, and what nobody asks for, answers blanks."""
     passage = Passage(placement)
     stack = anatomy.layers[span.start].stack
     absent = set(anatomy.unused)
@@ -62,6 +62,9 @@ def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span, placement: Placemen
         absent |= {name for name in anatomy.prologues[stack] if anatomy.roles[name] == "embed"}
         _graft(skeleton, anatomy, span)
     for name in outermost(skeleton, absent):
+        own = module_weights(skeleton.model.get_submodule(name), name)
+        if name not in anatomy.idle and own <= set(anatomy.unused):
+            continue  # it runs without its weights, and what it hands on is used
         _blank_out(skeleton.model.get_submodule(name), anatomy.blanks[stack].get(name), anatomy, passage)
     for layer in skeleton.stack(stack):
         layer.forward = _Turn(layer.forward, anatomy, span, passage)
@@ -184,11 +187,12 @@ def outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
 
 
 def fill_blanks(skeleton: Skeleton, anatomy: Anatomy, span: Span, device: torch.device) -> None:
-    """Zeros without memory for the weights outside the layers, in whose place the span's own are put afterwards.
+    """Zeros without memory for the weights outside the layers, and for unused ones, in whose place the span's own are put afterwards.
 
     A span's forward may touch weights that it does not hold, in what it computes before its first layer.
     """
     stack = skeleton.stacks[anatomy.layers[span.start].stack] + "."
+    unused = frozenset(anatomy.unused)
     for name, tensor in skeleton.weights().items():
-        if not name.startswith(stack) and tensor.device.type == "meta":
+        if (name in unused or not name.startswith(stack)) and tensor.device.type == "meta":
             set_weight(skeleton.model, name, torch.zeros((), dtype=tensor.dtype, device=device).expand(tensor.shape))

@@ -88,7 +88,7 @@ def follow(skeleton: Skeleton, index: int, taint: Taint, encoded: Any, *, masked
     """
     run = Run()
     taint.clock = 0
-    handles = _watch_outside(skeleton, skeleton.stacks[index], run)
+    handles = _watch_outside(skeleton, skeleton.stacks[index], run, taint)
     layers = skeleton.stack(index)
     for place, layer in enumerate(layers):
         layer.forward = _recording(layer.forward, place, run, taint)
@@ -100,8 +100,8 @@ def follow(skeleton: Skeleton, index: int, taint: Taint, encoded: Any, *, masked
             del layer.__dict__["forward"]
         for handle in handles:
             handle.remove()
-    if {call.module for call in run.calls} != set(range(len(layers))):
-        raise ManifestError(f"{type(skeleton.model).__name__} does not run each layer of {skeleton.stacks[index]}")
+    if not run.calls:
+        raise ManifestError(f"{type(skeleton.model).__name__} runs no layer of {skeleton.stacks[index]}")
     return run
 
 
@@ -157,10 +157,17 @@ def _inputs(skeleton: Skeleton, index: int, taint: Taint, encoded: Any, *, maske
     return {name: value for name, value in inputs.items() if name in known}
 
 
-def _watch_outside(skeleton: Skeleton, stack: str, run: Run) -> list[Any]:
-    """Hooks that note what modules outside the stack return."""
+def module_tag(name: str) -> str:
+    """Mark of everything that depends on what a module outside the stack returned."""
+    return f"<module {name}>"
+
+
+def _watch_outside(skeleton: Skeleton, stack: str, run: Run, taint: Taint) -> list[Any]:
+    """Hooks that note what modules outside the stack return, and mark it."""
 
     def note(name: str, output: Any) -> None:
+        for tensor in tensors_in(output):
+            taint.mark(tensor, {module_tag(name)})
         run.blanks[name] = tree_map(lambda leaf: Blank.of(leaf) if isinstance(leaf, torch.Tensor) else None, output)
 
     return [

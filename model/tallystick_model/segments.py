@@ -10,9 +10,10 @@ import torch
 from tallystick_model.attention import Placed
 from tallystick_model.cache import KvCache
 from tallystick_model.packing import Part
+from tallystick_model.replay import ReplayCache
 from tallystick_model.stock import StockCache
 
-Cache = KvCache | StockCache
+Cache = KvCache | StockCache | ReplayCache
 
 
 @dataclass(slots=True)

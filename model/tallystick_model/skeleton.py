@@ -32,7 +32,7 @@ _building = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """model: an eval-mode transformers model, parameters and persistent buffers on meta.
+    """model: an eval-mode transformers model, parameters and persistent floating-point buffers on meta.
     stacks: the dotted names of its ModuleLists of layers: one, or the encoder's and the decoder's.
     ties: {name: the earlier name it shares its tensor with}, as the class and the config tie them.
     """
@@ -86,7 +86,6 @@ def build_skeleton(
     cls = model_class(config, architecture)
     if labels:
         config.num_labels = len(labels)
-    config._attn_implementation = "sdpa" if cls._supports_sdpa else "eager"
     try:
         with _building, _parameters_on_meta(), no_init_weights(), _default_dtype(dtype):
             model = cls(config)
@@ -121,17 +120,31 @@ def find_stacks(model: Any) -> tuple[str, ...]:
 
 
 def _find_stack(model: Any, within: Any) -> str:
-    """The outermost ModuleList in `within` that holds most parameters, by its name in the model."""
-    sizes = {
-        name: sum(tensor.numel() for tensor in module.parameters())
+    """The outermost ModuleList in `within` that holds most parameters, by its name in the model.
+
+    Lists inside a tower for images or sound, which has a config of its own class, count only where there is no other.
+    """
+    lists = {
+        name: module
         for name, module in within.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
     }
-    if not sizes:
+    if not lists:
         raise ManifestError(f"{type(within).__name__} has no list of layers to cut")
+    textual = {name: module for name, module in lists.items() if _reads_text(within, name)} or lists
+    sizes = {name: sum(tensor.numel() for tensor in module.parameters()) for name, module in textual.items()}
     # Modules come outermost first and `max` keeps the first of equals.
-    largest = within.get_submodule(max(sizes, key=lambda name: sizes[name]))
+    largest = textual[max(sizes, key=lambda name: sizes[name])]
     return next(name for name, module in model.named_modules() if module is largest)
+
+
+def _reads_text(within: Any, name: str) -> bool:
+    """Whether the module at `name` is governed by the config of `within` or by its text config."""
+    module, config = within, within.config
+    for part in name.split(".")[:-1]:
+        module = getattr(module, part)
+        config = getattr(module, "config", config)
+    return type(config) in (type(within.config), type(within.config.get_text_config()))
 
 
 def named_weights(module: Any) -> dict[str, torch.Tensor]:
@@ -194,7 +207,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _persistent_buffers_to_meta(model: Any) -> None:
     for name, tensor in named_weights(model).items():
-        if tensor.device.type != "meta":
+        if tensor.device.type != "meta" and tensor.is_floating_point():
             _replace_tensor(model, name, tensor.to("meta"))
 
 

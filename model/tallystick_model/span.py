@@ -17,6 +17,7 @@ from tallystick_model.ghosts import Leave, Passage
 from tallystick_model.kernels import MIN_ROWS, flushing_denormals
 from tallystick_model.packing import Part, pack
 from tallystick_model.probe import ordinary_id
+from tallystick_model.replay import ReplayCache
 from tallystick_model.scopes import CanonicalOperators
 from tallystick_model.segments import Cache, Segment, cut, offset_rows, place, token_types_of, wanted_in
 from tallystick_model.skeleton import Skeleton, arguments_of
@@ -94,8 +95,11 @@ class SpanModel:
         remembered = self._check_memory(memory)
         if not self.causal:
             return None
+        if self._spliced.anatomy.replayed and not self._packs:
+            return ReplayCache(max_length, remembered)
         if not self._packs:
-            return StockCache(self._spliced.skeleton.config, max_length, remembered)
+            skipped = self._spliced.anatomy.skipped
+            return StockCache(self._spliced.skeleton.config, max_length, remembered, skipped)
         devices = {index: self.placement.of_layer(index) for index in self._cache_shapes}
         return KvCache(self._cache_shapes, max_length, devices)
 
@@ -207,7 +211,9 @@ class SpanModel:
                 if entered is not None:
                     seen = moved(self._spliced.passage.entered, CPU)  # behind ids, the hidden state alone
                     rows = pack_rows(self._entering[: len(seen)], seen, self.manifest.width)
-                    entered.append(rows[: sum(len(part) for part in parts)])
+                    count = sum(len(part) for part in parts)
+                    again = isinstance(segments[parts[0].segment].cache, ReplayCache)
+                    entered.append(rows[-count:] if again else rows[:count])
                 for part, out in zip(parts, done, strict=True):
                     outs[part.segment].append(out)
                     cache = segments[part.segment].cache
@@ -251,11 +257,14 @@ class SpanModel:
         except Leave as leave:
             if wanted is not None:
                 return [torch.zeros(0, self._output_width()) for _ in parts]
-            return cut(pack_rows(self._leaving, moved(leave.streams, CPU), self.manifest.width), parts)
+            rows = pack_rows(self._leaving, moved(leave.streams, CPU), self.manifest.width)
+            return cut(rows[num_rows - len(parts[0]) :] if isinstance(cache, ReplayCache) else rows, parts)
+        before = num_rows - len(parts[0]) if isinstance(cache, ReplayCache) else 0
         if wanted is None:
-            return cut(self._widened(output.last_hidden_state[0].float()).to(CPU), parts)
+            return cut(self._widened(output.last_hidden_state[0, before:].float()).to(CPU), parts)
         if self._output == "label":
             return [output.logits.float().to(CPU)]
+        flat = [before + row for row in flat]
         if getattr(output, "start_logits", None) is not None:
             scores = torch.stack([output.start_logits[0], output.end_logits[0]], dim=1)[flat]
         else:
@@ -315,14 +324,17 @@ class SpanModel:
             again = torch.arange(MIN_ROWS).clamp(max=len(rows) - 1)
             rows, positions = rows[again], positions[again]
             types = None if types is None else types[again]
+        cache = segments[parts[0].segment].cache
+        if isinstance(cache, ReplayCache):
+            rows = cache.with_rows(segments[parts[0].segment].first + parts[0].first, rows)
+            positions = torch.arange(len(rows))
         received = None if self.is_first else unpack_rows(self._entering, rows)
         self._spliced.passage.received = received
         ids = rows[None] if self.is_first else torch.full((1, len(rows)), self._ordinary_id)
-        cache = segments[parts[0].segment].cache
-        return self.arguments(ids, positions[None], types, cache if isinstance(cache, StockCache) else None), len(rows)
+        return self.arguments(ids, positions[None], types, None if isinstance(cache, KvCache) else cache), len(rows)
 
     def arguments(
-        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, cache: StockCache | None
+        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, cache: StockCache | ReplayCache | None
     ) -> dict[str, Any]:
         """What the model's forward is given: ids and positions (batch, n), of the rows behind those in the cache."""
         first = "decoder_" if self._stack_number > 0 else ""
@@ -333,12 +345,12 @@ class SpanModel:
         if types is not None:
             inputs["token_type_ids"] = types[None]
         if self._spliced.anatomy.masked:
-            before = cache.length if cache is not None else 0
+            before = cache.length if isinstance(cache, StockCache) else 0
             inputs[f"{first}attention_mask"] = torch.ones(len(ids), before + ids.shape[1], dtype=torch.int64)
-        if cache is not None:
+        if isinstance(cache, StockCache):
             inputs |= {"past_key_values": cache.inner, "cache_params": cache.inner, "use_cache": True}
-            if cache.memory is not None:
-                inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
+        if cache is not None and cache.memory is not None:
+            inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
         return {name: value for name, value in inputs.items() if name in self._arguments}
 
 

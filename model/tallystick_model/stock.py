@@ -24,12 +24,19 @@ class CannotForget(RuntimeError):
 class StockCache:
     """One session's transformers cache for a span; `length` is the clock.
 
-    memory: (m, width) fp32, an encoder's output, for its decoder.
+    memory: (m, width) fp32, an encoder's output, for its decoder. skipped: entries that stay empty.
     `lost` is set when a step failed that cannot be taken back.
     """
 
-    def __init__(self, config: Any, max_length: int, memory: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        config: Any,
+        max_length: int,
+        memory: torch.Tensor | None = None,
+        skipped: frozenset[int] = frozenset(),
+    ) -> None:
         self.max_length = max_length
+        self._skipped = skipped
         self.length = 0
         self.memory = memory
         self.lost = False
@@ -47,7 +54,9 @@ class StockCache:
 
     def pass_rest(self, num_rows: int) -> None:
         """A forward over that many tokens is done: layers that it did not run have been passed by them."""
-        for layer in self._layers:
+        for index, layer in enumerate(self._layers):
+            if index in self._skipped:
+                continue
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.has_previous_state = dict.fromkeys(layer.has_previous_state, True)
             if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() < self.length + num_rows:

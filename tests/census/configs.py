@@ -61,8 +61,6 @@ def entries() -> list[Entry]:
     found: dict[tuple[str, str], Entry] = {}
     for task, mapping in TASKS.items():
         for model_type, architecture in mapping.items():
-            if model_type in COMPOSITE:
-                continue
             key = (model_type, architecture)
             if key in found and task == "seq2seq":
                 del found[key]
@@ -76,16 +74,25 @@ def tiny_config(entry: Entry) -> Any:
     model = getattr(transformers, entry.architecture)
     if model.config_class is not cls and isinstance(model.config_class, type):
         cls = model.config_class
-    return cls(**(_defaults(cls) | _extra(cls, entry)))
+    return cls(**merged(_small(cls), _extra(cls, entry)))
 
 
-def _defaults(cls: Any) -> dict[str, Any]:
-    """The class's own defaults, as plain fields, cut down."""
+def merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """`more` over `values`, inner configs too."""
+    found = dict(values)
+    for name, value in more.items():
+        inner = found.get(name)
+        found[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return found
+
+
+def _small(cls: Any, whole: Any = None) -> dict[str, Any]:
+    """The class's own defaults, or those of `whole`, as plain fields, cut down: what differs from the defaults."""
     fields = {field.name for field in dataclasses.fields(cls)}
-    whole = cls()
+    whole = cls() if whole is None else whole
     values: dict[str, Any] = {}
     written = whole.to_dict()
-    for name in fields:
+    for name in fields - cls.sub_configs.keys():
         if not name.startswith("_") and name not in ("layer_types", "mlp_layer_types"):
             values[name] = written.get(name, getattr(cls, name, None))
     kept = {name: value for name, value in values.items() if type(value) in (int, float, str, bool)}
@@ -96,8 +103,12 @@ def _defaults(cls: Any) -> dict[str, Any]:
     for name, value in list(small.items()):
         if name.endswith(("_token_id", "_token_index")) and type(value) is int and value >= VOCAB:
             small[name] = 7 + len(name) % 9
-    wanted = {name for name in small if small[name] != values[name]}
-    return {name: small[name] for name in wanted}
+    found = {name: small[name] for name in small if small[name] != values[name]}
+    for name in cls.sub_configs:
+        inner = getattr(whole, name, None)
+        if isinstance(inner, transformers.PreTrainedConfig):
+            found[name] = {"model_type": inner.model_type, **_small(type(inner), inner)}
+    return found
 
 
 def _extra(cls: Any, entry: Entry) -> dict[str, Any]:
@@ -116,6 +127,7 @@ _BERT = {"model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_
 _QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
           "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 64, "split_ngram_parts": 2,
           "ple_layer_ids": [1], "ple_embed_dim": 16, "heads_per_ngram": 2}  # fmt: skip
+_DOTS3 = {"per_layer_config": {}, "head_dim": 32}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
@@ -133,7 +145,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                      "altup_num_inputs": 2, "vocab_size_per_layer_input": VOCAB},
     "gemma4_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCAB},
     "gemma4_unified_text": {"num_kv_shared_layers": 0},
-    "qwen4_exp": _QWEN4 | {"eos_token_id": 3},
     "cohere_compass_text": {"rope_parameters": {
         kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}},
     "t5gemma": {"encoder": _T5GEMMA, "decoder": _T5GEMMA, "vocab_size": VOCAB},
@@ -141,7 +152,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "funnel": {"block_sizes": [2, 2], "block_repeats": [1, 1]},
     "blenderbot": {"encoder_layers": 4, "decoder_layers": 4},
     "bailing_hybrid": {"layer_group_size": 2},
-    "qwen4_exp_text": _QWEN4 | {"eos_token_id": 3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "glm_moe_dsa": {"indexer_types": ["full"] * 4},
@@ -153,6 +163,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": "rotary"},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "dots3_note_text": _DOTS3,
+    "dots3_note": _DOTS3,
+    "qwen4_exp_text": _QWEN4 | {"eos_token_id": 3},
+    "qwen4_exp": _QWEN4 | {"eos_token_id": 3},
+    "dbrx": {"attn_config": {"rope_theta": 1e4}},
     "luke": {"entity_vocab_size": 16},
 }
 """What a tiny config needs beyond cut-down sizes, so that its parts fit each other."""

@@ -24,6 +24,7 @@ from tallystick_model.rehearsal import random_model, rehearse
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import build_skeleton, named_weights
 from tallystick_model.span import Execution, SpanModel
+from tallystick_model.stock import StockCache
 from tallystick_model.trial import trial_manifest
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.types import Span
@@ -88,6 +89,8 @@ def examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] |
         result.result, result.why = "wrong", f"differs: {result.worst}"
     elif differences:
         result.result, result.why = "close", f"differs by {max(differences):.0e}: {', '.join(result.worst)}"
+    if anatomy.replayed and anatomy.causal:
+        result.why = f"no cache: each step computes all rows again. {result.why}".strip()
     try:
         _examine_canonical(entry, values, model, result, anatomy)
     except TallystickError as error:
@@ -163,7 +166,7 @@ class Spans:
         received = None
         for span, cache in zip(self.route, self.caches, strict=True):
             inputs = whole.inputs(ids, mask, memory_mask)
-            if cache is not None:
+            if isinstance(cache, StockCache):
                 inputs |= {name: cache.inner for name in ("past_key_values", "cache_params") if name in inputs}
             try:
                 output = span.run_batch(inputs, ids.shape, received, cache)
@@ -196,7 +199,7 @@ def _examine_stock(
         result.layers = len(spans.anatomy.layers)
         seq2seq = bool(spans.encoder)
         whole = Whole(reference, seq2seq=seq2seq, causal=spans.route[0].causal,
-                      offset=spans.anatomy.position_offset)  # fmt: skip
+                      offset=spans.anatomy.position_offset, replayed=spans.anatomy.replayed)  # fmt: skip
         check = _Comparison(result, f"{'fp32' if dtype is torch.float32 else 'bf16'} {pieces} spans")
         with torch.inference_mode(), flushing_denormals():
             _run(spans, whole, check, result, steps)
@@ -206,7 +209,7 @@ def _examine_stock(
 def _runs_in_bf16(entry: Entry, model: Any) -> bool:
     """Whether the whole model runs in bf16 at all."""
     ids = torch.arange(8, 14)[None]
-    inputs = {"input_ids": ids, "decoder_input_ids": ids} if entry.task == "seq2seq" else {"input_ids": ids}
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
     try:
         with torch.inference_mode():
             in_dtype(entry, model, torch.bfloat16)(**inputs)
@@ -319,7 +322,7 @@ def _run_batch(spans: Spans, whole: Whole, check: Callable[..., None], ids: torc
     whole.open()
     kept = mask[:, :length].bool()
     check("batch", spans.batch(whole, rows, mask, memory_mask), whole.step(rows, mask, memory_mask), kept)
-    if whole.causal:
+    if whole.causal and not whole.replayed:
         for at in range(length, length + 2):
             one = ids[at : at + 1].expand(2, 1)
             check("batch", spans.batch(whole, one, mask, memory_mask), whole.step(one, mask, memory_mask))
@@ -330,7 +333,7 @@ def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result:
     weights = {name: tensor.detach() for name, tensor in named_weights(model).items()}
     spans = Spans(values, entry, weights, 2, execution="canonical", anatomy=anatomy)
     whole = Whole(model, seq2seq=bool(spans.encoder), causal=spans.route[0].causal,
-                      offset=spans.anatomy.position_offset)  # fmt: skip
+                      offset=spans.anatomy.position_offset, replayed=spans.anatomy.replayed)  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(8, min(spans.vocab, 300), (30,), generator=generator)
     with torch.inference_mode(), flushing_denormals():

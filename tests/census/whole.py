@@ -13,10 +13,14 @@ from tallystick_model.skeleton import arguments_of
 class Whole:
     """model: eval mode; seq2seq: whether it has an encoder; offset: the position of the first token.
 
-    One session's cache at a time.
+    replayed: whether each step computes all rows again, without a cache. One session's cache at a time.
     """
 
-    def __init__(self, model: Any, *, seq2seq: bool, causal: bool, offset: int | None = 0) -> None:
+    def __init__(
+        self, model: Any, *, seq2seq: bool, causal: bool, offset: int | None = 0, replayed: bool = False
+    ) -> None:
+        self.replayed = replayed
+        self.ids: Any = None
         self.model, self.seq2seq, self.causal = model, seq2seq, causal
         self.offset = 0 if seq2seq else offset
         self.memory: Any = None
@@ -34,7 +38,8 @@ class Whole:
         """A new session, with a cache where the model is causal."""
         self.length = 0
         self.cache = None
-        if self.causal:
+        self.ids = None
+        if self.causal and not self.replayed:
             config = self.model.config
             self.cache = DynamicCache(config=config)
             if self.seq2seq:
@@ -42,10 +47,15 @@ class Whole:
 
     def step(self, ids: torch.Tensor, mask: torch.Tensor | None = None, memory_mask: Any = None) -> torch.Tensor:
         """ids (batch, n) behind those before; logits (batch, n, vocab) or hidden states."""
+        count, before = ids.shape[1], self.length
+        if self.replayed:
+            self.ids = ids = ids if self.ids is None else torch.cat([self.ids[:, :before], ids], dim=1)
+            self.length = 0
         output = self.model(**self.inputs(ids, mask, memory_mask))
-        self.length += ids.shape[1]
+        self.length = before + count
         logits = getattr(output, "logits", None)
-        return output.last_hidden_state if logits is None else logits
+        rows: torch.Tensor = output.last_hidden_state if logits is None else logits
+        return rows[:, -count:]
 
     def inputs(self, ids: torch.Tensor, mask: torch.Tensor | None = None, memory_mask: Any = None) -> dict[str, Any]:
         """What transformers' generate hands the forward."""
@@ -65,7 +75,8 @@ class Whole:
         return _known(self.model, inputs)
 
     def crop(self, length: int) -> None:
-        self.cache.crop(length - self.length)
+        if self.cache is not None:
+            self.cache.crop(length - self.length)
         self.length = length
 
 
