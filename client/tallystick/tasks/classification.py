@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from tallystick.route import Candidate
 from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, look_up, merge
+from tallystick.tasks.options import checked
 from tallystick.tasks.passes import analyse, longest, one_pass
 from tallystick.tasks.processors import log_softmax
 from tallystick.tokens import Encoding
@@ -18,6 +20,7 @@ Function = Literal["softmax", "sigmoid", "none"]
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 
 
+@checked
 async def text_classification(
     backend: Backend,
     text: str,
@@ -38,6 +41,8 @@ async def text_classification(
     encoding = analyse(served, text, pair, truncate)
     rows, route, verdict = await one_pass(backend, served, encoding, None, verify)
     scores = apply(function_to_apply or problem(served), rows[0])
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k={top_k} is not at least 1")
     order = np.argsort(-scores, kind="stable")[:top_k]
     labels = served.manifest.labels
     return Answers([{"label": labels[i], "score": float(scores[i])} for i in order.tolist()], route, verdict)
@@ -63,13 +68,14 @@ def apply(function: Function, scores: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(log_softmax(scores).astype(np.float64)))
 
 
+@checked
 async def token_classification(
     backend: Backend,
     text: str,
     *,
     model: str = "",
     aggregation_strategy: Aggregation = "none",
-    ignore_labels: tuple[str, ...] = ("O",),
+    ignore_labels: Sequence[str] = ("O",),
     stride: int | None = None,
     verify: Policy = "audit",
 ) -> TaskAnswers:

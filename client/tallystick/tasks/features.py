@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from tallystick.tasks.backend import Answers, Backend, look_up
+from tallystick.tasks.options import checked
 from tallystick.tasks.passes import analyse, one_pass
 from tallystick.verdict import Policy
 from tallystick_protocol.errors import ConfigError
@@ -15,6 +16,7 @@ from tallystick_protocol.manifest import Pooling
 Mode = Literal["model", "mean", "cls", "none"]
 
 
+@checked
 async def feature_extraction(
     backend: Backend,
     text: str,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tallystick.tasks.backend import Answers, Backend, look_up
+from tallystick.tasks.options import checked
 from tallystick.tasks.passes import one_pass
 from tallystick.tasks.processors import log_softmax
 from tallystick.tokens import Tokens
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 MAX_CANDIDATES = 1 << 16
 
 
+@checked
 async def fill_mask(
     backend: Backend,
     text: str,

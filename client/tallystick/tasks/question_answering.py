@@ -12,6 +12,7 @@ import numpy as np
 
 from tallystick.route import Candidate
 from tallystick.tasks.backend import Answers, Backend, TaskAnswers, look_up, merge
+from tallystick.tasks.options import checked
 from tallystick.tasks.passes import longest, one_pass
 from tallystick.tokens import Encoding
 from tallystick.verdict import Policy, Verdict
@@ -21,6 +22,7 @@ DEFAULT_LENGTH = 384
 DEFAULT_STRIDE = 128
 
 
+@checked
 async def question_answering(
     backend: Backend,
     question: str,

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tallystick.decoding import MAX_BEAMS
 from tallystick.sampling import Sampling
+from tallystick.tasks.options import check
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest
 
@@ -109,6 +110,8 @@ def settle(manifest: Manifest, prompt: int, **asked: Any) -> Generation:
     known = {field.name for field in fields(Generation)} | {*_LENGTHS, *_SAMPLING, "do_sample", "seed", "ignore_eos"}
     if set(given) - known:
         raise ConfigError(f"unknown settings {sorted(set(given) - known)}; there are {', '.join(sorted(known))}")
+    check(_KINDS, given)
+    _check_ids(manifest, given)
     own = dict(manifest.generation)
     names = {field.name for field in fields(Generation)}
     settings = {name: value for name, value in {**own, **given}.items() if name in names}
@@ -123,6 +126,24 @@ def settle(manifest: Manifest, prompt: int, **asked: Any) -> Generation:
         settings |= {"eos": (), "min_length": 0}
     return _frozen(settings)
 
+
+def _check_ids(manifest: Manifest, given: dict[str, Any]) -> None:
+    words = [*given.get("bad_words", ()), *(given[name] for name in _IDS if name in given)]
+    for word in words:
+        for token in word if isinstance(word, list | tuple) else [word]:
+            if not 0 <= token < manifest.vocab:
+                raise ConfigError(f"token id {token} is not one of the {manifest.vocab} in the vocabulary")
+
+
+_IDS = ("eos", "forced_bos", "forced_eos", "suppress", "begin_suppress")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_new_tokens", "top_k", "seed", "forced_bos"), int),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), float),
+    **dict.fromkeys(("do_sample", "ignore_eos", "remove_invalid_values", "renormalize_logits"), bool),
+    **dict.fromkeys(("eos", "forced_eos", "suppress", "begin_suppress"), int | list[int]),
+    "bad_words": list[list[int]],
+}
+"""Those that `Generation` does not check."""
 
 _LENGTHS = ("max_new_tokens", "min_new_tokens")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")

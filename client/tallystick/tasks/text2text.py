@@ -9,6 +9,7 @@ from tallystick.route import Candidate
 from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, check_length, check_rows, look_up, merge
 from tallystick.tasks.decoding import Continuation, Order, generate
 from tallystick.tasks.languages import codes, source_ids, target_code
+from tallystick.tasks.options import checked
 from tallystick.tasks.passes import longest
 from tallystick.tasks.prompts import chat_ids, summarize_instruction, translate_instruction
 from tallystick.tasks.settings import DEFAULT_NEW_TOKENS, settle, with_forced_bos
@@ -29,6 +30,7 @@ class _Source:
     forced_bos: int | None = None
 
 
+@checked
 async def summarization(
     backend: Backend, text: str, *, model: str = "", prefix: str = "", truncate: bool = False,
     verify: Policy = "audit", **settings: Any,
@@ -45,6 +47,7 @@ async def summarization(
     return Answers([{"summary_text": text} for text in found], route, verdict)
 
 
+@checked
 async def translation(
     backend: Backend, text: str, *, model: str = "", src_lang: str | None = None, tgt_lang: str | None = None,
     prefix: str = "", truncate: bool = False, verify: Policy = "audit", **settings: Any,

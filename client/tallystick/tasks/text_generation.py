@@ -8,6 +8,7 @@ from typing import Any
 
 from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, look_up
 from tallystick.tasks.decoding import Continuation, Order, Scored, generate
+from tallystick.tasks.options import checked
 from tallystick.tasks.prompts import Message, prompt_ids
 from tallystick.tasks.settings import Generation, settle
 from tallystick.tokens import TextStream, Tokens
@@ -18,12 +19,13 @@ MAX_STOPS = 64
 MAX_TOP = 256
 
 
+@checked
 async def text_generation(
     backend: Backend,
     inputs: str | Sequence[Message] | list[int],
     *,
     model: str = "",
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | str = (),
     return_full_text: bool = False,
     details: bool = False,
     decoder_input_details: bool = False,
@@ -73,7 +75,7 @@ async def text_generation(
     return Answers(results, route, verdict)
 
 
-def stopper(tokens: Tokens, prompt: Sequence[int], stop: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+def stopper(tokens: Tokens, prompt: Sequence[int], stop: Sequence[str] | str) -> Callable[[Sequence[int]], bool]:
     """Whether the text of some new ids contains one of the stop strings. Raises ConfigError for empty or many ones."""
     if isinstance(stop, str):
         stop = [stop]
