@@ -177,7 +177,7 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
     Raises NoAuditor when there is no third node, or all three differ.
     """
     hop = session.hops[audit.index]
-    for candidate in session.draw_auditors(audit.index, {audit.remote.node}):
+    for candidate in session.openings.draw_auditors(audit.index, {audit.remote.node}):
         try:
             answer = await _witness(session, audit.index, candidate, disagreement)
         except TallystickError as error:
@@ -194,7 +194,7 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
 
 async def _witness(session: Session, index: int, candidate: Candidate, disagreement: Disagreement) -> Receipt:
     """The receipt of a third node for the disputed window; it is paid for its work."""
-    remote = await session.open_witness(candidate, index)
+    remote = await session.openings.open_witness(candidate, index)
     heard: dict[int, Receipt] = {}
     changed = asyncio.Event()
     remote.listen(

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from tallystick.openings import AUDITOR_PRICE_FACTOR
 from tallystick.payments import Need, Purse
 from tallystick.remote import Opening, Remote, fresh_nonce
 from tallystick.route import Candidate, auditors, draw, no_route, stand_ins
-from tallystick.session import AUDITOR_PRICE_FACTOR
 from tallystick.verdict import Check, Verdict
 from tallystick_protocol.errors import (
     BadTensor,

@@ -41,6 +41,8 @@ class ProgressBar:
 
     def show(self, progress: Progress) -> None:
         """Draw where a publication is. May be called from any thread."""
+        if progress.stage == "note":
+            self._bar.console.print(progress.detail, highlight=False)
         if progress.stage not in _TITLES:
             return
         if progress.stage not in self._tasks:

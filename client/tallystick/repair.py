@@ -76,19 +76,19 @@ class Repair:
         self._session.note_payment(lost)
         await lost.close()
         self._session.pending.pop(lost, None)
-        await self._session.substitute(index, failure)
+        await self._session.openings.substitute(index, failure)
         self._session.attempt += 1
         while True:
             candidate = self._session.route[index]
             try:
                 await self._announce(index, candidate.node)
-                remote = await self._session.connect(candidate, self._session.opening(index))
+                remote = await self._session.openings.connect(candidate, self._session.openings.opening(index))
             except (ConfigError, ChainError):
                 raise  # another node would not mend the purse
             except TallystickError as error:
                 if error.fields.get("hop") not in (None, candidate.node):
                     raise
-                await self._session.substitute(index, error)
+                await self._session.openings.substitute(index, error)
                 continue
             break
         self._session.hops[index] = remote
@@ -155,7 +155,7 @@ class Repair:
         self._session.audits.remove(audit)
         self._session.note_payment(audit.remote)
         await audit.remote.close()
-        await self._session.open_audit(audit.index)
+        await self._session.openings.open_audit(audit.index)
 
     async def _expel(self, index: int, position: int) -> None:
         """Replace a hop that lied and roll everybody back to `position`. Raises RolledBack."""

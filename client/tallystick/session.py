@@ -7,43 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
-from tallystick.payments import Need
-from tallystick.remote import Opening, Remote, fresh_nonce
+from tallystick.openings import Openings
+from tallystick.remote import Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
-from tallystick.route import Candidate, auditors, draw, stand_ins
+from tallystick.route import Candidate
 from tallystick.setting import Setting
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import (
-    ChainError,
-    ConfigError,
     CorruptResult,
-    InsufficientFunds,
-    NoAuditor,
-    NoRoute,
     TallystickError,
     Unreachable,
 )
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, ZERO_ADDRESS, Address, SessionId, Wei, window_of
+from tallystick_protocol.types import WINDOW, Address, SessionId, Wei, window_of
 from tallystick_protocol.vouchers import charge
 
 log = logging.getLogger(__name__)
 
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
-AUDITOR_PRICE_FACTOR = 4
-_COINS = secrets.SystemRandom()
 
 
 class Session:
@@ -61,9 +51,8 @@ class Session:
         self.pending: dict[Remote, dict[int, Receipt]] = {}
         self.audits: list[Audit] = []
         self.disputes: dict[int, Disagreement] = {}
-        self._reserved: list[Need] = []
-        self._repair = Repair(self)
-        self._nonce = fresh_nonce()
+        self.repair = Repair(self)
+        self.openings = Openings(self)
         self.attempt = 0
         self._is_rewinding = False
         self._work = asyncio.Event()
@@ -88,147 +77,23 @@ class Session:
 
     async def open(self, audited: list[int]) -> None:
         """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor…"""
-        drawn = {index: self.draw_auditors(index) for index in audited}
-        await self._reserve([*self.route, *(c for possible in drawn.values() for c in possible[:1])])
+        drawn = {index: self.openings.draw_auditors(index) for index in audited}
+        await self.openings.reserve([*self.route, *(c for possible in drawn.values() for c in possible[:1])])
         for index in reversed(range(len(self.route))):
-            await self._open_hop(index)
+            await self.openings.open_hop(index)
         for index in audited:
-            await self.open_audit(index, drawn[index])
+            await self.openings.open_audit(index, drawn[index])
         self._tender = asyncio.create_task(self._tend())
-
-    async def _open_hop(self, index: int) -> None:
-        """Open hop `index` on the candidate that the route names, or on one that can stand in for it."""
-        while True:
-            candidate = self.route[index]
-            try:
-                remote = await self.connect(candidate, self.opening(index))
-            except (ConfigError, ChainError):
-                raise  # another node would not mend the purse
-            except TallystickError as error:
-                await self.substitute(index, error)
-                if self.hops:  # the next hop is open already and expects rows from another one
-                    await self._repair.tell_neighbour(0, {"previous": self.route[index].node})
-                continue
-            self.hops.insert(0, remote)
-            self.attach(remote)
-            return
 
     def attach(self, remote: Remote) -> None:
         """Begin to hear a hop that has been opened."""
         self.pending[remote] = {}
-        remote.listen(self._on_receipt, self._on_result, self._wake)
+        remote.listen(self._on_receipt, self._on_result, self.wake)
 
     def forget(self, position: int) -> None:
         """Forget the rows from `position` on, and what came of them."""
         del self.ids[position:], self._want[position:]
         self._results.forget(position)
-
-    async def substitute(self, index: int, error: TallystickError) -> None:
-        """Put another node of the span into the route. Raises NoRoute when there is none."""
-        lost = self.route[index]
-        self.avoid.add(lost.node)
-        others = self.avoid | {c.node for c in self.route}
-        spare = stand_ins(self.setting.candidates, lost, others)
-        if not spare:
-            log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
-            raise NoRoute(
-                f"nobody else serves layers {lost.span}; to do so: tallystick-node run --join --span"
-                f" {lost.span.start}:{lost.span.end}",
-                start=lost.span.start,
-                end=lost.span.end,
-            )
-        self.route[index] = spare[0]
-        self.verdict.replaced.append((lost.node, spare[0].node, error.code))
-        self.setting.on_replaced()
-        log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
-
-    def opening(self, index: int) -> Opening:
-        return Opening(
-            nonce=self._nonce,
-            model=self.setting.manifest.model_id,
-            num_layers=self.setting.manifest.layers,
-            attempt=self.attempt,
-            previous=self.route[index - 1].node if index else ZERO_ADDRESS,
-            next=self.route[index + 1].node if index + 1 < len(self.route) else ZERO_ADDRESS,
-            max_length=self.setting.max_length,
-            top_k=self.setting.top_k,
-        )
-
-    async def connect(self, candidate: Candidate, opening: Opening) -> Remote:
-        setting = self.setting
-        remembered = setting.purse.remembers(candidate.node)
-        await self._reserve([candidate])
-        ask = partial(Remote.open, setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
-        try:
-            remote = await ask()
-        except InsufficientFunds:
-            if remembered:
-                raise
-            await asyncio.to_thread(setting.purse.refill, candidate.node)
-            remote = await ask()
-        try:
-            if not remembered:  # only now is it known what earlier sessions came to
-                await asyncio.to_thread(setting.purse.top_up, candidate.node)
-            if setting.sides.memory is not None:
-                await remote.give_memory(setting.sides.memory)
-        except BaseException:
-            await remote.close()
-            raise
-        return remote
-
-    async def _reserve(self, candidates: list[Candidate]) -> None:
-        """Set aside what the whole session may cost at these nodes, replays included, in one transaction."""
-        known = {need.node for need in self._reserved}
-        needs = [self.setting.need(candidate) for candidate in candidates if candidate.node not in known]
-        if needs:
-            await asyncio.to_thread(self.setting.purse.reserve, needs)
-            self._reserved += needs
-
-    def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
-        """Who may check hop `index`, drawn at random by stake; not at many times the usual price."""
-        possible = auditors(self.setting.candidates, self.route, index, {*self.avoid, *avoid})
-        coins = [1.0 - _COINS.random() for _ in possible]
-        usual = statistics.median(c.offer.price for c in possible) if possible else 0
-        return draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
-
-    async def open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
-        """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
-        for candidate in self.draw_auditors(index) if drawn is None else drawn:
-            if candidate.node in self.avoid or candidate.node == self.route[index].node:
-                continue
-            try:
-                remote = await self.open_witness(candidate, index)
-            except (ConfigError, ChainError):
-                raise
-            except TallystickError as error:
-                log.info("%s cannot audit (%s)", candidate.node, error)
-                self.avoid.add(candidate.node)
-                continue
-            audit = Audit(self, index, remote)
-            self.audits.append(audit)
-            remote.listen(audit.on_receipt, lambda _remote, _frame: None, self._wake)
-            audit.start()
-            return
-        span = self.route[index].span
-        raise NoAuditor(
-            f'nobody of another operator and the same class can recompute layers {span}; use verify="audit" or "off"',
-            start=span.start,
-            end=span.end,
-        )
-
-    async def open_witness(self, candidate: Candidate, index: int) -> Remote:
-        """A session of its own at another node of hop `index`'s span, to recompute what that hop did."""
-        opening = Opening(
-            nonce=fresh_nonce(),
-            model=self.setting.manifest.model_id,
-            num_layers=self.setting.manifest.layers,
-            attempt=0,
-            previous=self.route[index - 1].node if index else ZERO_ADDRESS,
-            next=ZERO_ADDRESS,
-            max_length=self.setting.max_length,
-            top_k=self.setting.top_k,
-        )
-        return await self.connect(candidate, opening)
 
     # -- rows
 
@@ -337,7 +202,7 @@ class Session:
             self._is_rewinding = False
             for audit in self.audits:
                 audit.start()
-            self._wake()
+            self.wake()
 
     async def _rewind_hop(
         self, hop: Remote, frame: Frame, note: Callable[[Remote], None], refused: list[Remote] | None = None
@@ -359,7 +224,7 @@ class Session:
         feeder = self.hops[index - 1] if index else None
         at_fault = feeder if feeder is not None and error.fields.get("hop") == feeder.node else auditor
         at_fault.failure = at_fault.failure or error
-        self._wake()
+        self.wake()
 
     def input_rows(self, first: int, last: int) -> list[bytes]:
         """What the client sends for positions [first, last): u32 little-endian ids."""
@@ -403,8 +268,8 @@ class Session:
 
     async def audit_at_end(self, index: int) -> None:
         """Audit one hop over the whole session after it was signed."""
-        await self.open_audit(index)
-        self._wake()
+        await self.openings.open_audit(index)
+        self.wake()
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
 
     async def close(self) -> None:
@@ -416,12 +281,12 @@ class Session:
         for remote in self._everybody():
             self.note_payment(remote)
             await remote.close()
-        self.setting.purse.release(self._reserved)
-        self._reserved = []
+        self.openings.release()
 
     # -- what arrives
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Something has changed: look at everything again."""
         self._work.set()
         self._news.set()
 
@@ -525,7 +390,7 @@ class Session:
             disagreement.ruling = await arbitrate(self, audit, disagreement)
         except TallystickError as error:
             disagreement.failure = error
-        self._wake()
+        self.wake()
 
     # -- failures
 
@@ -534,7 +399,7 @@ class Session:
         deadline = time.monotonic() + timeout_s
         while not done():
             self._news.clear()
-            if await self._repair.mend_first():
+            if await self.repair.mend_first():
                 deadline = time.monotonic() + timeout_s
                 continue
             if done():
