@@ -18,7 +18,8 @@ MAX_JSON_BYTES = 64 << 20
 CHUNK_BYTES = 16 << 20
 """Bytes of a tensor that are in memory at a time."""
 
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+"""Dtypes of tensors as safetensors writes them. I64 is for tables of indices: no weight is stored so."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.ot", "*.onnx")
 
 

@@ -41,9 +41,10 @@ MAPPINGS = (
     auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     auto.MODEL_MAPPING_NAMES,
 )
-"""transformers' tables of classes for the tasks that are served."""
+"""transformers' tables of classes for the tasks that are served; of those that also see or hear, the text part."""
 
 KEPT = {"scale_decoder_outputs": "tie_word_embeddings"}
 """Attributes that models read and manifests hold, though no fields, and the key that the class makes them of.

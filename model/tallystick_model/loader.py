@@ -95,6 +95,8 @@ def checked_anatomy(manifest: Manifest, dtype: torch.dtype = torch.float32) -> t
         for name, shape in shapes.items():
             if shape != tuple(weights[name].shape):
                 raise ManifestError(f"{name} has shape {shape} in the manifest, {tuple(weights[name].shape)} here")
+            if (piece.tensors[name].dtype == "I64") == weights[name].is_floating_point():
+                raise ManifestError(f"{name} is {piece.tensors[name].dtype}, its config makes it {weights[name].dtype}")
     held = {piece.name for piece in manifest.pieces}
     for name, role in anatomy.roles.items():
         if role not in held and name not in anatomy.tied:
@@ -113,7 +115,7 @@ def vocabulary(config: Any) -> int:
 def read_piece(
     path: Path, piece: Piece, wanted: Iterable[str], quantization: Quantization | None = None
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors of a piece's file in fp32. Raises ManifestError unless the file is what the manifest lists."""
+    """The wanted tensors of a piece's file, in fp32 but for integers. Raises ManifestError unless the file is what the manifest lists."""
     try:
         size = path.stat().st_size
         if size != piece.bytes:
@@ -122,7 +124,7 @@ def read_piece(
             _same_names(piece.name, set(file.keys()), set(piece.tensors))
             for name, spec in piece.tensors.items():
                 _same_spec(name, file.get_slice(name), spec)
-            return {name: _as_fp32(name, read_weight(file, name, piece, quantization)) for name in wanted}
+            return {name: _checked(name, read_weight(file, name, piece, quantization)) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise ManifestError(f"{piece.name} cannot be read as safetensors: {str(error)[:120]}") from None
 
@@ -223,8 +225,10 @@ def _same_spec(name: str, found: Any, spec: TensorSpec) -> None:
         )
 
 
-def _as_fp32(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of its own (the file may change after it was checked), finite."""
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of its own (the file may change after it was checked): finite fp32, or indices."""
+    if tensor.dtype is torch.int64:
+        return tensor.clone()
     if not tensor.is_floating_point():
         raise ManifestError(f"{name} is {tensor.dtype}; weights are floating point")
     converted = tensor.to(torch.float32, copy=True)

@@ -147,6 +147,8 @@ class _Plan:
         check_memory(peak_bytes(layers, count["embed"], head, count["shared"], largest))
 
     def carry_out(self, store: Store, job: Job, progress: Report) -> Manifest:
+        if left_out := self._left_out():
+            progress(Progress("note", left_out, 0, 0, None))
         draft = self._draft(self._write(store, job, progress), store)
         meter = Meter(progress, "canary", sum(piece.bytes for piece in draft.pieces if piece.kind == "layer"))
         manifest = Walk(draft, self.anatomy, store, job, meter).calibrated(canary_ids(self.companions.canary, draft))
@@ -155,6 +157,14 @@ class _Plan:
         store.put_block(block, Codec.RAW)
         progress(Progress("done", str(checked.cid), 1, 1, 0.0))
         return checked
+
+    def _left_out(self) -> str:
+        """What of the model is not published, since nothing that is served depends on it: towers, poolers."""
+        shapes, unused = self.skeleton.weights(), self.anatomy.unused
+        if not unused:
+            return ""
+        count = sum(shapes[name].numel() for name in unused)
+        return f"{len(unused)} weights ({count:,} values), {unused[0]} first, have no part in text and are left out"
 
     def _write(self, store: Store, job: Job, progress: Report) -> list[Piece]:
         written, pieces = job.pieces(store), []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from tallystick_model.segments import Segment
 from tallystick_model.shrinking import shrink
 from tallystick_model.skeleton import BUILD_ERRORS, arguments_of, build_skeleton, named_weights
 from tallystick_model.span import SpanModel
+from tallystick_model.stock import is_recurrent
 from tallystick_model.trial import trial_manifest
 from tallystick_protocol.errors import ManifestError, TallystickError
 from tallystick_protocol.types import Span
@@ -51,10 +52,17 @@ def _rehearse(config: str, architecture: str, labels: tuple[str, ...]) -> None:
         ids[ids == getattr(model.config, "pad_token_id", None)] = ordinary_id(model.config)
         try:
             expected = _whole(model, anatomy, ids)
+            alone = _without_cache(model, anatomy, ids)
         except BUILD_ERRORS as error:
             raise ManifestError(f"{architecture} cannot be rehearsed: it fails with {_short(error)}") from None
         if not all(bool(torch.isfinite(rows).all()) for rows in expected):
             raise ManifestError(f"{architecture} cannot be rehearsed: random weights make it compute NaN")
+        differs = float((torch.cat(expected) - alone).abs().max()) / _scale(alone)
+        if not differs <= TOLERANCE:
+            raise ManifestError(
+                f"{architecture} cannot be served in sessions: in transformers itself rows behind cached ones differ by "
+                f"{differs:.0e} from those of one run over all rows"
+            )
         try:
             found = _in_spans(small, architecture, labels, anatomy, named_weights(model), ids)
         except (*BUILD_ERRORS, TallystickError) as error:
@@ -123,7 +131,8 @@ def _whole(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> list[torch.Tensor
     found, at = [], 0
     names = arguments_of(model)
     cached = next(name for name in ("past_key_values", "cache_params") if name in names)
-    for length in CHUNKS:
+    rows_alone = is_recurrent(cache)
+    for length in (CHUNKS[0], *([1] * sum(CHUNKS[1:]))) if rows_alone else CHUNKS:
         step = {
             f"{first}input_ids": ids[None, at : at + length],
             cached: cache,
@@ -135,7 +144,23 @@ def _whole(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> list[torch.Tensor
             step[f"{first}position_ids"] = torch.arange(at, at + length)[None] + offset
         found.append(_rows(model(**_known(model, step))))
         at += length
+    if rows_alone and anatomy.output != "label":
+        found = list(torch.cat(found).split(list(CHUNKS)))
+    elif rows_alone:
+        found = [found[end - CHUNKS[0]] for end in accumulate(CHUNKS)]
     return found
+
+
+def _without_cache(model: Any, anatomy: Anatomy, ids: torch.Tensor) -> torch.Tensor:
+    """The whole model's output rows over all ids at once; a label's, which is of the last row alone, for each step."""
+    first = "decoder_" if len(anatomy.streams) > 1 else ""
+    inputs: dict[str, Any] = {"use_cache": False}
+    if first:
+        encoder = model.get_encoder()
+        inputs["encoder_outputs"] = encoder(**_known(encoder, {"input_ids": ids[None, : CHUNKS[0]]}))
+    ends = list(accumulate(CHUNKS)) if anatomy.output == "label" and anatomy.causal else [len(ids)]
+    runs = [{f"{first}input_ids": ids[None, :end], **inputs} for end in ends]
+    return torch.cat([_rows(model(**_known(model, run))) for run in runs])
 
 
 def _known(module: Any, inputs: dict[str, Any]) -> dict[str, Any]:

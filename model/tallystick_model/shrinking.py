@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tallystick_model.config import PER_LAYER
+
 _SIZES: dict[int, str] = {
     64: """hidden_size d_model n_embd dim emb_dim embedding_size embedding_dim word_embed_proj_dim mamba_d_ssm
         attention_hidden_size linear_head_dim project_dim width""",
@@ -38,7 +40,9 @@ def shrink(values: dict[str, Any], *, layers: int | None = None, vocab: int | No
     small: dict[str, Any] = {}
     equal = values.get("num_key_value_heads") == values.get("num_attention_heads")
     for name, value in values.items():
-        if isinstance(value, dict):
+        if name == PER_LAYER and isinstance(value, dict):
+            small[name] = {layer: shrink(fields) for layer, fields in value.items()}
+        elif isinstance(value, dict):
             small[name] = shrink(value, layers=layers, vocab=vocab) if "model_type" in value else value
         elif type(value) is not int:
             small[name] = value

@@ -140,11 +140,14 @@ def _find_stack(model: Any, within: Any) -> str:
 
 def _reads_text(within: Any, name: str) -> bool:
     """Whether the module at `name` is governed by the config of `within` or by its text config."""
-    module, config = within, within.config
+    module, config = within, getattr(within, "config", None)
+    if config is None:
+        return True
+    text = config.get_text_config()
     for part in name.split(".")[:-1]:
         module = getattr(module, part)
         config = getattr(module, "config", config)
-    return type(config) in (type(within.config), type(within.config.get_text_config()))
+    return type(config) in (type(within.config), type(text))
 
 
 def named_weights(module: Any) -> dict[str, torch.Tensor]:

@@ -224,7 +224,7 @@ class SpanModel:
     def _calls(self, segments: Sequence[Segment]) -> list[list[Part]]:
         numbered = list(enumerate(segments))
         if self.execution == "stock" or (not self._packs and not self.causal):
-            return [[Part(index, 0, len(segment))] for index, segment in numbered]
+            return [[part] for index, segment in numbered for part in _whole_or_rows(index, segment)]
         if not self._packs:  # a row's call then has the shapes of its position, whoever travels with it
             return [[Part(index, row, row + 1)] for index, segment in numbered for row in range(len(segment))]
         for segment in segments:
@@ -352,6 +352,13 @@ class SpanModel:
         if cache is not None and cache.memory is not None:
             inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
         return {name: value for name, value in inputs.items() if name in self._arguments}
+
+
+def _whole_or_rows(index: int, segment: Segment) -> list[Part]:
+    """A segment as one part; behind a recurrent state, as transformers' generate does, a part for each row."""
+    if segment.first and isinstance(segment.cache, StockCache) and segment.cache.recurrent:
+        return [Part(index, row, row + 1) for row in range(len(segment))]
+    return [Part(index, 0, len(segment))]
 
 
 def _roll_back(cache: Cache, length: int) -> None:

@@ -21,6 +21,16 @@ class CannotForget(RuntimeError):
         super().__init__("this model keeps recurrent states, which cannot be rolled back: open a new session")
 
 
+def is_recurrent(cache: Any) -> bool:
+    """Whether a transformers cache holds states that are not one row for each token.
+
+    Some models take them up only when one row comes at a time, as in generate: several rows behind cached ones would be
+    computed as if they were the first.
+    """
+    layers = getattr(cache, "self_attention_cache", cache).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
 class StockCache:
     """One session's transformers cache for a span; `length` is the clock.
 
@@ -44,6 +54,7 @@ class StockCache:
         self.inner = own if memory is None else EncoderDecoderCache(own, DynamicCache(config=config))
         self._layers: list[Any] = own.layers
         self._stepping = False
+        self.recurrent = is_recurrent(own)
         for layer in self._layers:
             if hasattr(layer, "activate_past_recording") and not isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.activate_past_recording()

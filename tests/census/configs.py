@@ -21,26 +21,17 @@ TASKS = {
     "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 }
 
-_AUDIO = "takes sound"
-_IMAGES = "takes images; its text model is a type of its own"
-COMPOSITE: dict[str, str] = {
-    "audioflamingo3": _AUDIO, "emu3": _IMAGES, "fuyu": _IMAGES, "gemma3": _IMAGES, "gemma3n": _IMAGES,
-    "gemma4": _IMAGES,
-    "gemma4_unified": _IMAGES, "git": _IMAGES, "glmasr": _AUDIO, "got_ocr2": _IMAGES, "granite_speech": _AUDIO,
-    "granite_speech_plus": _AUDIO, "mllama": _IMAGES, "modernvbert": _IMAGES, "moshi": _AUDIO,
-    "moss_transcribe_diarize": _AUDIO, "musicflamingo": _AUDIO, "musicgen": _AUDIO, "musicgen_melody": _AUDIO,
-    "nemo_speechlm": _AUDIO, "phi4_multimodal": _IMAGES, "blt": "works on bytes in patches that it finds itself",
-    "t5gemma2": _IMAGES, "perceiver": "works on bytes and arrays, not on layers of tokens",
+NO_TEXT = {
+    "blt": "works on bytes in patches that it finds itself",
+    "perceiver": "works on an array of latents, not on layers of tokens",
+    "musicgen": "takes several codes of sound for each position",
+    "musicgen_melody": "takes several codes of sound for each position",
+    "voxtral_realtime": "needs sound beside every token",
     "gemma4_assistant": "drafts for another model, whose cache it reads",
     "gemma4_unified_assistant": "drafts for another model, whose cache it reads",
-    "qwen2_audio": _AUDIO, "qwen3_asr": _AUDIO,
-    "ultravbert": _IMAGES, "vibevoice_asr": _AUDIO, "voxtral": _AUDIO, "voxtral_realtime": _AUDIO,
-}  # fmt: skip
-"""Types in the tables that are no text models, and why: they are not examined."""
-
-
-def composites() -> dict[str, str]:
-    return dict(COMPOSITE)
+    "gemma3n": "its vision tower needs timm and Pillow to be built",
+}
+"""What stands behind a refusal, where the error does not tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +118,9 @@ _BERT = {"model_type": "bert", "hidden_size": 64, "intermediate_size": 96, "num_
 _QWEN4 = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
           "indexer_compress_ratio": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 64, "split_ngram_parts": 2,
           "ple_layer_ids": [1], "ple_embed_dim": 16, "heads_per_ngram": 2}  # fmt: skip
-_DOTS3 = {"per_layer_config": {}, "head_dim": 32}
+_DOTS3 = {"head_dim": 32, "per_layer_config": {
+    f"0{layer}": {"num_attention_heads": 2, "num_key_value_heads": 2} for layer in (2, 3)}}
+_DRAFTER = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
@@ -168,6 +161,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4 | {"eos_token_id": 3},
     "qwen4_exp": _QWEN4 | {"eos_token_id": 3},
     "dbrx": {"attn_config": {"rope_theta": 1e4}},
+    "vibevoice_asr": {
+        f"{kind}_tokenizer_encoder_config": {"num_filters": 4, "depths": [1] * 7} for kind in ("semantic", "acoustic")
+    },
+    "nemo_speechlm": {"audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}},
+    "gemma4_assistant": {"text_config": _DRAFTER},
+    "gemma4_unified_assistant": {"text_config": _DRAFTER},
     "luke": {"entity_vocab_size": 16},
 }
 """What a tiny config needs beyond cut-down sizes, so that its parts fit each other."""

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import nn
 
-from census.configs import Entry, tiny_config
+from census.configs import NO_TEXT, Entry, tiny_config
+from census.publishing import agrees, publishing_error
 from census.whole import Whole
 from tallystick_model.anatomy import Anatomy, dissect
 from tallystick_model.config import checkpoint_config
@@ -44,6 +45,7 @@ MEMORY_ROWS = 11
 @dataclass(slots=True)
 class Result:
     """result: "bitwise", "close", "wrong", "refused" or "unbuildable"; why: of all but the first.
+    published: whether a saved checkpoint of it was published and served in spans.
     worst: {run: relative difference}, where it is not zero; crop: whether sessions can be rolled back."""
 
     type: str
@@ -55,11 +57,21 @@ class Result:
     crop: bool = True
     canonical: bool = False
     canonical_why: str = ""
+    published: bool = False
     worst: dict[str, float] = field(default_factory=dict)
 
 
-def examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] | None = None) -> dict[str, Any]:
+def examine(
+    entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] | None = None, *, publishing: bool = True
+) -> dict[str, Any]:
     """Run the exam, all of it by default; never raises for a model that fails it."""
+    found = _examine(entry, runs, publishing=publishing)
+    if found.result in ("refused", "unbuildable") and entry.type in NO_TEXT:
+        found.why = f"{NO_TEXT[entry.type]} ({found.why})"
+    return asdict(found)
+
+
+def _examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] | None, *, publishing: bool) -> Result:
     runs = runs or RUNS
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
@@ -69,7 +81,7 @@ def examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] |
         model = lively_model(config, entry)
     except Exception as error:
         result.result, result.why = "unbuildable", _short(error)
-        return asdict(result)
+        return result
     try:
         values = checkpoint_config(config.to_dict())
         rehearse(values, entry.architecture)
@@ -78,12 +90,17 @@ def examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] |
             _examine_stock(entry, values, model, torch.bfloat16, result, runs)
         else:
             result.why = "transformers cannot run it in bf16: fp32 only"
+        if publishing:
+            distance = publishing_error(model, entry)
+            result.published = agrees(distance)
+            if not result.published:
+                result.worst["published"] = distance
     except TallystickError as error:
         result.result, result.why = "refused", _short(error)
-        return asdict(result)
+        return result
     except Exception as error:
         result.result, result.why = "wrong", f"{type(error).__name__}: {_short(error)}"
-        return asdict(result)
+        return result
     differences = result.worst.values()
     if any(not value <= CLOSE for value in differences):
         result.result, result.why = "wrong", f"differs: {result.worst}"
@@ -97,7 +114,7 @@ def examine(entry: Entry, runs: dict[torch.dtype, tuple[tuple[int, int], ...]] |
         result.canonical_why = _short(error)
     except Exception as error:
         result.canonical_why = f"{type(error).__name__}: {_short(error)}"
-    return asdict(result)
+    return result
 
 
 def lively_model(config: Any, entry: Entry) -> Any:

@@ -9,17 +9,17 @@ import queue
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from census.configs import Entry, composites, entries
+from census.configs import Entry, entries
 from census.exam import Result
 from census.table import put_table, special_cases
 
 TIMEOUT_SECONDS = 150
+_GRAVITY = ("bitwise", "close", "refused", "unbuildable", "wrong")
 ROOT = Path(__file__).parents[2]
 
 
@@ -100,23 +100,26 @@ def take_census(chosen: Sequence[Entry], jobs: int, kept: Path | None = None) ->
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The counts: of (type, class) pairs, since a type may offer two classes for two tasks."""
-    counts = Counter(result["result"] for result in results)
-    refused = {f"{one['type']}:{one['task']}": one["why"] for one in results if one["result"] == "refused"}
+    """The counts, of model types. A type is bitwise, or canonical, when all its text tasks in transformers' tables are;
+    else it is what the worst of them is."""
+    types: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        types.setdefault(result["type"], []).append(result)
+    worst = {name: max(found, key=lambda one: _GRAVITY.index(one["result"])) for name, found in types.items()}
+    reasons = {kind: {name: one["why"] for name, one in worst.items() if one["result"] == kind} for kind in _GRAVITY}
     return {
-        "types": len(results),
-        "built": len(results) - counts["unbuildable"],
-        "bitwise": counts["bitwise"],
-        "bitwise_types": len({one["type"] for one in results if one["result"] == "bitwise"}),
-        "close": counts["close"],
-        "wrong": {f"{one['type']}:{one['task']}": one["why"] for one in results if one["result"] == "wrong"},
-        "refused": refused,
-        "unbuildable": {f"{one['type']}:{one['task']}": one["why"] for one in results
-                        if one["result"] == "unbuildable"},
-        "canonical": sum(one["canonical"] for one in results),
-        "composite": composites(),
+        "types": len(types),
+        "built": len(types) - len(reasons["unbuildable"]),
+        "bitwise": len(reasons["bitwise"]),
+        "close": len(reasons["close"]),
+        "wrong": reasons["wrong"],
+        "refused": reasons["refused"],
+        "unbuildable": reasons["unbuildable"],
+        "canonical": sum(all(one["canonical"] for one in found) for found in types.values()),
+        "published": sum(all(one["published"] for one in found) for found in types.values()),
+        "pairs": len(results),
         "special_cases": special_cases(),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

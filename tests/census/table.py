@@ -30,9 +30,10 @@ def put_table(page: Path, results: Sequence[dict[str, Any]], counts: dict[str, A
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
     lines = [
-        f"{counts['types']} pairs of type and task, {counts['built']} built: {counts['bitwise']} bitwise "
-        f"({counts['bitwise_types']} types), {counts['close']} close, {len(counts['refused'])} refused; "
-        f"{counts['canonical']} canonical.",
+        f"{counts['types']} model types ({counts['pairs']} with their tasks), {counts['built']} built: "
+        f"{counts['bitwise']} bitwise, {counts['close']} close, {len(counts['refused'])} refused, "
+        f"{len(counts['wrong'])} wrong; {counts['canonical']} canonical; {counts['published']} published from a saved "
+        "checkpoint and served.",
         "",
         "| type | task | result | execution | note |",
         "|---|---|---|---|---|",

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from tallystick_model.skeleton import arguments_of
+from tallystick_model.stock import is_recurrent
 
 
 class Whole:
@@ -48,6 +49,8 @@ class Whole:
     def step(self, ids: torch.Tensor, mask: torch.Tensor | None = None, memory_mask: Any = None) -> torch.Tensor:
         """ids (batch, n) behind those before; logits (batch, n, vocab) or hidden states."""
         count, before = ids.shape[1], self.length
+        if before and count > 1 and self.cache is not None and is_recurrent(self.cache):
+            return torch.cat([self.step(one, mask, memory_mask) for one in ids.split(1, dim=1)], dim=1)
         if self.replayed:
             self.ids = ids = ids if self.ids is None else torch.cat([self.ids[:, :before], ids], dim=1)
             self.length = 0

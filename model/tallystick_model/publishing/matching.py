@@ -106,9 +106,9 @@ def match(source: TensorSource, skeleton: Skeleton, anatomy: Anatomy) -> Weights
     missing = sorted(needed - found.keys())
     if missing:
         raise ManifestError(f"the checkpoint lacks {', '.join(missing[:3])} ({len(missing)} in all)")
-    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.weights().items()}
+    weights = skeleton.weights()
     for name in sorted(needed):
-        _check(source, name, found[name], shapes[name])
+        _check(source, name, found[name], weights[name])
     return Weights(source, skeleton, {name: found[name] for name in needed})
 
 
@@ -142,11 +142,12 @@ def _recipes(source: TensorSource, skeleton: Skeleton) -> dict[str, _Recipe]:
     return found
 
 
-def _check(source: TensorSource, name: str, recipe: _Recipe, shape: tuple[int, ...]) -> None:
+def _check(source: TensorSource, name: str, recipe: _Recipe, weight: torch.Tensor) -> None:
+    shape, served = tuple(weight.shape), ("F32", "F16", "BF16") if weight.is_floating_point() else ("I64",)
     for stored, _ in recipe.stored:
         dtype, found = source.spec(stored)
-        if dtype not in TORCH_DTYPES:
-            raise ManifestError(f"{stored} is {dtype}; F32, F16 and BF16 are served")
+        if dtype not in served:
+            raise ManifestError(f"{stored} is {dtype}; {', '.join(served)} can be served there")
         if recipe.conversion is None and found != shape:
             raise ManifestError(f"{stored} has shape {found}; its config makes it {shape}")
     if recipe.conversion is not None and recipe.key == name and len(recipe.conversion.target_patterns) == 1:

@@ -6,12 +6,14 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto as auto
 
+from tallystick_model.config import config_class
 from tallystick_protocol.errors import ManifestError
 from tallystick_protocol.manifest_checks import MAX_LABELS
 
 _TABLES = (
     ("text2text-generation", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
     ("text-generation", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    ("text-generation", auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
     ("fill-mask", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
     ("text-classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     ("token-classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
@@ -21,10 +23,15 @@ _TABLES = (
 
 
 def task_of(config: dict[str, Any], architecture: str) -> str:
-    """The task of a class by the table that lists it; by its name's ending where none does."""
+    """The task of a class by the table that lists it; by its name's ending where none does.
+
+    transformers counts models that read sound as sequence to sequence; on text they are decoders.
+    """
     model_type = config.get("model_type")
     for task, table in _TABLES:
         names = table.get(model_type, ())
+        if task == "text2text-generation" and not config_class(config).is_encoder_decoder:
+            continue
         if architecture in ((names,) if isinstance(names, str) else tuple(names)):
             return task
     endings = {
