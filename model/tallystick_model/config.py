@@ -80,7 +80,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
 MAX_POSITION_TABLE = 1 << 34
 """max_position_embeddings x hidden_size: some models compute such a table when they are built."""
 
-ROPE_TYPES = frozenset(ROPE_INIT_FUNCTIONS) | {"default"}
+ROPE_TYPES = frozenset(ROPE_INIT_FUNCTIONS) | {"default", "axial"}
+"""How rotary tables are made; "axial" is what vision towers say of theirs."""
 
 _MAX_INT, _MAX_FLOAT, _MAX_ITEMS, _MAX_DEPTH = 1 << 31, 1e30, 8192, 5
 _BUILD_ERRORS = (

@@ -187,7 +187,7 @@ def outermost(skeleton: Skeleton, weights: set[str]) -> list[str]:
 
 
 def fill_blanks(skeleton: Skeleton, anatomy: Anatomy, span: Span, device: torch.device) -> None:
-    """Zeros without memory for the weights outside the layers, and for unused ones, in whose place the span's own are put afterwards.
+    """Zeros without memory for the weights outside the layers, and for unused ones; the span's own replace them after.
 
     A span's forward may touch weights that it does not hold, in what it computes before its first layer.
     """

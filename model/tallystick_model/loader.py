@@ -115,7 +115,10 @@ def vocabulary(config: Any) -> int:
 def read_piece(
     path: Path, piece: Piece, wanted: Iterable[str], quantization: Quantization | None = None
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors of a piece's file, in fp32 but for integers. Raises ManifestError unless the file is what the manifest lists."""
+    """The wanted tensors of a piece's file, in fp32 but for integers.
+
+    Raises ManifestError unless the file is what the manifest lists.
+    """
     try:
         size = path.stat().st_size
         if size != piece.bytes:

@@ -60,8 +60,8 @@ def _rehearse(config: str, architecture: str, labels: tuple[str, ...]) -> None:
         differs = float((torch.cat(expected) - alone).abs().max()) / _scale(alone)
         if not differs <= TOLERANCE:
             raise ManifestError(
-                f"{architecture} cannot be served in sessions: in transformers itself rows behind cached ones differ by "
-                f"{differs:.0e} from those of one run over all rows"
+                f"{architecture} cannot be served in sessions: in transformers itself rows behind cached ones differ "
+                f"by {differs:.0e} from those of one run over all rows"
             )
         try:
             found = _in_spans(small, architecture, labels, anatomy, named_weights(model), ids)

@@ -334,7 +334,11 @@ class SpanModel:
         return self.arguments(ids, positions[None], types, None if isinstance(cache, KvCache) else cache), len(rows)
 
     def arguments(
-        self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None, cache: StockCache | ReplayCache | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        types: torch.Tensor | None,
+        cache: StockCache | ReplayCache | None,
     ) -> dict[str, Any]:
         """What the model's forward is given: ids and positions (batch, n), of the rows behind those in the cache."""
         first = "decoder_" if self._stack_number > 0 else ""

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """stage: "note", "pieces", "canary" or "done"; a note is a line to be shown. done and total: bytes of weights that the stage went through and has to.
+    """stage: "note", "pieces", "canary" or "done"; a note is a line to be shown.
+
+    done and total: bytes of weights that the stage went through and has to.
 
     eta_s: seconds until the stage ends at its present speed; None before that can be told.
     """
