@@ -136,10 +136,20 @@ class _Found:
 
 def dissect(skeleton: Skeleton) -> Anatomy:
     """Probe a skeleton. Raises ManifestError when its forward cannot be followed on meta tensors."""
+    before = [(module, _tables(module), dict(module._buffers)) for module in skeleton.model.modules()]
     try:
         return _dissect(skeleton, masked=False)
     except ManifestError:
         return _dissect(skeleton, masked=True)
+    finally:  # some forwards put tables where their inputs are, which is nowhere
+        for module, tables, buffers in before:
+            module.__dict__.update(tables)
+            module._buffers.update(buffers)
+
+
+def _tables(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors that a module holds as plain attributes."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, torch.Tensor)}
 
 
 def _dissect(skeleton: Skeleton, *, masked: bool) -> Anatomy:

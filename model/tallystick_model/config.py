@@ -115,9 +115,19 @@ def checkpoint_config(values: dict[str, Any]) -> dict[str, Any]:
     Raises ManifestError naming the key that is unknown, forbidden, of the wrong type or out of bounds.
     """
     cls = config_class(values)
+    values = _spelt_out(values)
     written = _construct(cls, _accepted(values, cls, _defaults(cls))).to_dict()
     _check_derived(cls, values, written, _defaults(cls))
     return _written(cls, written)
+
+
+def _spelt_out(value: Any) -> Any:
+    """transformers writes numbers that JSON does not have as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _spelt_out(inner) for key, inner in value.items()}
+    return [_spelt_out(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _accepted(values: dict[str, Any], cls: Any, defaults: dict[str, Any]) -> dict[str, Any]:
