@@ -167,6 +167,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemo_speechlm": {"audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": 64}}}},
     "gemma4_assistant": {"text_config": _DRAFTER},
     "gemma4_unified_assistant": {"text_config": _DRAFTER},
+    "esmc": {"vocab_size": VOCAB},
     "whisper": {"begin_suppress_tokens": [7, 8]},
     "luke": {"entity_vocab_size": 16},
 }
