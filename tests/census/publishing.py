@@ -20,7 +20,7 @@ from tallystick_protocol.types import Span
 
 
 def publishing_error(model: Any, entry: Entry) -> float:
-    """How far spans of the published model are from it as transformers loads it, relative to its output's standard deviation.
+    """How far spans of the published model are from it as transformers loads it, by its output's standard deviation.
 
     Raises what `publish` and `load_span` raise.
     """

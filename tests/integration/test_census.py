@@ -23,7 +23,7 @@ REPRESENTATIVES = """
     longcat_flash:causal inkling2_text:causal musicgen:causal
     albert:masked bert:masked roberta:masked deberta-v2:masked bart:seq2seq marian:seq2seq voxtral:seq2seq
 """
-"""Of every kind; what takes a whole checkpoint's way is in tests/unit/test_model_towers.py and test_model_publish.py."""
+"""Of every kind; tests/unit/test_model_towers.py and test_model_publish.py publish whole checkpoints."""
 
 
 def entry(name: str) -> Entry:
