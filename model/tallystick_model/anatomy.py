@@ -22,11 +22,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.attention import AttentionPlan, ProbeSeat, attend_with, probing
-from tallystick_model.experts import PROBE
-from tallystick_model.obstacles import find_obstacles
-from tallystick_model.operators import SCOPED
-from tallystick_model.positions import position_offset
+from tallystick_model.canonical.attention import AttentionPlan, ProbeSeat, attend_with, probing
+from tallystick_model.canonical.experts import PROBE
+from tallystick_model.canonical.obstacles import find_obstacles
+from tallystick_model.canonical.operators import SCOPED
+from tallystick_model.canonical.positions import position_offset
 from tallystick_model.probe import PROBE_ROWS, ROWS, Call, Run, argument_tag, follow, module_tag
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton, configs_of, named_weights
 from tallystick_model.streams import Place, Stream, memory_order

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tallystick_model.canonical.experts import ExpertProducts
+from tallystick_model.canonical.kernels import CanonicalLinear, flushing_denormals
 from tallystick_model.devices import CPU, moved
-from tallystick_model.experts import ExpertProducts
 from tallystick_model.ghosts import Leave, hidden_of
-from tallystick_model.kernels import CanonicalLinear, flushing_denormals
 from tallystick_model.skeleton import configs_of
 from tallystick_model.span import SpanModel
 from tallystick_model.streams import pack_rows, unpack_rows

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tallystick_model.anatomy import Anatomy, dissect
-from tallystick_model.canonical import Canonical
+from tallystick_model.canonical.execution import Canonical
 from tallystick_model.devices import CPU, Carried, Placement, check_resident, move_buffers
 from tallystick_model.ghosts import fill_blanks, outermost, splice
 from tallystick_model.memory import WORTH_RELEASING, all_finite, release_freed_memory

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tallystick_model.anatomy import Anatomy, dissect
-from tallystick_model.cache import KvCache
+from tallystick_model.canonical.cache import KvCache
 from tallystick_model.devices import CPU, Placement
 from tallystick_model.loader import assemble
 from tallystick_model.segments import Cache, Segment

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 from tallystick_model.anatomy import LINEAR_TYPES, Anatomy, dissect
-from tallystick_model.checkpoint import Checkpoint, TensorSource
-from tallystick_model.companions import Companions, companions, find_licence, generation_settings, pooling
 from tallystick_model.config import checkpoint_config
 from tallystick_model.loader import vocabulary
 from tallystick_model.publishing.canary import CANARY_TEXT, Walk, canary_ids
+from tallystick_model.publishing.checkpoint import Checkpoint, TensorSource
+from tallystick_model.publishing.companions import Companions, companions, find_licence, generation_settings, pooling
 from tallystick_model.publishing.context import max_length
 from tallystick_model.publishing.gguf import GgufCheckpoint
 from tallystick_model.publishing.job import Job, open_job
@@ -23,8 +23,8 @@ from tallystick_model.publishing.pieces import Encoding, PieceReader
 from tallystick_model.publishing.precheck import check_disk, check_memory, peak_bytes
 from tallystick_model.publishing.progress import Meter, Progress, Report, quiet
 from tallystick_model.publishing.quantize import GROUPS, quantised_weights
+from tallystick_model.publishing.rehearsal import rehearse
 from tallystick_model.publishing.tasks import labels_of, task_of
-from tallystick_model.rehearsal import rehearse
 from tallystick_model.skeleton import Skeleton, build_skeleton
 from tallystick_protocol.content.cid import Cid, Codec
 from tallystick_protocol.content.store import LocalStore, Store

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tallystick_model.attention import Placed
-from tallystick_model.cache import KvCache
-from tallystick_model.packing import Part
+from tallystick_model.canonical.attention import Placed
+from tallystick_model.canonical.cache import KvCache
+from tallystick_model.canonical.packing import Part
 from tallystick_model.replay import ReplayCache
 from tallystick_model.stock import StockCache
 

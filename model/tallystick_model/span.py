@@ -10,20 +10,20 @@ from typing import Any, Literal
 import torch
 
 from tallystick_model.anatomy import Anatomy
-from tallystick_model.cache import CacheShape, KvCache
-from tallystick_model.canonical import Canonical
+from tallystick_model.canonical.cache import CacheShape, KvCache
+from tallystick_model.canonical.execution import Canonical
+from tallystick_model.canonical.kernels import MIN_ROWS, flushing_denormals
+from tallystick_model.canonical.packing import Part, pack
+from tallystick_model.canonical.scopes import CanonicalOperators
+from tallystick_model.canonical.tiles import R
 from tallystick_model.devices import CPU, Placement, moved
 from tallystick_model.ghosts import Leave, Passage
-from tallystick_model.kernels import MIN_ROWS, flushing_denormals
-from tallystick_model.packing import Part, pack
 from tallystick_model.probe import ordinary_id
 from tallystick_model.replay import ReplayCache
-from tallystick_model.scopes import CanonicalOperators
 from tallystick_model.segments import Cache, Segment, cut, offset_rows, place, token_types_of, wanted_in
 from tallystick_model.skeleton import Skeleton, arguments_of
 from tallystick_model.stock import StockCache
 from tallystick_model.streams import pack_rows, unpack_rows
-from tallystick_model.tiles import R
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded
 from tallystick_protocol.manifest import Manifest, Output
 from tallystick_protocol.types import Span

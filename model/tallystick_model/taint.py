@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tallystick_model.operators import PRODUCTS, operator_name
+from tallystick_model.canonical.operators import PRODUCTS, operator_name
 
 _ORDERS = frozenset({"topk", "sort", "argsort"})
 _INDEXED = frozenset({"index", "index_put", "_unsafe_index", "_unsafe_index_put", "_index_put_impl"})

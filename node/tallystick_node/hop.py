@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tallystick_model.cache import KvCache
+from tallystick_model.canonical.cache import KvCache
 from tallystick_model.stock import CannotForget
 from tallystick_node.billing import Billing
 from tallystick_node.downstream import Downstream, result_frames

@@ -10,7 +10,7 @@ import transformers
 from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tallystick_model.shrinking import shrink
+from tallystick_model.publishing.shrinking import shrink
 
 VOCAB = 320
 LAYERS = 4

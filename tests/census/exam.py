@@ -17,16 +17,16 @@ from census.configs import NO_TEXT, Entry, tiny_config
 from census.publishing import agrees, publishing_error
 from census.whole import Whole
 from tallystick_model.anatomy import Anatomy, dissect
+from tallystick_model.canonical.kernels import flushing_denormals
 from tallystick_model.config import checkpoint_config
 from tallystick_model.ghosts import Leave
-from tallystick_model.kernels import flushing_denormals
 from tallystick_model.loader import assemble, vocabulary
-from tallystick_model.rehearsal import random_model, rehearse
+from tallystick_model.publishing.rehearsal import random_model, rehearse
+from tallystick_model.publishing.trial import trial_manifest
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import build_skeleton, named_weights
 from tallystick_model.span import Execution, SpanModel
 from tallystick_model.stock import StockCache
-from tallystick_model.trial import trial_manifest
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.types import Span
 

@@ -11,9 +11,9 @@ import torch
 
 from census.configs import Entry
 from harness.checkpoints import Published, add_companions, published
-from tallystick_model.kernels import flushing_denormals
+from tallystick_model.canonical.kernels import flushing_denormals
 from tallystick_model.loader import load_span
-from tallystick_model.rehearsal import TOLERANCE
+from tallystick_model.publishing.rehearsal import TOLERANCE
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import arguments_of
 from tallystick_protocol.types import Span

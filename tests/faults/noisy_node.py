@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from tallystick_model.kernels import CanonicalLinear
+from tallystick_model.canonical.kernels import CanonicalLinear
 from tallystick_model.span import SpanModel
 from tallystick_node.cli import main
 from tallystick_node.engine import Engine

@@ -12,10 +12,10 @@ import torch
 from tallystick_model.anatomy import dissect
 from tallystick_model.config import checkpoint_config
 from tallystick_model.loader import assemble, vocabulary
+from tallystick_model.publishing.trial import trial_manifest
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.skeleton import build_skeleton, named_weights
 from tallystick_model.span import Execution, SpanModel
-from tallystick_model.trial import trial_manifest
 from tallystick_protocol.manifest import Numerics
 from tallystick_protocol.types import Span
 

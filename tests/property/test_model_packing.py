@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from harness import checkpoints
 from harness.checkpoints import Published, published
-from tallystick_model.packing import pack
+from tallystick_model.canonical.packing import pack
 from tallystick_model.segments import Segment
 from tallystick_protocol.types import Span
 

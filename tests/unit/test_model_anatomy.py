@@ -16,10 +16,9 @@ from transformers.masking_utils import (
 
 from harness.checkpoints import BERT, GPT2, SMALL
 from tallystick_model.anatomy import Anatomy, dissect
-from tallystick_model.attention import AttentionPlan
-from tallystick_model.masks import Mask
+from tallystick_model.canonical.attention import AttentionPlan
+from tallystick_model.canonical.masks import Mask, recognise
 from tallystick_model.config import checkpoint_config
-from tallystick_model.masks import Mask, recognise
 from tallystick_model.skeleton import build_skeleton
 from tallystick_model.taint import Taint
 

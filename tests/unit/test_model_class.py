@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from harness import checkpoints
 from harness.checkpoints import Published, published
-from tallystick_model import kernels
+from tallystick_model.canonical import kernels
 from tallystick_model.numeric_class import STOCK, numeric_class
 
 _SCRIPT = """

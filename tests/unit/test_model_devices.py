@@ -17,19 +17,19 @@ from harness import checkpoints
 from harness.checkpoints import SMALL, Published, published
 from harness.pretended import pretending
 from tallystick_model.anatomy import dissect
-from tallystick_model.cache import KvCache
 from tallystick_model.canary import check_canary
+from tallystick_model.canonical.cache import KvCache
 from tallystick_model.config import checkpoint_config
 from tallystick_model.devices import CPU, Placement, find_devices, place
 from tallystick_model.gradients import Adapter, SpanGradients
 from tallystick_model.loader import assemble, load_span, vocabulary
 from tallystick_model.memory import device_layer_bytes, largest_piece_bytes, layer_bytes
 from tallystick_model.numeric_class import STOCK, numeric_class
+from tallystick_model.publishing.trial import trial_manifest
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import build_skeleton, named_weights
 from tallystick_model.span import Execution, SpanModel
 from tallystick_model.stock import StockCache
-from tallystick_model.trial import trial_manifest
 from tallystick_node.config import NodeConfig
 from tallystick_node.placing import accelerators, place_span, room_on
 from tallystick_node.planning.measure import check_memory, machine_for

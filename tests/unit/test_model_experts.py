@@ -11,8 +11,8 @@ import transformers
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from tallystick_model.experts import is_experts, pack_experts, use_tallystick_experts
-from tallystick_model.scopes import CanonicalScope
+from tallystick_model.canonical.experts import is_experts, pack_experts, use_tallystick_experts
+from tallystick_model.canonical.scopes import CanonicalScope
 
 EXPERTS, WIDTH, SLOTS = 5, 24, 2
 

@@ -13,7 +13,7 @@ from census.configs import entries, tiny_config
 from harness.checkpoints import BERT, ENDS, SMALL, Published, Session, published, reference, save
 from tallystick_model.anatomy import dissect
 from tallystick_model.config import checkpoint_config
-from tallystick_model.rehearsal import rehearse
+from tallystick_model.publishing.rehearsal import rehearse
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import build_skeleton
 from tallystick_protocol.errors import BadTensor, ManifestError

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.kernels import CanonicalLinear, in_blocks, packed_operators_hold
-from tallystick_model.scopes import CanonicalOperators
+from tallystick_model.canonical.kernels import CanonicalLinear, in_blocks, packed_operators_hold
+from tallystick_model.canonical.scopes import CanonicalOperators
 
 SHAPES = [(168, 56), (37, 100), (1000, 1001), (3072, 1), (256, 688)]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from tallystick_model.attention import Batch
-from tallystick_model.masks import Mask, recognise
-from tallystick_model.tiles import R, Scores, attend
+from tallystick_model.canonical.attention import Batch
+from tallystick_model.canonical.masks import Mask, recognise
+from tallystick_model.canonical.tiles import R, Scores, attend
 
 SHAPES = [(6, 2, 12, 12), (8, 1, 64, 64), (4, 4, 7, 7), (2, 2, 48, 32), (1, 1, 16, 16)]
 """heads, groups, key_dim, value_dim"""

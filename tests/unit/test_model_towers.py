@@ -11,7 +11,7 @@ import transformers
 
 from census.configs import Entry, entries, tiny_config
 from harness.checkpoints import Session, change_config, published, reference, save
-from tallystick_model.checkpoint import Checkpoint
+from tallystick_model.publishing.checkpoint import Checkpoint
 from tallystick_model.publishing.progress import Progress
 from tallystick_model.replay import ReplayCache
 from tallystick_protocol.errors import ManifestError

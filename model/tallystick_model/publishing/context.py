@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tallystick_model.checkpoint import TensorSource
+from tallystick_model.publishing.checkpoint import TensorSource
 from tallystick_model.skeleton import Skeleton
 
 _FIELDS = (

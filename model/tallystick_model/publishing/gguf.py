@@ -21,8 +21,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from tallystick_model.checkpoint import CHUNK_BYTES, read_json
 from tallystick_model.config import checkpoint_config
+from tallystick_model.publishing.checkpoint import CHUNK_BYTES, read_json
 from tallystick_model.sandbox.conversion import convert_tokenizer
 from tallystick_model.skeleton import BUILD_ERRORS, build_skeleton
 from tallystick_protocol.errors import ConfigError, ManifestError

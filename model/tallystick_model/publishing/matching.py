@@ -20,8 +20,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from tallystick_model.anatomy import Anatomy
-from tallystick_model.checkpoint import CHUNK_BYTES, TORCH_DTYPES, TensorSource
 from tallystick_model.config import KEPT
+from tallystick_model.publishing.checkpoint import CHUNK_BYTES, TORCH_DTYPES, TensorSource
 from tallystick_model.publishing.computed import computed_weights
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton
 from tallystick_protocol.errors import ManifestError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tallystick_model.checkpoint import TORCH_DTYPES
+from tallystick_model.publishing.checkpoint import TORCH_DTYPES
 from tallystick_model.publishing.matching import Weights
 from tallystick_model.publishing.quantize import SCALE, scales_of, stored_specs, values_of
 from tallystick_protocol.manifest import Quantization, TensorSpec

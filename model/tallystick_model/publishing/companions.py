@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tallystick_model.checkpoint import TensorSource
+from tallystick_model.publishing.checkpoint import TensorSource
 from tallystick_model.sandbox.conversion import convert_tokenizer
 from tallystick_model.sandbox.templates import check_template
 from tallystick_model.sandbox.tokenizers import MAX_TOKENIZER_BYTES, Examined, examine_tokenizer

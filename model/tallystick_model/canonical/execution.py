@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from tallystick_model.anatomy import LINEAR_TYPES, Anatomy
-from tallystick_model.attention import Batch, TiledSeat, attend_with, use_tallystick_attention
-from tallystick_model.experts import is_experts, pack_experts, use_tallystick_experts
-from tallystick_model.kernels import BlockwiseActivation, CanonicalLinear
-from tallystick_model.scopes import CanonicalOperators, CanonicalScope
+from tallystick_model.canonical.attention import Batch, TiledSeat, attend_with, use_tallystick_attention
+from tallystick_model.canonical.experts import is_experts, pack_experts, use_tallystick_experts
+from tallystick_model.canonical.kernels import BlockwiseActivation, CanonicalLinear
+from tallystick_model.canonical.scopes import CanonicalOperators, CanonicalScope
 from tallystick_model.skeleton import Skeleton, configs_of
 from tallystick_protocol.manifest import Numerics
 from tallystick_protocol.types import Span

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tallystick_model.attention import AttentionPlan
-from tallystick_model.operators import COVERED
+from tallystick_model.canonical.attention import AttentionPlan
+from tallystick_model.canonical.operators import COVERED
 from tallystick_model.skeleton import Skeleton
 from tallystick_model.streams import Stream
 from tallystick_model.taint import Taint

@@ -16,16 +16,16 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from tallystick_model.anatomy import Anatomy, dissect
+from tallystick_model.canonical.kernels import flushing_denormals
 from tallystick_model.config import build_config, model_class
-from tallystick_model.kernels import flushing_denormals
 from tallystick_model.loader import assemble, vocabulary
 from tallystick_model.probe import ordinary_id
+from tallystick_model.publishing.shrinking import shrink
+from tallystick_model.publishing.trial import trial_manifest
 from tallystick_model.segments import Segment
-from tallystick_model.shrinking import shrink
 from tallystick_model.skeleton import BUILD_ERRORS, arguments_of, build_skeleton, named_weights
 from tallystick_model.span import SpanModel
 from tallystick_model.stock import is_recurrent
-from tallystick_model.trial import trial_manifest
 from tallystick_protocol.errors import ManifestError, TallystickError
 from tallystick_protocol.types import Span
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tallystick_model.kernels import CanonicalLinear, in_blocks
-from tallystick_model.operators import BLOCKWISE, PRODUCTS
+from tallystick_model.canonical.kernels import CanonicalLinear, in_blocks
+from tallystick_model.canonical.operators import BLOCKWISE, PRODUCTS
 
 _WHOLE = frozenset(
     {"to", "reshape", "contiguous", "layer_norm", "rms_norm", "softmax", "log_softmax", "chunk", "flatten", "matmul",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
-from tallystick_model.kernels import CanonicalLinear
+from tallystick_model.canonical.kernels import CanonicalLinear
 from tallystick_protocol.manifest import Numerics
 
 NAME = "tallystick"

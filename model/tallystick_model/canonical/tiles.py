@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tallystick_model.kernels import in_blocks
+from tallystick_model.canonical.kernels import in_blocks
 
 R = 4
 """Query rows per tile. Part of the numerics: another R gives other bits."""

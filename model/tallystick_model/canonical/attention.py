@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tallystick_model.cache import KvCache
+from tallystick_model.canonical.cache import KvCache
+from tallystick_model.canonical.masks import Mask, recognise
+from tallystick_model.canonical.tiles import R, Scores, attend
 from tallystick_model.devices import CPU
-from tallystick_model.masks import Mask, recognise
-from tallystick_model.tiles import R, Scores, attend
 
 ALIGNMENT = 16
 """Keys of a sliding window start at a multiple of this, so that every head's base address is 64-byte aligned."""
