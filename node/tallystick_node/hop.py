@@ -34,6 +34,7 @@ from tallystick_protocol.errors import (
     BadPosition,
     BadSignature,
     ContextLengthExceeded,
+    Rejected,
     SessionUnknown,
     TallystickError,
     Unauthorized,
@@ -49,6 +50,7 @@ from tallystick_protocol.vouchers import charge
 log = logging.getLogger(__name__)
 
 MEMORY_TIMEOUT_S = 30.0
+FREE_FORKS, FORKS_PER_ROW = 64, 2
 QUEUED_COMMANDS = 64
 IDLE_TIMEOUT_S = 600.0
 WATCH_EVERY_S = 5.0
@@ -100,6 +102,7 @@ class Hop:
         self._memory = Memory(manifest, shop.engine.row_bytes, reserve) if manifest.is_decoder(model.span) else None
         self._cache = None if self._memory is not None else model.new_cache(opened.max_length)
         self._remembers = asyncio.Event()
+        self._computed = self._forks = 0
         self._one_shot = not manifest.is_causal(model.span)
         self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
         self._passes = Passes(shop.engine, shop.price, opened.max_length, self._billing, control.send, reserve)
@@ -351,6 +354,7 @@ class Hop:
                         self._cache.crop(start)  # its rows were computed, but are not fit to be signed
                 raise
             self._record.append(rows, outputs, want)
+            self._computed += len(rows)
             await self._deliver(Positions(start, len(self._record)))
         self._sign.set()
 
@@ -453,6 +457,8 @@ class Hop:
         first, last = frame.position, take(frame.body, "to", int)
         if source is None or source is self or source.client != self.client:
             raise SessionUnknown("no other session of yours with that id is open here")
+        if self._forks >= FREE_FORKS + FORKS_PER_ROW * self._computed:
+            raise Rejected("more forks than this session has computed rows for: each is signed, none is paid")
         same = source._windows.side == self._windows.side and source._open.top_k == self._open.top_k
         if self._one_shot or self._cache is None or source._cache is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
@@ -466,6 +472,7 @@ class Hop:
                 raise BadPosition(f"the two sessions differ before position {first}")
             self._make_room(self._record.bytes_of(0, first) + source._record.bytes_of(first, last))
             await self._rewind(frame, first, source, last)
+            self._forks += 1
 
     async def _on_memory(self, frame: Frame) -> None:
         """The encoder's last hidden states, which a decoder attends to: before the first step, in one frame or more."""

@@ -206,6 +206,21 @@ async def test_sessions_that_fork_from_each_other_at_once_do_not_wait_for_each_o
             assert (await session.signed(3))[-1].input == rows_root(ids(1, 2, 8))
 
 
+async def test_forks_without_end_are_refused_until_rows_are_computed_again(field: Field) -> None:
+    open_ = field.attacker.open
+    async with open_(field.first) as source, open_(field.first) as session:
+        await settle(field, source)
+        await computed(field, source, [1, 2, 3])
+        body = {"from": source.id, "to": 3}
+        for _ in range(64):
+            assert await session.command(Kind.FORK, body) is None
+        refused = await session.command(Kind.FORK, body)
+        assert refused is not None and refused["code"] == "rejected"
+        await session.step(ids(4), 3)
+        await session.signed(4)
+        assert await session.command(Kind.FORK, body) is None
+
+
 # -- dense rows
 
 
