@@ -8,14 +8,13 @@ them. With --local the same runs on the whole model in this process: the losses 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from served import CHECKPOINT, attach_lora, model
+from served import CHECKPOINT, attach_lora, command
 from tokenizers import Tokenizer
-from topics import Batch, Topics, as_batch
+from topics import Batch, Topics, accuracy, as_batch
 
 BATCH = 8
 
@@ -28,7 +27,7 @@ def run(served: Any, steps: int, say: Callable[[str], None]) -> list[float]:
     optimiser = torch.optim.Adam(lora.parameters(), lr=0.005)
     held_out = as_batch(topics.test)
     say(f"{sum(parameter.numel() for parameter in lora.parameters())} parameters are tuned")
-    say(f"held out: {accuracy(served, held_out, topics.label_ids):.0%} right before")
+    say(f"held out: {right_share(served, held_out, topics.label_ids):.0%} right before")
     losses = []
     for step in range(steps):
         loss = forward(served, topics.batch(step, BATCH)).loss
@@ -37,7 +36,7 @@ def run(served: Any, steps: int, say: Callable[[str], None]) -> list[float]:
         optimiser.step()
         losses.append(loss.item())
         say(f"step {step + 1:3d}  loss {losses[-1]:.6f}")
-    say(f"held out: {accuracy(served, held_out, topics.label_ids):.0%} right after")
+    say(f"held out: {right_share(served, held_out, topics.label_ids):.0%} right after")
     return losses
 
 
@@ -47,22 +46,9 @@ def forward(served: Any, batch: Batch) -> Any:
 
 
 @torch.no_grad()
-def accuracy(served: Any, batch: Batch, label_ids: list[int]) -> float:
-    """Share of sentences whose right label is the likelier one."""
-    logits = forward(served, batch).logits[:, -2, label_ids]
-    right = torch.tensor([label_ids.index(int(one)) for one in batch.ids[:, -1]])
-    return float((logits.argmax(dim=1) == right).float().mean())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--local", action="store_true", help="the whole model in this process")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--verify", default="audit", choices=["off", "audit", "full"])
-    options = parser.parse_args()
-    with model(options.local, options.verify) as served:
-        run(served, options.steps, print)
+def right_share(served: Any, batch: Batch, label_ids: list[int]) -> float:
+    return accuracy(forward(served, batch).logits, batch, label_ids)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, run)

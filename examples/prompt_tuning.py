@@ -8,14 +8,13 @@ as rows of a pass. With --local the same runs on the whole model in this process
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from served import CHECKPOINT, model
+from served import CHECKPOINT, command
 from tokenizers import Tokenizer
-from topics import Batch, Topics, as_batch
+from topics import Batch, Topics, accuracy, as_batch
 
 NUM_ROWS = 8
 BATCH = 8
@@ -29,7 +28,7 @@ def run(served: Any, steps: int, say: Callable[[str], None]) -> list[float]:
     soft = torch.nn.Parameter(embed(torch.randint(100, 4000, (NUM_ROWS,))).detach().clone())
     optimiser = torch.optim.Adam([soft], lr=0.1)
     held_out = as_batch(topics.test)
-    say(f"held out: {accuracy(served, soft, held_out, topics.label_ids):.0%} right before")
+    say(f"held out: {right_share(served, soft, held_out, topics.label_ids):.0%} right before")
     losses = []
     for step in range(steps):
         loss = forward(served, soft, topics.batch(step, BATCH)).loss
@@ -38,7 +37,7 @@ def run(served: Any, steps: int, say: Callable[[str], None]) -> list[float]:
         optimiser.step()
         losses.append(loss.item())
         say(f"step {step + 1:3d}  loss {losses[-1]:.6f}")
-    say(f"held out: {accuracy(served, soft, held_out, topics.label_ids):.0%} right after")
+    say(f"held out: {right_share(served, soft, held_out, topics.label_ids):.0%} right after")
     return losses
 
 
@@ -55,22 +54,9 @@ def forward(served: Any, soft: torch.Tensor, batch: Batch) -> Any:
 
 
 @torch.no_grad()
-def accuracy(served: Any, soft: torch.Tensor, batch: Batch, label_ids: list[int]) -> float:
-    """Share of sentences whose right label is the likelier one."""
-    logits = forward(served, soft, batch).logits[:, -2, label_ids]
-    right = torch.tensor([label_ids.index(int(one)) for one in batch.ids[:, -1]])
-    return float((logits.argmax(dim=1) == right).float().mean())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--local", action="store_true", help="the whole model in this process")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--verify", default="audit", choices=["off", "audit", "full"])
-    options = parser.parse_args()
-    with model(options.local, options.verify) as served:
-        run(served, options.steps, print)
+def right_share(served: Any, soft: torch.Tensor, batch: Batch, label_ids: list[int]) -> float:
+    return accuracy(forward(served, soft, batch).logits, batch, label_ids)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, run)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def model(local: bool, verify: str) -> Iterator[Any]:
             yield served
         for verdict in served.verdicts:
             print(f"checks passed: {verdict.passed}, failed: {verdict.failed}, paid: {sum(verdict.paid.values())}")
+
+
+def command(description: str, run: Callable[[Any, int, Callable[[str], None]], Any]) -> None:
+    """An example as a command: `run(model, steps, say)` on the served model, or with --local on the whole one."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--local", action="store_true", help="the whole model in this process")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--verify", default="audit", choices=["off", "audit", "full"])
+    options = parser.parse_args()
+    with model(options.local, options.verify) as served:
+        run(served, options.steps, print)
 
 
 def attach_lora(model: Any, targets: tuple[str, ...], rank: int, alpha: float) -> Lora:

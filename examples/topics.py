@@ -75,3 +75,9 @@ def _sentences(modules: tuple[str, ...]) -> list[str]:
                 if 30 < len(sentence) < 160:
                     found.add(sentence)
     return sorted(found)
+
+
+def accuracy(logits: torch.Tensor, batch: Batch, label_ids: list[int]) -> float:
+    """Share of sentences whose right label is the likelier one; logits (sentences, tokens, vocabulary)."""
+    right = torch.tensor([label_ids.index(int(one)) for one in batch.ids[:, -1]])
+    return float((logits[:, -2, label_ids].argmax(dim=1) == right).float().mean())

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tallystick.sampling import Sampling
 from tallystick.session import Session
 from tallystick.setting import Setting, Sides
 from tallystick.tasks.api import Tasks
+from tallystick.tasks.features import pool, to_unit_length
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
@@ -129,15 +131,16 @@ class AsyncClient(Tasks):
 
     async def embed(self, text: str, *, model: str = "", verify: Policy = "audit") -> Embedding:
         """A sentence's embedding, pooled as the model's own files say. Raises as `stream`."""
+        _check_policy(verify)
         record, manifest = await self.model(model)
         pooling = manifest.pooling
         if manifest.output != "hidden" or pooling is None:
             raise ConfigError(f"{manifest.name} gives no embeddings; use an encoder model")
         ids = (await self.network.tokens(record)).encode(text)
-        done = await self.run(model, ids, verify=verify)
-        vector = done.rows.mean(axis=0) if pooling.mode == "mean" else done.rows[0]
+        done = await self._pass(record, manifest, ids, None, None, verify)
+        vector = pool(done.rows, pooling.mode)
         if pooling.normalize:
-            vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+            vector = to_unit_length(vector)
         return Embedding(vector.astype(np.float32), len(ids), done.route, done.verdict)
 
     async def run(
@@ -156,12 +159,24 @@ class AsyncClient(Tasks):
         """
         _check_policy(verify)
         record, manifest = await self.model(model)
+        return await self._pass(record, manifest, ids, token_types, want, verify)
+
+    async def _pass(
+        self,
+        record: ModelRecord,
+        manifest: Manifest,
+        ids: list[int],
+        token_types: list[int] | None,
+        want: list[int] | None,
+        verify: Policy,
+    ) -> Encoded:
         stack = manifest.stack_of(Span(0, 1))
         _check_ids(manifest, ids, token_types)
         self._check_length(manifest, len(ids), 0)
         last_only = manifest.output_of(stack) == "label"
         wanted = want if want is not None else [len(ids) - 1] if last_only else list(range(len(ids)))
-        flags = [position in set(wanted) for position in range(len(ids))]
+        chosen = set(wanted)
+        flags = [position in chosen for position in range(len(ids))]
         verdict = Verdict(verify)
         sides = Sides(token_types=bytes(token_types or ()))
         survey, route = await self.plan(record, manifest, stack)
@@ -178,7 +193,7 @@ class AsyncClient(Tasks):
                     continue
         finally:
             await session.close()
-            self.banned |= {accusation.node for accusation in verdict.accusations}
+            self.ban(verdict)
         values = np.frombuffer(b"".join(rows), dtype="<f4").reshape(len(wanted), -1)
         return Encoded(values, list(session.route), verdict)
 
@@ -222,10 +237,8 @@ class AsyncClient(Tasks):
                 raise
             return manifest, opened
 
-        def leave() -> None:
-            self.banned |= {accusation.node for accusation in verdict.accusations}
-
-        return Decoder(verdict, beams, dense, open_sessions, lambda session: self.finish(session, verify), leave)
+        finish = partial(self.finish, verify=verify)
+        return Decoder(verdict, beams, dense, open_sessions, finish, partial(self.ban, verdict))
 
     async def passes(self, model: str, *, max_length: int = MAX_ROWS, verify: Policy = "audit") -> Passes:
         """Forward and backward passes for tuning (`async with await client.passes(...)`). max_length: rows of a pass.
@@ -266,19 +279,20 @@ class AsyncClient(Tasks):
 
     async def plan(self, record: ModelRecord, manifest: Manifest, stack: Span) -> tuple[Survey, list[Candidate]]:
         """The nodes there are, and the cheapest route over a stack. Raises NoRoute."""
-        settings = self.settings
         survey = await self.network.survey(record)
-        for last in (False, True):
-            try:
-                route = plan(
-                    survey.candidates, manifest.layers, self.banned, settings.numeric_class, settings.weights, stack
-                )
-                return survey, route
-            except NoRoute:
-                if last:
-                    raise
-                survey = await self.network.survey(record, fresh=True)
-        raise AssertionError  # not reached
+        try:
+            return survey, self._route(survey, manifest, stack)
+        except NoRoute:
+            survey = await self.network.survey(record, fresh=True)
+            return survey, self._route(survey, manifest, stack)
+
+    def _route(self, survey: Survey, manifest: Manifest, stack: Span) -> list[Candidate]:
+        settings = self.settings
+        return plan(survey.candidates, manifest.layers, self.banned, settings.numeric_class, settings.weights, stack)
+
+    def ban(self, verdict: Verdict) -> None:
+        """Never again use the nodes that a verdict accuses."""
+        self.banned |= {accusation.node for accusation in verdict.accusations}
 
     def _setting(
         self,

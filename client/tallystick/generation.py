@@ -137,7 +137,7 @@ class Stream:
             raise
         finally:
             await session.close()
-            client.banned |= {accusation.node for accusation in verdict.accusations}
+            client.ban(verdict)
         if finished:
             self._answer = Answer(
                 text=state.stream.text,

@@ -78,15 +78,22 @@ class Openings:
         log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
 
     def opening(self, index: int) -> Opening:
+        """What is asked of hop `index`."""
+        following = self._session.route[index + 1 : index + 2]
+        onward = following[0].node if following else ZERO_ADDRESS
+        return self._opening(index, self._nonce, self._session.attempt, onward)
+
+    def _opening(self, index: int, nonce: bytes, attempt: int, onward: Address) -> Opening:
+        session = self._session
         return Opening(
-            nonce=self._nonce,
-            model=self._session.setting.manifest.model_id,
-            num_layers=self._session.setting.manifest.layers,
-            attempt=self._session.attempt,
-            previous=self._session.route[index - 1].node if index else ZERO_ADDRESS,
-            next=self._session.route[index + 1].node if index + 1 < len(self._session.route) else ZERO_ADDRESS,
-            max_length=self._session.setting.max_length,
-            top_k=self._session.setting.top_k,
+            nonce=nonce,
+            model=session.setting.manifest.model_id,
+            num_layers=session.setting.manifest.layers,
+            attempt=attempt,
+            previous=session.route[index - 1].node if index else ZERO_ADDRESS,
+            next=onward,
+            max_length=session.setting.max_length,
+            top_k=session.setting.top_k,
         )
 
     async def connect(self, candidate: Candidate, opening: Opening) -> Remote:
@@ -154,17 +161,7 @@ class Openings:
 
     async def open_witness(self, candidate: Candidate, index: int) -> Remote:
         """A session of its own at another node of hop `index`'s span, to recompute what that hop did."""
-        opening = Opening(
-            nonce=fresh_nonce(),
-            model=self._session.setting.manifest.model_id,
-            num_layers=self._session.setting.manifest.layers,
-            attempt=0,
-            previous=self._session.route[index - 1].node if index else ZERO_ADDRESS,
-            next=ZERO_ADDRESS,
-            max_length=self._session.setting.max_length,
-            top_k=self._session.setting.top_k,
-        )
-        return await self.connect(candidate, opening)
+        return await self.connect(candidate, self._opening(index, fresh_nonce(), 0, ZERO_ADDRESS))
 
     def release(self) -> None:
         """The session has ended: what was set aside for it is free again."""

@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.one_model import OneModel
 from tallystick.client import Encoded
 from tallystick.repair import RolledBack
-from tallystick.tasks.api import Tasks
-from tallystick.tokens import Tokens
 from tallystick.verdict import Verdict
-from tallystick_protocol.chain.reads import ModelRecord
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.manifest import Canary, Manifest, Pooling
-from tallystick_protocol.types import Digest, ModelId
 
 _IDS = {
     "bos_token_id": "bos", "pad_token_id": "pad", "decoder_start_token_id": "decoder_start",
@@ -65,24 +62,15 @@ def generation_of(model: Any) -> dict[str, Any]:
     return found
 
 
-class LocalBackend(Tasks):
+class LocalBackend(OneModel):
     """One model in this process. catch_at: rows that were asked for when a cheater is caught, each of them once."""
 
     def __init__(self, model: Any, folder: Path, manifest: Manifest, catch_at: tuple[int, ...] = ()) -> None:
         self.whole = model
-        self.manifest = manifest
-        self.network = self
+        super().__init__(folder, manifest)
         self.asked = 0
         self.catch_at = set(catch_at)
         self.passes: list[int] = []
-        self._tokens = Tokens(folder / "tokenizer.json", folder / "tokenizer_config.json")
-
-    async def tokens(self, record: ModelRecord) -> Tokens:
-        return self._tokens
-
-    async def model(self, text: str) -> tuple[ModelRecord, Manifest]:
-        zero = Digest(bytes(32))
-        return ModelRecord(ModelId(bytes(32)), zero, zero, self.manifest.layers), self.manifest
 
     async def run(
         self, model: str, ids: list[int], *, token_types: list[int] | None = None, want: list[int] | None = None,

@@ -10,42 +10,31 @@ import numpy as np
 import torch
 
 from harness.checkpoints import Published, published
+from harness.one_model import OneModel
 from tallystick.client import Encoded
-from tallystick.tasks.api import Tasks
-from tallystick.tokens import Tokens
 from tallystick.verdict import Verdict
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
-from tallystick_protocol.chain.reads import ModelRecord
 from tallystick_protocol.manifest import Manifest
-from tallystick_protocol.types import Digest, ModelId, Span
+from tallystick_protocol.types import Span
 
 
-class SpanTasks(Tasks):
+class SpanTasks(OneModel):
     """A checkpoint that is published, and cut into one-layer spans; canonical where it has rules for that."""
 
     def __init__(self, checkpoint: Path, root: Path) -> None:
         self.checkpoint = checkpoint
         self.served: Published = published(checkpoint, root)
-        self.manifest: Manifest = self.served.manifest
-        self.network = self
+        super().__init__(checkpoint, self.served.manifest)
         self.encodings = 0
         manifest = self.manifest
         first = manifest.stack_of(Span(0, 1))
         self._first = self._cut(first)
         self._last = self._cut(manifest.stack_of(Span(manifest.layers - 1, manifest.layers))) \
             if first.end < manifest.layers else self._first
-        self._tokens = Tokens(checkpoint / "tokenizer.json", checkpoint / "tokenizer_config.json")
 
     def _cut(self, stack: Span) -> list[SpanModel]:
         return [self.served.load(Span(a, b)) for a, b in pairwise(range(stack.start, stack.end + 1))]
-
-    async def tokens(self, record: ModelRecord) -> Tokens:
-        return self._tokens
-
-    async def model(self, text: str) -> tuple[ModelRecord, Manifest]:
-        zero = Digest(bytes(32))
-        return ModelRecord(ModelId(bytes(32)), zero, zero, self.manifest.layers), self.manifest
 
     async def run(
         self, model: str, ids: list[int], *, token_types: list[int] | None = None, want: list[int] | None = None,

@@ -46,7 +46,7 @@ async def feature_extraction(
     how = manifest.pooling or Pooling("mean", False)
     vector = pool(rows, how.mode if pooling == "model" else pooling)[:dimensions]
     if how.normalize and pooling == "model" if normalize is None else normalize:
-        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        vector = to_unit_length(vector)
     return Answers([vector.astype(np.float32)], route, verdict)
 
 
@@ -55,3 +55,8 @@ def pool(rows: np.ndarray, mode: str) -> np.ndarray:
     if mode not in ("mean", "cls"):
         raise ConfigError(f'pooling={mode!r} is not one of "model", "mean", "cls", "none"')
     return np.asarray(rows.mean(axis=0) if mode == "mean" else rows[0])
+
+
+def to_unit_length(vector: np.ndarray) -> np.ndarray:
+    """The vector, scaled to Euclidean length 1; zeros stay zeros."""
+    return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12))
