@@ -16,8 +16,17 @@ from pathlib import Path
 from rich.console import Console
 
 from tallystick_devnet.demo import DemoOptions, default_model, run_demo
-from tallystick_devnet.localnet import LocalNet, thirds
-from tallystick_protocol.errors import TallystickError
+from tallystick_devnet.localnet import LocalNet, spread
+from tallystick_protocol.errors import ConfigError, TallystickError
+from tallystick_protocol.manifest import Manifest
+
+TASKS_TO_TRY = {
+    "feature-extraction": 'tallystick embed "a sentence"',
+    "fill-mask": 'tallystick run fill-mask "a text with one [MASK] or what the model calls it"',
+    "text-classification": 'tallystick run text-classification "a text"',
+    "token-classification": 'tallystick run token-classification "a text with names"',
+    "question-answering": 'tallystick run question-answering "a question" "a text that answers it"',
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     demo.set_defaults(command=_demo)
     up = commands.add_parser("up", help="stay up until Ctrl-C and print what to try")
-    up.add_argument("--model", type=Path, help="a local Hugging Face checkpoint folder; default: the demo model")
-    up.add_argument("--nodes", type=int, default=6, help="spread over three spans")
+    up.add_argument("--model", type=Path, help="a checkpoint folder or a .gguf file; default: the demo model")
+    up.add_argument("--numerics", choices=["fp32", "bf16w"], default="fp32")
+    up.add_argument("--quantize", choices=["int8", "int4"], help="store the layers' matrices as integers")
+    up.add_argument("--nodes", type=int, help="spread over the spans; default: two for each")
     up.add_argument("--folder", type=Path, default=Path(".devnet"), help="keys, logs and state; must not exist yet")
     up.add_argument("--rpc-port", type=int, default=8545)
     up.set_defaults(command=_up)
@@ -79,10 +90,15 @@ def _up(options: argparse.Namespace) -> int:
         raise TallystickError(f"{folder} exists: a devnet starts from nothing; remove it, or choose another --folder")
     folder.mkdir(parents=True)
     with LocalNet(folder, say, options.rpc_port) as net:
-        model, manifest = net.publish(options.model or default_model())
-        spans = thirds(manifest.layers)
-        net.prepare(options.nodes)
-        nodes = [net.add_node(model, spans[i % 3]) for i in range(options.nodes)]
+        model, manifest = net.publish(
+            options.model or default_model(), numerics=options.numerics, quantize=options.quantize
+        )
+        spans = spread(manifest)
+        count = 2 * len(spans) if options.nodes is None else options.nodes
+        if count < len(spans):
+            raise ConfigError(f"--nodes {count} leave layers unserved: {manifest.name} is cut into {len(spans)} spans")
+        net.prepare(count)
+        nodes = [net.add_node(model, spans[i % len(spans)]) for i in range(count)]
         for node in nodes:
             node.wait()
             say(f"  {node.name} {node.address} serves layers {node.span} at {node.url}")
@@ -98,14 +114,19 @@ def _up(options: argparse.Namespace) -> int:
         lines = [f"export {name}={value}" for name, value in environment.items()]
         (folder / "env").write_text("\n".join([*lines, f'export PATH="{Path(sys.executable).parent}:$PATH"', ""]))
         say(f"\nthe network is up. In another terminal:\n\n  source {os.path.relpath(folder / 'env')}")
-        say(
-            "  tallystick network"
-            + ("" if manifest.output == "hidden" else '\n  tallystick generate "The function returns"')
-        )
-        say('  tallystick embed "a sentence"' if manifest.output == "hidden" else "")
+        say(f"  tallystick network\n  {_to_try(manifest)}")
         say("\nCtrl-C stops it all.")
         threading.Event().wait()
     return 0
+
+
+def _to_try(manifest: Manifest) -> str:
+    """A command for what the model does."""
+    if manifest.task in TASKS_TO_TRY:
+        return TASKS_TO_TRY[manifest.task]
+    if manifest.encoder_layers:
+        return 'tallystick run summarization "a text"  # or translation'
+    return 'tallystick generate "The function returns"'
 
 
 if __name__ == "__main__":

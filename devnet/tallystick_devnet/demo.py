@@ -57,8 +57,8 @@ def run_demo(options: DemoOptions, folder: Path, say: Callable[[str], None]) -> 
     began = time.monotonic()
     with LocalNet(folder, say) as net:
         model, manifest = net.publish(options.model or default_model())
-        if manifest.output != "logits":
-            raise ConfigError(f"{manifest.name} does not generate text; try `tallystick embed` on a devnet")
+        if manifest.output != "logits" or not manifest.causal or manifest.encoder_layers:
+            raise ConfigError(f"{manifest.name} is for {manifest.task}, the demo continues a text: use scripts/devnet")
         nodes = _start_nodes(net, model, manifest, options.nodes, say)
         key, _ = net.client_key()
         return asyncio.run(_converse(net, nodes, key, model, manifest, options, began, say))

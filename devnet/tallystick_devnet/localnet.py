@@ -7,7 +7,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from tallystick.client import Settings
 from tallystick.publishing import cut, register, serve_content
@@ -16,8 +18,9 @@ from tallystick_devnet.localchain import ETHER, LocalChain, rich_key, start_chai
 from tallystick_devnet.nursery import Nursery
 from tallystick_devnet.processes import Process, stop_all
 from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.keystore import create_keystore, open_keystore
-from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.manifest import Manifest, Numerics
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, ModelId, Span, Wei
 
@@ -90,9 +93,16 @@ class LocalNet:
         """The base URL of the content store."""
         return self._content.url
 
-    def publish(self, checkpoint: Path, name: str | None = None) -> tuple[ModelId, Manifest]:
+    def publish(
+        self,
+        checkpoint: Path,
+        name: str | None = None,
+        *,
+        numerics: Numerics = "fp32",
+        quantize: Literal["int8", "int4"] | None = None,
+    ) -> tuple[ModelId, Manifest]:
         """Cut a checkpoint into pieces, put them into the content store, record the model on chain."""
-        manifest = cut(checkpoint, self._store, name, _licence(checkpoint))
+        manifest = cut(checkpoint, self._store, name, _licence(checkpoint), numerics=numerics, quantize=quantize)
         model = register(self.chain.chain(), rich_key(), manifest)
         self._say(f"published {manifest.name}: {manifest.layers} layers, manifest {manifest.cid}")
         return model, manifest
@@ -196,8 +206,22 @@ def _licence(checkpoint: Path) -> str | None:
 
 
 def thirds(layers: int) -> list[Span]:
-    """Three spans of nearly equal length. Raises ValueError for fewer than three layers."""
+    """Three spans of nearly equal length. Raises ConfigError for fewer than three layers."""
     if layers < 3:
-        raise ValueError(f"{layers} layers do not make three spans")
-    cuts = [0, layers // 3, 2 * layers // 3, layers]
-    return [Span(cuts[i], cuts[i + 1]) for i in range(3)]
+        raise ConfigError(f"{layers} layers do not make three spans")
+    return parts(Span(0, layers), 3)
+
+
+def spread(manifest: Manifest) -> list[Span]:
+    """Spans that cover a model: three of one stack, two of each of two; a layer each where there are fewer."""
+    if manifest.encoder_layers == 0:
+        return parts(manifest.whole, 3)
+    cut = manifest.encoder_layers
+    return parts(Span(0, cut), 2) + parts(Span(cut, manifest.layers), 2)
+
+
+def parts(stack: Span, count: int) -> list[Span]:
+    """`count` spans of nearly equal length that cover a stack; one for each layer where it has fewer."""
+    count = min(count, len(stack))
+    cuts = [stack.start + len(stack) * index // count for index in range(count + 1)]
+    return [Span(start, end) for start, end in pairwise(cuts)]
