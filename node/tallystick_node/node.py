@@ -16,14 +16,14 @@ from typing import IO, Any
 from tallystick_model.parallel import ParallelSpan
 from tallystick_node.config import NodeConfig
 from tallystick_node.engine import Engine
-from tallystick_node.hop import Shop
 from tallystick_node.journal import Journal
-from tallystick_node.links import Dialler
 from tallystick_node.listener import Listener, bind_loopback
 from tallystick_node.loading import Loading, close_model, self_check
 from tallystick_node.moving import look_around, relocation_in, watch_class, watch_ranks
 from tallystick_node.server import create_app
-from tallystick_node.sessions import Sessions
+from tallystick_node.session.hop import Shop
+from tallystick_node.session.links import Dialler
+from tallystick_node.session.registry import Sessions
 from tallystick_node.stake import Lookups, Redeemer, Registration, join
 from tallystick_node.till import Till
 from tallystick_protocol.chain.book import load_book

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from tallystick_node.sessions import Sessions
+from tallystick_node.session.registry import Sessions
 from tallystick_protocol.content.serving import BlockRequest, Reply
 from tallystick_protocol.errors import BadFrame, InternalError, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind

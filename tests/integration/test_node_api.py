@@ -24,7 +24,7 @@ from harness.raw_session import Attacker, Connection, Identity, RawSession, Targ
 from tallystick import AsyncClient
 from tallystick_devnet.localchain import rich_key
 from tallystick_node.server import create_app
-from tallystick_node.sessions import Sessions
+from tallystick_node.session.registry import Sessions
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.content.store import LocalStore

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from harness import samples
-from tallystick_node.record import Record
-from tallystick_node.windows import Terms, Windows
+from tallystick_node.session.record import Record
+from tallystick_node.session.windows import Terms, Windows
 from tallystick_protocol.errors import BadPosition, LinkMismatch
 from tallystick_protocol.receipts import Context, Receipt, leaf, merkle_root
 from tallystick_protocol.signing import digest

@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from harness import samples
-from tallystick_node.downstream import Downstream
-from tallystick_node.links import Dialler
-from tallystick_node.record import Record
+from tallystick_node.session.downstream import Downstream
+from tallystick_node.session.links import Dialler
+from tallystick_node.session.record import Record
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.peer import Peers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tallystick_node.record import Record
+from tallystick_node.session.record import Record
 from tallystick_protocol.errors import BadPosition
 from tallystick_protocol.receipts import leaf, merkle_root
 from tallystick_protocol.types import Positions

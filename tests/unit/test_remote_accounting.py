@@ -12,9 +12,9 @@ import pytest
 from harness import samples
 from tallystick.payments import Need, Purse
 from tallystick.remote import Opening, Remote, Standing
-from tallystick_node.record import Record
-from tallystick_node.windows import Terms as NodeTerms
-from tallystick_node.windows import Windows
+from tallystick_node.session.record import Record
+from tallystick_node.session.windows import Terms as NodeTerms
+from tallystick_node.session.windows import Windows
 from tallystick_protocol.chain.reads import ChannelFunds
 from tallystick_protocol.errors import BadSignature, ConfigError, Rejected
 from tallystick_protocol.frames import Frame, Kind

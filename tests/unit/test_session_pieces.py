@@ -11,9 +11,9 @@ from transformers import DynamicCache, MambaConfig
 
 from harness import samples
 from tallystick_model.stock import CannotForget, StockCache
-from tallystick_node.inbox import Inbox
-from tallystick_node.memory import Memory
-from tallystick_node.record import Record
+from tallystick_node.session.inbox import Inbox
+from tallystick_node.session.memory import Memory
+from tallystick_node.session.record import Record
 from tallystick_protocol.errors import BadPosition, ContextLengthExceeded, Overloaded, Unreachable
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame
 from tallystick_protocol.receipts import rows_root

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from harness import samples
-from tallystick_node.record import Record
-from tallystick_node.windows import Terms, Windows
+from tallystick_node.session.record import Record
+from tallystick_node.session.windows import Terms, Windows
 from tallystick_protocol.errors import LinkMismatch
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest

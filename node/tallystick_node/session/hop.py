@@ -16,19 +16,19 @@ from typing import Any
 
 from tallystick_model.canonical.cache import KvCache
 from tallystick_model.stock import CannotForget
-from tallystick_node.billing import Billing
-from tallystick_node.downstream import Downstream, result_frames
 from tallystick_node.engine import Engine
-from tallystick_node.gradients import Passes
-from tallystick_node.inbox import Inbox
 from tallystick_node.journal import Journal
-from tallystick_node.links import Dialler
-from tallystick_node.memory import Memory
-from tallystick_node.record import Record
-from tallystick_node.rows import RowFormat
+from tallystick_node.session.billing import Billing
+from tallystick_node.session.downstream import Downstream, result_frames
+from tallystick_node.session.inbox import Inbox
+from tallystick_node.session.links import Dialler
+from tallystick_node.session.memory import Memory
+from tallystick_node.session.passes import Passes
+from tallystick_node.session.record import Record
+from tallystick_node.session.rows import RowFormat
+from tallystick_node.session.windows import Terms, Windows
 from tallystick_node.stake import Lookups
 from tallystick_node.till import Till
-from tallystick_node.windows import Terms, Windows
 from tallystick_protocol.errors import (
     BadFrame,
     BadPosition,

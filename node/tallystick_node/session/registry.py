@@ -7,8 +7,8 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-from tallystick_node.hop import Hop, Shop
-from tallystick_node.rows import RowFormat
+from tallystick_node.session.hop import Hop, Shop
+from tallystick_node.session.rows import RowFormat
 from tallystick_protocol.errors import (
     BadMessage,
     BadSignature,

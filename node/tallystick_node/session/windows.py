@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tallystick_node.record import Record
+from tallystick_node.session.record import Record
 from tallystick_protocol.errors import LinkMismatch
 from tallystick_protocol.receipts import Context, Receipt
 from tallystick_protocol.types import ZERO32, ZERO_ADDRESS, Address, Digest, ModelId, SessionId, Span

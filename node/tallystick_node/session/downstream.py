@@ -6,8 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 
-from tallystick_node.links import Dialler, Link
-from tallystick_node.record import Record
+from tallystick_node.session.links import Dialler, Link
+from tallystick_node.session.record import Record
 from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame
 from tallystick_protocol.receipts import pack_flags

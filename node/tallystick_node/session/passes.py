@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from tallystick_model.gradients import Adapter, Hidden, SpanGradients
-from tallystick_node.billing import Billing
 from tallystick_node.engine import Engine
+from tallystick_node.session.billing import Billing
 from tallystick_protocol.errors import BadFrame, BadTensor, ContextLengthExceeded
 from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.passes import (

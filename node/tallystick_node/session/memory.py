@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tallystick_node.rows import check_rows
+from tallystick_node.session.rows import check_rows
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded
 from tallystick_protocol.frames import DType, Frame
 from tallystick_protocol.manifest import Manifest
