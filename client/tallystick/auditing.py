@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from tallystick.checks import agree, same_work
 from tallystick.remote import Remote
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind

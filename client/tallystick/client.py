@@ -19,7 +19,8 @@ from tallystick.network import Network, Survey
 from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
 from tallystick.repair import RolledBack
-from tallystick.route import Candidate, Weights, plan
+from tallystick.routing.candidates import Candidate, Weights
+from tallystick.routing.planner import plan
 from tallystick.sampling import Sampling
 from tallystick.session import Session
 from tallystick.setting import Setting, Sides

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.sampling import parse_top_k
 from tallystick.session import Session
 from tallystick.verdict import Verdict

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tallystick.repair import RolledBack
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.sampling import Sampling, pick
 from tallystick.session import Session
 from tallystick.tokens import TextStream

@@ -16,7 +16,9 @@ import numpy as np
 from tallystick.openings import AUDITOR_PRICE_FACTOR
 from tallystick.payments import Need, Purse
 from tallystick.remote import Opening, Remote, fresh_nonce
-from tallystick.route import Candidate, auditors, draw, no_route, stand_ins
+from tallystick.routing.candidates import Candidate
+from tallystick.routing.choice import auditors, draw, stand_ins
+from tallystick.routing.planner import no_route
 from tallystick.verdict import Check, Verdict
 from tallystick_protocol.errors import (
     BadTensor,

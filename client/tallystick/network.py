@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.tokens import Tokens
 from tallystick_protocol.chain.reads import Chain, ModelRecord, Serving
 from tallystick_protocol.content.cid import Cid, Codec

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from tallystick.auditing import Audit
 from tallystick.payments import Need
 from tallystick.remote import Opening, Remote, fresh_nonce
-from tallystick.route import Candidate, auditors, draw, stand_ins
+from tallystick.routing.candidates import Candidate
+from tallystick.routing.choice import auditors, draw, stand_ins
 from tallystick_protocol.errors import (
     ChainError,
     ConfigError,

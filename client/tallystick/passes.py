@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from tallystick.lanes import Lane, Workshop
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.frames import Kind

@@ -12,7 +12,7 @@ from functools import partial
 
 from tallystick.checks import Terms
 from tallystick.payments import Purse
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick_protocol.errors import (
     BadFrame,
     CorruptResult,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tallystick.auditing import Audit, Disagreement
 from tallystick.remote import Remote
-from tallystick.route import auditors
+from tallystick.routing.choice import auditors
 from tallystick.verdict import Accusation, Check
 from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, TallystickError
 from tallystick_protocol.frames import Frame, Kind

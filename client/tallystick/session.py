@@ -17,7 +17,7 @@ from tallystick.openings import Openings
 from tallystick.remote import Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.setting import Setting
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tallystick.payments import Need, Purse
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Context, rows_root

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.manifest import Canary, FileRef, Manifest, Piece, PieceKind, Pooling, TensorSpec
 from tallystick_protocol.messages import Offer, Opened, PushOpen, SessionOpen

@@ -7,7 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from harness import samples
-from tallystick.route import HOP_COST, Candidate, Weights, plan
+from tallystick.routing.candidates import Candidate, Weights
+from tallystick.routing.planner import HOP_COST, plan
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Digest
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 
 from harness import samples
-from tallystick.route import Candidate, Weights, auditors, draw, plan, stand_ins
+from tallystick.routing.candidates import Candidate, Weights
+from tallystick.routing.choice import auditors, draw, stand_ins
+from tallystick.routing.planner import plan
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Digest, Wei
 

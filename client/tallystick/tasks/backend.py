@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.tokens import Tokens
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.reads import ModelRecord

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, look_up, merge
 from tallystick.tasks.options import checked
 from tallystick.tasks.passes import analyse, longest, one_pass

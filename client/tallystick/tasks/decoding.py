@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tallystick.repair import RolledBack
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.sampling import draw
 from tallystick.tasks.backend import Backend, Decoder, Row, Served, check_length, check_rows, merge
 from tallystick.tasks.beams import BeamSearch

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.tasks.backend import Backend, Served, check_length, check_rows
 from tallystick.tokens import Encoding
 from tallystick.verdict import Policy, Verdict

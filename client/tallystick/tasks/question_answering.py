@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.tasks.backend import Answers, Backend, TaskAnswers, look_up, merge
 from tallystick.tasks.options import checked
 from tallystick.tasks.passes import longest, one_pass

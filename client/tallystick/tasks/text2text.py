@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tallystick.route import Candidate
+from tallystick.routing.candidates import Candidate
 from tallystick.tasks.backend import Answers, Backend, Served, TaskAnswers, check_length, check_rows, look_up, merge
 from tallystick.tasks.decoding import Continuation, Order, generate
 from tallystick.tasks.languages import codes, source_ids, target_code

@@ -1,0 +1,42 @@
+"""Who may take a hop's place in mid-session, and who may check it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+
+from tallystick.routing.candidates import Candidate
+from tallystick_protocol.types import Address
+
+
+def stand_ins(candidates: Iterable[Candidate], hop: Candidate, avoid: Collection[Address]) -> list[Candidate]:
+    """Nodes that could take a hop's place in mid-session: the same span and class, cheapest first."""
+    same = [
+        c
+        for c in candidates
+        if c.span == hop.span and c.offer.numeric_class == hop.offer.numeric_class and c.node not in avoid
+    ]
+    return sorted(same, key=lambda c: (c.offer.price, c.rtt_s, c.node))
+
+
+def draw(candidates: list[Candidate], coins: Iterable[float], dearest: int) -> list[Candidate]:
+    """All candidates that ask at most `dearest`, in a random order in which stake is the chance to come first.
+
+    coins: one uniform number in (0, 1) per candidate, from a cryptographic generator (Efraimidis and Spirakis 2006).
+    """
+    keyed = [(math.log(coin) / max(c.stake, 1), c) for c, coin in zip(candidates, coins, strict=False)]
+    ordered = sorted(keyed, key=lambda pair: -pair[0])
+    return [candidate for _, candidate in ordered if candidate.offer.price <= dearest]
+
+
+def auditors(
+    candidates: Iterable[Candidate], route: list[Candidate], index: int, avoid: Collection[Address]
+) -> list[Candidate]:
+    """Nodes that may check hop `index`: its span and class, other operators and payees than it and the hop before."""
+    judged = route[max(0, index - 1) : index + 1]
+    operators = {c.operator for c in judged} | {c.payee for c in judged}
+    return [
+        c
+        for c in stand_ins(candidates, route[index], avoid)
+        if c.operator not in operators and c.payee not in operators
+    ]
