@@ -11,8 +11,8 @@ from typing import Any
 from tallystick.blocking import Client
 from tallystick.client import AsyncClient, Embedding, Settings
 from tallystick.generation import Answer, Retracted, Stream, Token
-from tallystick.sampling import Sampling
 from tallystick.verdict import Verdict
+from tallystick_protocol.sampling import Sampling
 
 __all__ = [
     "Answer",

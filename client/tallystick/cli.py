@@ -20,7 +20,6 @@ from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
-from tallystick.sampling import Sampling
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
@@ -29,6 +28,7 @@ from tallystick_protocol.content.ipfs import DaemonStore
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import BadMessage, ConfigError, TallystickError
 from tallystick_protocol.keystore import open_keystore, read_password
+from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key, address_bytes, checksum_address
 from tallystick_protocol.types import Address, Wei
 

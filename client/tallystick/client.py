@@ -21,7 +21,6 @@ from tallystick.payments import Need, Purse
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.planner import plan
-from tallystick.sampling import Sampling
 from tallystick.session import Session
 from tallystick.setting import Setting, Sides
 from tallystick.tasks.api import Tasks
@@ -33,6 +32,7 @@ from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRou
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
+from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, Digest, Span, Wei
 

@@ -13,11 +13,11 @@ from typing import Literal
 import numpy as np
 
 from tallystick.routing.candidates import Candidate
-from tallystick.sampling import parse_top_k
 from tallystick.session import Session
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.sampling import parse_top_k
 
 Row = np.ndarray | tuple[np.ndarray, np.ndarray]
 """Dense: (values,) fp32. Else the ids (k,) u32 and logits (k,) fp32 of the k largest, by value descending."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate
-from tallystick.sampling import Sampling, pick
 from tallystick.session import Session
 from tallystick.tokens import TextStream
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.sampling import Sampling, pick
 
 if TYPE_CHECKING:
     from tallystick.client import AsyncClient

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tallystick.sampling import parse_top_k
 from tallystick.setting import Setting
 from tallystick_protocol.errors import CorruptResult
 from tallystick_protocol.frames import DType, Frame, take
+from tallystick_protocol.sampling import parse_top_k
 from tallystick_protocol.types import Address
 
 log = logging.getLogger(__name__)

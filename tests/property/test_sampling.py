@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallystick.sampling import Sampling, distribution, pick
 from tallystick_protocol.errors import CorruptResult
+from tallystick_protocol.sampling import Sampling, distribution, pick
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 SAMPLINGS = st.builds(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tallystick.sampling import Sampling, distribution, parse_top_k, pick
 from tallystick_protocol.errors import ConfigError, CorruptResult
+from tallystick_protocol.sampling import Sampling, distribution, parse_top_k, pick
 
 LOGITS = [4.0, 3.5, 3.5, 2.0, 1.0, 0.0, -1.0, -30.0]
 IDS = [7, 3, 9, 0, 2, 1, 5, 8]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from tallystick.sampling import Sampling, distribution
 from tallystick.tasks.processors import log_softmax, process, rules
 from tallystick.tasks.settings import Generation
+from tallystick_protocol.sampling import Sampling, distribution
 
 VOCAB, EOS, MAX = 40, (2, 5), 24
 ENCODER = [7, 8, 9, 7, 30, 31]

@@ -9,13 +9,13 @@ import numpy as np
 
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate
-from tallystick.sampling import draw
 from tallystick.tasks.backend import Backend, Decoder, Row, Served, check_length, check_rows, merge
 from tallystick.tasks.beams import BeamSearch
 from tallystick.tasks.processors import Rule, log_softmax, process, rules
 from tallystick.tasks.settings import Generation
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.errors import CorruptResult
+from tallystick_protocol.sampling import draw
 
 MAX_RESTARTS = 8
 TOP_ROWS = 64

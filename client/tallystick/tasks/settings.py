@@ -13,10 +13,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tallystick.decoding import MAX_BEAMS
-from tallystick.sampling import Sampling
 from tallystick.tasks.options import check
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.sampling import Sampling
 
 MAX_NEW_TOKENS = 1 << 20
 DEFAULT_NEW_TOKENS = 20

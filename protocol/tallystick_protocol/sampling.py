@@ -1,7 +1,9 @@
 """Choosing a token from the largest logits: greedy, temperature, top-k, top-p, min-p, with a seed. Pure.
 
-The network returns the k largest logits of a position; sampling with top_p near 1 is therefore over those k, not over
-the whole vocabulary. The generator is NumPy's Philox: a seed gives the same tokens on every machine and over failovers.
+Clients and last hops choose alike. The network returns the k largest logits of a position; sampling with top_p near 1
+is therefore over those k, not over the whole vocabulary. A choice is a function of the row, the settings and the
+position alone, by NumPy's Philox: a seed gives the same tokens on every machine, over failovers, and however many rows
+come at once.
 """
 
 from __future__ import annotations
