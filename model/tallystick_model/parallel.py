@@ -110,6 +110,12 @@ class ParallelSpan(SpanModel):
         _send({"do": what, "segments": told, "gone": gone}, tensors)
 
 
+def close_model(model: SpanModel) -> None:
+    """End what a model has running beside this process."""
+    if isinstance(model, ParallelSpan):
+        model.close()
+
+
 def load_parallel(
     manifest: Manifest, span: Span, open_piece: Callable[[Piece], Path], ranks: int, threads: int = 1
 ) -> ParallelSpan:

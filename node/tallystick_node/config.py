@@ -59,6 +59,9 @@ class NodeConfig(BaseSettings):
     unconfirmed_pool: int = Field(10**16, ge=0, description="credit to all clients against unconfirmed funding")
     max_length: int = Field(4096, ge=32, le=1 << 22, description="positions of one session at most")
     memory: int = Field(0, ge=0, description="memory that weights and caches may take; 0: what is free, less a tenth")
+    class_cache: Path = Field(
+        Path("~/.cache/tallystick-node/classes"), description="folder for measured numeric classes, which nodes share"
+    )
     store: Path | None = Field(None, description="folder for pieces, which nodes may share; empty: in state")
     cache_bytes: int = Field(1 << 30, ge=1 << 20, description="memory for all sessions' caches and kept rows")
     max_sessions: int = Field(64, ge=1, le=4096, description="sessions open at once")
@@ -138,6 +141,11 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> NodeConfig:
         raise ConfigError(f'{error}: lists are written as JSON there, for example ["http://…"]') from None
     assert isinstance(config, NodeConfig)
     return config
+
+
+def process_environment() -> dict[str, str]:
+    """The environment that the libraries of this process read."""
+    return dict(os.environ)
 
 
 def _check_file(path: Path, known: set[str]) -> None:

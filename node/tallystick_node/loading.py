@@ -5,21 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tallystick_model.canary import check_canary
 from tallystick_model.devices import CPU, Placement
+from tallystick_model.kept_classes import KeptClasses, Measured
 from tallystick_model.loader import load_span
-from tallystick_model.numeric_class import STOCK, numeric_class
-from tallystick_model.parallel import ParallelSpan, load_parallel
+from tallystick_model.numeric_class import STOCK
+from tallystick_model.parallel import close_model, load_parallel
 from tallystick_model.span import SpanModel
-from tallystick_node.config import NodeConfig
+from tallystick_node.config import NodeConfig, process_environment
 from tallystick_node.pieces import Pieces
 from tallystick_node.placing import accelerators, place_span, room_on
 from tallystick_node.planning.choice import Machine, candidates, choose, consider_move
@@ -27,32 +26,15 @@ from tallystick_node.planning.measure import check_memory, machine_for
 from tallystick_node.planning.report import Plan, why_of
 from tallystick_node.planning.supply import stacks_of
 from tallystick_node.planning.survey import find_servers, supply_of
+from tallystick_node.starting import Durations, fetch_and_load
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import ConfigError
-from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.manifest import Manifest, Piece
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.types import Address, Digest, ModelId, Span
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Durations:
-    """Where the time of a start went, seconds by step."""
-
-    steps: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def of(self, step: str) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.steps[step] = self.steps.get(step, 0.0) + time.monotonic() - begin
-
-    def __str__(self) -> str:
-        return ", ".join(f"{step} {seconds:.2f} s" for step, seconds in self.steps.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +44,8 @@ class Loaded:
     manifest: Manifest
     model: SpanModel
     numeric_class: Digest
+    class_age_s: float
+    """Since the class was measured by this machine."""
 
 
 class Loading:
@@ -73,6 +57,7 @@ class Loading:
         state = config.state.expanduser()
         self._folder: Path = state / "pieces"
         self.store = LocalStore((config.store or state / "store").expanduser())
+        self._classes = KeptClasses(config.class_cache.expanduser(), process_environment())
         self._draw = random.Random()
         self._machine: Machine | None = None
         self._devices: tuple[torch.device, ...] | None = None
@@ -126,29 +111,34 @@ class Loading:
         placement = place_span(config.device, manifest, span, room)
         check_memory(manifest, span, config.memory, placement)
         pieces = await self._pieces()
-        with took.of("fetching and hashing"):
-            await pieces.fetch(manifest, span)
-        with took.of("reading, checking and packing"):
-            model = await asyncio.to_thread(self._load, manifest, span, pieces, placement)
+        model = await fetch_and_load(
+            pieces, manifest, span, lambda open_piece: self._load(manifest, span, open_piece, placement), took
+        )
         try:
             with took.of("canary"):
                 error = await asyncio.to_thread(self._reproduce, model, manifest)
             with took.of("class test"):
-                measured = await asyncio.to_thread(self.measure_class, manifest, placement.distinct)
+                measured = await asyncio.to_thread(self._find_class, manifest, placement.distinct)
         except BaseException:
             close_model(model)
             raise
         log.info("layers %s loaded; the canary is reproduced to %.1e", placement, error)
         log.info("start took: %s", took)
-        log.info("numeric class %s", measured.hex()[:16] if any(measured) else "stock")
+        offered = measured.numeric_class
+        log.info(
+            "numeric class %s%s", offered.hex()[:16] if any(offered) else "stock",
+            ", as this machine measured it before" if measured.age_s else "",
+        )  # fmt: skip
         if config.store is None:
             await asyncio.to_thread(pieces.drop, manifest, span)
-        return Loaded(manifest, model, measured)
+        return Loaded(manifest, model, offered, measured.age_s)
 
     def _room(self, manifest: Manifest) -> list[tuple[torch.device, int]]:
         """Accelerators, and bytes for weights there."""
         if self._devices is None:
-            self._devices = accelerators(self._config, manifest)
+            self._devices = accelerators(
+                self._config, manifest, lambda model, devices: self._classes.find(model, devices).numeric_class
+            )
         return room_on(self._devices, manifest, self._config.cache_bytes)
 
     def _reproduce(self, model: SpanModel, manifest: Manifest) -> float:
@@ -163,27 +153,29 @@ class Loading:
             ) from None
 
     def measure_class(self, manifest: Manifest, devices: Sequence[torch.device] = (CPU,)) -> Digest:
-        """The class to offer. devices: those that layers are on.
+        """The class as the machine computes at this moment. devices: those that layers are on.
 
         Raises ConfigError where canonical results are asked for and the machine has none.
         """
         if self._config.execution == "stock":
             return STOCK
-        measured = numeric_class(manifest, devices)
-        if not any(measured):
-            names = ", ".join(map(str, devices))
-            raise ConfigError(
-                f"this machine is not canonical for {manifest.name} on {names}: its own chunkings disagree, or its"
-                " devices do, or the model has no canonical rule; try other settings for threads or device, another"
-                ' machine, or execution = "stock"'
-            )
-        return measured
+        return _canonical(self._classes.measure(manifest, devices), manifest, devices)
 
-    def _load(self, manifest: Manifest, span: Span, pieces: Pieces, placement: Placement) -> SpanModel:
+    def _find_class(self, manifest: Manifest, devices: Sequence[torch.device]) -> Measured:
+        """The class to offer: the kept one, else as `measure_class`."""
+        if self._config.execution == "stock":
+            return Measured(STOCK, 0.0)
+        found = self._classes.find(manifest, devices)
+        _canonical(found.numeric_class, manifest, devices)
+        return found
+
+    def _load(
+        self, manifest: Manifest, span: Span, open_piece: Callable[[Piece], Path], placement: Placement
+    ) -> SpanModel:
         config = self._config
         if config.tensor_parallel > 1:
-            return load_parallel(manifest, span, pieces.path, config.tensor_parallel, config.threads)
-        return load_span(manifest, span, pieces.path, execution=config.execution, placement=placement)
+            return load_parallel(manifest, span, open_piece, config.tensor_parallel, config.threads)
+        return load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
 
     async def _pieces(self) -> Pieces:
         serving = await asyncio.to_thread(self._chain.serving, self._model)
@@ -191,10 +183,16 @@ class Loading:
         return Pieces(self.store, self._folder, [*self._config.sources, *urls])
 
 
-def close_model(model: SpanModel) -> None:
-    """End what a model has running beside this process."""
-    if isinstance(model, ParallelSpan):
-        model.close()
+def _canonical(measured: Digest, manifest: Manifest, devices: Sequence[torch.device]) -> Digest:
+    """The class, if it is one. Raises ConfigError for STOCK."""
+    if not any(measured):
+        names = ", ".join(map(str, devices))
+        raise ConfigError(
+            f"this machine is not canonical for {manifest.name} on {names}: its own chunkings disagree, or its devices"
+            " do, or the model has no canonical rule; try other settings for threads or device, another machine, or"
+            ' execution = "stock"'
+        )
+    return measured
 
 
 def self_check(loading: Loading, loaded: Loaded) -> Callable[[], Digest]:

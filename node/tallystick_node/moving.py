@@ -65,14 +65,23 @@ async def look_around(loading: Loading, sessions: Sessions, span: Span, every_s:
 
 
 async def watch_class(
-    engine: Engine, sessions: Sessions, check: Callable[[], Digest], offered: Digest, span: Span, every_s: float
+    engine: Engine,
+    sessions: Sessions,
+    check: Callable[[], Digest],
+    offered: Digest,
+    span: Span,
+    every_s: float,
+    age_s: float = 0.0,
 ) -> None:
     """Reproduce the canary and measure the class again now and then, when the node is idle, or after waiting for that.
 
     A node that gets other bits than it offered ends its sessions and offers anew what it is.
+    age_s: how long ago the class that it offers was measured; the first check comes that much earlier.
     """
+    due_s = max(0.0, every_s - age_s)
     while True:
-        await asyncio.sleep(every_s)
+        await asyncio.sleep(due_s)
+        due_s = every_s
         await _wait_until(lambda: not len(sessions), IDLE_WAIT_S)
         try:
             found = await engine.run(check)

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from tallystick_model.parallel import ParallelSpan
+from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.config import NodeConfig
 from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
 from tallystick_node.listener import Listener, bind_loopback
-from tallystick_node.loading import Loading, close_model, self_check
+from tallystick_node.loading import Loading, self_check
 from tallystick_node.moving import look_around, relocation_in, watch_class, watch_ranks
 from tallystick_node.server import create_app
 from tallystick_node.session.hop import Shop
@@ -192,7 +192,9 @@ class Node:
             beside = [
                 self._renew_offers(shop, manifest),
                 self._redeem_now_and_then(redeemer),
-                watch_class(engine, sessions, check, loaded.numeric_class, span, config.check_class_s),
+                watch_class(
+                    engine, sessions, check, loaded.numeric_class, span, config.check_class_s, loaded.class_age_s
+                ),
             ]
             if isinstance(loaded.model, ParallelSpan):
                 beside.append(watch_ranks(loaded.model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tallystick_node.planning.measure import check_disk
@@ -42,9 +42,12 @@ class Pieces:
             )
         return manifest
 
-    async def fetch(self, manifest: Manifest, span: Span) -> None:
+    async def fetch(
+        self, manifest: Manifest, span: Span, arrived: Callable[[Piece, Path], None] = lambda _piece, _path: None
+    ) -> None:
         """Bring every piece of a span and its canary; the first span brings the tokenizer, too, for clients.
 
+        arrived(piece, file): called for every piece as soon as all its bytes are checked.
         What is here already is read and hashed anew: a disk may forget a bit after it was checked; what is damaged is
         fetched again. Raises BlockMissing naming the layer that nobody has, ConfigError when the disk is too small.
         """
@@ -55,7 +58,7 @@ class Pieces:
             check_disk(self._store.root, total, max(piece.bytes for piece in lacking))
             log.info("fetching %d pieces of %s, %.1f MB", len(lacking), manifest.name, total / 1e6)
         for piece in pieces:
-            await self._fetch(piece.name, piece.cid, piece.bytes)
+            arrived(piece, await self._fetch(piece.name, piece.cid, piece.bytes))
         canary = manifest.canary
         decodes = 0 < manifest.encoder_layers <= span.start
         memory = [canary.rows[manifest.encoder_layers]] if decodes else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,12 +13,16 @@ from tallystick_model.numeric_class import numeric_class
 from tallystick_node.config import NodeConfig
 from tallystick_node.planning.measure import KEPT_FREE
 from tallystick_protocol.manifest import Manifest
-from tallystick_protocol.types import Span
+from tallystick_protocol.types import Digest, Span
 
 log = logging.getLogger(__name__)
 
 
-def accelerators(config: NodeConfig, manifest: Manifest) -> tuple[torch.device, ...]:
+def accelerators(
+    config: NodeConfig,
+    manifest: Manifest,
+    classify: Callable[[Manifest, Sequence[torch.device]], Digest] = numeric_class,
+) -> tuple[torch.device, ...]:
     """The devices to be used beside the CPU, in order. Raises ConfigError for one that is not there.
 
     device = "auto" with canonical execution uses them only if they pass the class test for this model.
@@ -30,7 +34,7 @@ def accelerators(config: NodeConfig, manifest: Manifest) -> tuple[torch.device, 
     if config.device == "auto" and config.execution == "canonical":
         names = ", ".join(map(str, found))
         try:
-            canonical = any(numeric_class(manifest, found))
+            canonical = any(classify(manifest, found))
         except RuntimeError as error:  # which torch raises for whatever a device cannot do, or has no memory for
             log.warning("the class test fails on %s, %s runs on the CPU: %.160s", names, manifest.name, error)
             return ()
