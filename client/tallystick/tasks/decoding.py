@@ -99,7 +99,8 @@ async def generate(
                 await decoder.finish()
             except RolledBack:
                 continue
-            return found, list(decoder.route), merge(verdicts)
+            route = list(decoder.route)
+        return found, route, merge(verdicts)  # sessions tell what was paid when they close
     raise CorruptResult(f"{MAX_RESTARTS} generations in a row met a cheater; try later, or with other nodes")
 
 
