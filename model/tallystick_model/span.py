@@ -77,6 +77,11 @@ class SpanModel:
         return self._spliced.passage.placement
 
     @property
+    def packs(self) -> bool:
+        """Whether rows of several sessions share calls."""
+        return self._packs
+
+    @property
     def row_bytes(self) -> int:
         """Cache bytes that one position of a session takes in this span (fp32)."""
         return sum(shape.row_bytes for shape in self._cache_shapes.values()) if self.causal else 0

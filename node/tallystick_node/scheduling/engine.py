@@ -1,0 +1,231 @@
+"""The one device thread: computes the rows that the queue picks, and whatever else needs the model.
+
+Results do not depend on the company (canonical execution), so packing is a matter of speed alone. Everything that
+touches the model runs on this thread; everybody else awaits. Nothing is locked: jobs come through a `SimpleQueue`, and
+the answers to all jobs of a forward go back to their event loop in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil, inf
+from typing import Any, TypeVar
+
+import torch
+
+from tallystick_model.segments import Cache, Segment
+from tallystick_model.span import SpanModel
+from tallystick_node.scheduling.load import Load, Meter
+from tallystick_node.scheduling.pieces import divides, piece_of
+from tallystick_node.scheduling.policy import FairQueue, Job
+from tallystick_protocol.errors import Overloaded, TallystickError, Unreachable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+STEP_ROWS, STEP_ROWS_ACCELERATOR = 96, 256
+"""Rows of a forward: a client's frame of 64 and 32 steps. Measured: docs/sessions.md."""
+
+MAX_RETRY_S = 60
+
+
+class Withdrawn(Exception):
+    """The rows were withdrawn before all of them were computed; the cache may hold the first of them."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Task(Job):
+    """A session's rows, which may be packed with others', or other work, which goes alone."""
+
+    task: Segment | Callable[[], Any]
+    future: asyncio.Future[Any]
+    done: int = 0
+    parts: list[torch.Tensor] = field(default_factory=list)
+
+
+_Answer = tuple[_Task, Any, BaseException | None]
+
+
+class Engine:
+    """Computes segments of sessions in the order that `FairQueue` gives them, those that wait together in one forward.
+
+    A model whose sessions share no calls computes them one after the other, in the same order.
+    """
+
+    def __init__(self, model: SpanModel, step_rows: int = 0) -> None:
+        """step_rows: rows of a forward; 0 for what suits the device."""
+        self.model = model
+        usual = STEP_ROWS if model.placement.first.type == "cpu" else STEP_ROWS_ACCELERATOR
+        self.step_rows = step_rows or usual
+        self.meter = Meter()
+        self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
+        self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._waiting: dict[int, _Task] = {}
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> Load:
+        """What waits and how fast it goes. On the event loop."""
+        waiting = list(self._waiting.values())
+        return self.meter.load(len(waiting), sum(task.rows for task in waiting))
+
+    @property
+    def retry_after_s(self) -> int:
+        """When somebody who is refused for lack of room may try again: when what waits now has been computed."""
+        return min(max(ceil(self.load.backlog_s), 1), MAX_RETRY_S)
+
+    async def forward(self, segment: Segment, payer: str = "", wait_s: float = inf) -> Any:
+        """The segment's result: (rows, width) float32, or (wanted rows, vocabulary) logits from the last span.
+
+        payer: who the rows are fair to; wait_s: for how long they are wanted. Long segments are computed in pieces;
+        what has been computed is in the cache, also when this raises. One segment of a cache at a time.
+        Cancelling the caller drops what has not begun. Raises what `SpanModel.forward` does, Overloaded when wait_s
+        has passed, Withdrawn.
+        """
+        divisible = divides(self.model, segment)
+        return await self._submit(segment, payer, len(segment), divisible, wait_s)
+
+    async def run(self, work: Callable[[], T], payer: str = "", rows: int = 0) -> T:
+        """The result of other work with the model, on its thread. Cancelling drops it if it has not begun.
+
+        rows: what it counts as; 0 for a whole forward.
+        """
+        result: T = await self._submit(work, payer, rows or self.step_rows, False, inf)
+        return result
+
+    def withdraw(self, cache: Cache | None) -> None:
+        """Nobody wants the rows any more that wait for this cache: their `forward` raises Withdrawn.
+
+        Unless it is too late: a forward in flight ends, and if it was the last one for these rows, they are returned.
+        """
+        for task in self._waiting.values():
+            if cache is not None and isinstance(task.task, Segment) and task.task.cache is cache:
+                task.withdrawn = True
+
+    def close(self) -> None:
+        """Stop after the forward in flight. Waiting jobs fail as unreachable."""
+        self._incoming.put(None)
+        self._thread.join(timeout=30)
+
+    # -- on the event loop
+
+    async def _submit(
+        self, work: Segment | Callable[[], Any], payer: str, rows: int, divisible: bool, wait_s: float
+    ) -> Any:
+        future = asyncio.get_running_loop().create_future()
+        deadline = time.monotonic() + wait_s
+        task = _Task(payer, rows, divisible, deadline, task=work, future=future)
+        self._waiting[id(task)] = task
+        self._incoming.put(task)
+        try:
+            return await future
+        finally:
+            task.withdrawn = True
+            del self._waiting[id(task)]
+
+    # -- on the device thread
+
+    def _run(self) -> None:
+        while self._take_in():
+            turn = self._queue.pick(time.monotonic())
+            answers: list[_Answer] = [(task, None, _refusal(task)) for task in turn.refused]
+            segments = [(task, count) for task, count in turn.picked if isinstance(task.task, Segment)]
+            if self.model.packs:
+                answers += self._compute(segments) if segments else []
+            else:
+                for one in segments:
+                    _answer(answers)
+                    answers = self._compute([one])
+            for task, count in turn.picked:
+                if not isinstance(task.task, Segment):
+                    _answer(answers)
+                    answers = [self._work(task, task.task, count)]
+            _answer(answers)
+        left = self._queue.clear()
+        while not self._incoming.empty():
+            late = self._incoming.get()
+            left += [] if late is None else [late]
+        _answer([(task, None, Unreachable("the node is stopping")) for task in left])
+
+    def _take_in(self) -> bool:
+        """Put what has come into the queue, waiting for something if there is nothing to do; False when closed."""
+        while not len(self._queue) or not self._incoming.empty():
+            task = self._incoming.get()
+            if task is None:
+                return False
+            self._queue.put(task)
+        return True
+
+    def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
+        """One forward; the answers to the jobs that are complete with it, or have failed."""
+        began = time.perf_counter()
+        pieces = [piece_of(self.model, task.task, task.done, count) for task, count in batch]  # type: ignore[arg-type]
+        try:
+            results = self.model.forward(pieces)
+        except Exception as error:
+            if len(batch) > 1:  # one bad session must not fail its company
+                return [answer for one in batch for answer in self._compute([one])]
+            if not isinstance(error, TallystickError):
+                log.exception("a forward failed")
+            task = batch[0][0]
+            task.withdrawn = True
+            return [(task, None, error)]
+        self.meter.note(sum(count for _, count in batch), len(batch), time.perf_counter() - began)
+        done = [_completed(task, count, result) for (task, count), result in zip(batch, results, strict=True)]
+        return [answer for answer in done if answer is not None]
+
+    def _work(self, task: _Task, work: Callable[[], Any], count: int) -> _Answer:
+        began = time.perf_counter()
+        try:
+            result = work()
+        except Exception as error:
+            if not isinstance(error, TallystickError):
+                log.exception("work with the model failed")
+            return task, None, error
+        self.meter.note(count, 1, time.perf_counter() - began)
+        return task, result, None
+
+
+def _refusal(task: _Task) -> BaseException:
+    if task.withdrawn:
+        return Withdrawn()
+    return Overloaded("these rows waited longer than they were wanted for", retry_after_s=MAX_RETRY_S)
+
+
+def _completed(task: _Task, count: int, result: torch.Tensor) -> _Answer | None:
+    """Keep a piece's result; the answer when it was the last piece."""
+    task.done += count
+    task.parts.append(result)
+    if task.rows:
+        return None
+    return task, task.parts[0] if len(task.parts) == 1 else torch.cat(task.parts), None
+
+
+def _answer(answers: Sequence[_Answer]) -> None:
+    """Hand answers to the event loops that wait for them, one call for each."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Answer]] = {}
+    for answer in answers:
+        loops.setdefault(answer[0].future.get_loop(), []).append(answer)
+    for loop, its_own in loops.items():
+        try:
+            loop.call_soon_threadsafe(_resolve, its_own)
+        except RuntimeError:
+            log.debug("nobody waits any more: the event loop is closed")
+
+
+def _resolve(answers: Sequence[_Answer]) -> None:
+    for task, result, error in answers:
+        if task.future.done():
+            continue
+        if error is None:
+            task.future.set_result(result)
+        else:
+            task.future.set_exception(error)
