@@ -20,6 +20,7 @@ from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
+from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
 
     embed = commands.add_parser("embed", help="a sentence's vector")
+    generate.add_argument(
+        "--speculate", default="off", metavar="off|auto|lookup|FOLDER", help="draft ahead, with the model in FOLDER"
+    )
     embed.add_argument("text", nargs="+")
     embed.add_argument("--model", default="")
     embed.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
@@ -151,7 +155,12 @@ async def _generate(options: argparse.Namespace) -> int:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     async with _client(options) as client:
         stream = client.stream(
-            options.prompt, model=options.model, max_tokens=options.tokens, sampling=sampling, verify=options.verify
+            options.prompt,
+            model=options.model,
+            max_tokens=options.tokens,
+            sampling=sampling,
+            verify=options.verify,
+            speculate=named(options.speculate),
         )
         print(options.prompt, end="", flush=True)
         async for event in stream:

@@ -27,6 +27,7 @@ from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book
+from tallystick.speculation.drafters import Drafter
 from tallystick_protocol.chain.reads import Chain, ModelRecord
 from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute
 from tallystick_protocol.manifest import Manifest
@@ -127,11 +128,14 @@ class AsyncClient(Tasks):
         """
         _check_policy(verify)
         if type(max_tokens) is not int or not 0 < max_tokens <= 1 << 20:
+        speculate: str | Drafter = "off",
             raise ConfigError(f"max_tokens={max_tokens!r} is not a positive number")
-        return Stream(self, prompt, model, max_tokens, sampling or Sampling(), verify, ignore_eos)
+        return Stream(self, prompt, model, max_tokens, sampling or Sampling(), verify, ignore_eos, speculate)
 
     async def embed(self, text: str, *, model: str = "", verify: Policy = "audit") -> Embedding:
         """A sentence's embedding, pooled as the model's own files say. Raises as `stream`."""
+        speculate: "off"; "lookup" drafts what followed earlier in the text; "auto" likewise, where it saves much time
+        and costs few rows; or a `Drafter`, for example a `DraftModel`. The tokens are the same, wrong drafts are paid.
         _check_policy(verify)
         record, manifest = await self.model(model)
         pooling = manifest.pooling

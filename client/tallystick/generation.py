@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate
 from tallystick.session import Session
+from tallystick.speculation.drafters import Drafter
+from tallystick.speculation.steps import Speculation, Steps
 from tallystick.tokens import TextStream
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.manifest import Manifest
-from tallystick_protocol.sampling import Sampling, pick
+from tallystick_protocol.sampling import Sampling
 
 if TYPE_CHECKING:
     from tallystick.client import AsyncClient
@@ -39,7 +41,10 @@ class Retracted:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished generation. route: the nodes that carried it to the end, first hop first."""
+    """A finished generation. route: the nodes that carried it to the end, first hop first.
+
+    drafted, accepted: tokens that were drafted ahead, and those of them that the model confirmed.
+    """
 
     text: str
     ids: list[int]
@@ -49,6 +54,8 @@ class Answer:
     verdict: Verdict
     seconds: float
     model: str
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -67,6 +74,7 @@ class Stream:
         sampling: Sampling,
         verify: Policy,
         ignore_eos: bool,
+        speculate: str | Drafter,
     ) -> None:
         self._client = client
         self._prompt = prompt
@@ -75,6 +83,7 @@ class Stream:
         self._sampling = sampling
         self._verify: Policy = verify
         self._ignore_eos = ignore_eos
+        self._speculation = Speculation.of(speculate, sampling)
         self._answer: Answer | None = None
         self._session: Session | None = None
         self._events: AsyncGenerator[Token | Retracted, None] = self._run()
@@ -113,23 +122,25 @@ class Stream:
         self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
+        steps = Steps(session, self._sampling, self._speculation, len(prompt) + self._max_tokens, manifest.vocab)
         try:
             await session.feed(prompt)
             while True:
                 try:
                     while not state.done:
-                        row = await session.result(len(prompt) + len(state.ids) - 1)
-                        token = pick(row, self._sampling, len(prompt) + len(state.ids))
-                        yield state.accept(token)
+                        events = state.accept(await steps.decide(state.known))
                         if not state.done:
-                            await session.feed([token])
+                            await steps.go_on(state.known)
+                        for event in events:
+                            yield event
+                    await steps.stop(state.known)
                     await client.finish(session, self._verify)
                     break
                 except RolledBack as back:
                     retracted = state.roll_back(back.position)
                     if retracted.num_tokens:
                         yield retracted
-                    await session.feed((prompt + state.ids)[back.position :])
+                    await steps.start(state.known)
             seconds = time.monotonic() - began
             finished = True
         except BaseException:
@@ -148,6 +159,8 @@ class Stream:
                 verdict=verdict,
                 seconds=seconds,
                 model="0x" + record.id.hex(),
+                drafted=steps.drafted,
+                accepted=steps.accepted,
             )
 
 
@@ -170,9 +183,20 @@ class _Generation:
     def finish_reason(self) -> str:
         return "stop" if self.ids and self.ids[-1] in self._eos else "length"
 
-    def accept(self, token: int) -> Token:
-        self.ids.append(token)
-        return Token(token, self.stream.push(token), len(self.prompt) + len(self.ids) - 1)
+    @property
+    def known(self) -> list[int]:
+        """Prompt and answer."""
+        return self.prompt + self.ids
+
+    def accept(self, tokens: list[int]) -> list[Token]:
+        """Take decided tokens, as far as the answer goes."""
+        taken = []
+        for token in tokens:
+            if self.done:
+                break
+            self.ids.append(token)
+            taken.append(Token(token, self.stream.push(token), len(self.prompt) + len(self.ids) - 1))
+        return taken
 
     def roll_back(self, position: int) -> Retracted:
         """Rows from `position` on were wrong: the tokens after `position` were chosen from them."""

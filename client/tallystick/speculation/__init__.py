@@ -1,0 +1,1 @@
+"""Speculation: tokens drafted here, verified by the route in one pass (docs/sessions.md)."""
