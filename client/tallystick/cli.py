@@ -80,13 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    generate.add_argument(
+        "--speculate", default="off", metavar="off|auto|lookup|FOLDER", help="draft ahead, with the model in FOLDER"
+    )
     generate.add_argument("--json", action="store_true", help="end with one JSON object")
     generate.set_defaults(command=_generate)
 
     embed = commands.add_parser("embed", help="a sentence's vector")
-    generate.add_argument(
-        "--speculate", default="off", metavar="off|auto|lookup|FOLDER", help="draft ahead, with the model in FOLDER"
-    )
     embed.add_argument("text", nargs="+")
     embed.add_argument("--model", default="")
     embed.add_argument("--verify", choices=["off", "audit", "full"], default="audit")

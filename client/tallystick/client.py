@@ -23,11 +23,11 @@ from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.planner import plan
 from tallystick.session import Session
 from tallystick.setting import Setting, Sides
+from tallystick.speculation.drafters import Drafter
 from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book
-from tallystick.speculation.drafters import Drafter
 from tallystick_protocol.chain.reads import Chain, ModelRecord
 from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute
 from tallystick_protocol.manifest import Manifest
@@ -119,23 +119,23 @@ class AsyncClient(Tasks):
         sampling: Sampling | None = None,
         verify: Policy = "audit",
         ignore_eos: bool = False,
+        speculate: str | Drafter = "off",
     ) -> Stream:
         """Generate as an async iterator of `Token` and `Retracted`; afterwards `.answer` holds the Answer.
 
         prompt: text, or token ids. model: id, part of an id or name; empty takes the only one on chain.
         verify: "off", "audit" (a random span of some sessions) or "full" (every span, on other nodes).
+        speculate: "off"; "lookup" drafts what followed earlier in the text; "auto" likewise, where it saves much time
+        and costs few rows; or a `Drafter`, for example a `DraftModel`. The tokens are the same, wrong drafts are paid.
         Raises NoRoute, NoAuditor, UnknownModel, ConfigError, ChainError, InsufficientFunds, Unreachable.
         """
         _check_policy(verify)
         if type(max_tokens) is not int or not 0 < max_tokens <= 1 << 20:
-        speculate: str | Drafter = "off",
             raise ConfigError(f"max_tokens={max_tokens!r} is not a positive number")
         return Stream(self, prompt, model, max_tokens, sampling or Sampling(), verify, ignore_eos, speculate)
 
     async def embed(self, text: str, *, model: str = "", verify: Policy = "audit") -> Embedding:
         """A sentence's embedding, pooled as the model's own files say. Raises as `stream`."""
-        speculate: "off"; "lookup" drafts what followed earlier in the text; "auto" likewise, where it saves much time
-        and costs few rows; or a `Drafter`, for example a `DraftModel`. The tokens are the same, wrong drafts are paid.
         _check_policy(verify)
         record, manifest = await self.model(model)
         pooling = manifest.pooling
