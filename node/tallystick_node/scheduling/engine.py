@@ -68,6 +68,7 @@ class Engine:
         self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
         self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._waiting: dict[int, _Task] = {}
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
@@ -111,7 +112,8 @@ class Engine:
                 task.withdrawn = True
 
     def close(self) -> None:
-        """Stop after the forward in flight. Waiting jobs fail as unreachable."""
+        """Stop after the forward in flight. Waiting jobs fail as unreachable, and so does what comes afterwards."""
+        self._closed = True
         self._incoming.put(None)
         self._thread.join(timeout=30)
 
@@ -120,6 +122,8 @@ class Engine:
     async def _submit(
         self, work: Segment | Callable[[], Any], payer: str, rows: int, divisible: bool, wait_s: float
     ) -> Any:
+        if self._closed:
+            raise _stopping()
         future = asyncio.get_running_loop().create_future()
         deadline = time.monotonic() + wait_s
         task = _Task(payer, rows, divisible, deadline, task=work, future=future)
@@ -153,7 +157,7 @@ class Engine:
         while not self._incoming.empty():
             late = self._incoming.get()
             left += [] if late is None else [late]
-        _answer([(task, None, Unreachable("the node is stopping")) for task in left])
+        _answer([(task, None, _stopping()) for task in left])
 
     def _take_in(self) -> bool:
         """Put what has come into the queue, waiting for something if there is nothing to do; False when closed."""
@@ -192,6 +196,10 @@ class Engine:
             return task, None, error
         self.meter.note(count, 1, time.perf_counter() - began)
         return task, result, None
+
+
+def _stopping() -> Unreachable:
+    return Unreachable("the node is stopping")
 
 
 def _refusal(task: _Task) -> BaseException:

@@ -69,8 +69,8 @@ class _Line(Generic[J]):
 class FairQueue(Generic[J]):
     """The jobs that wait. `pick` gives the rows of the next forward: steps first, then bulk, cut to what is left.
 
-    While a payer is left waiting, nobody else gets more than two budgets and a job ahead of it, however many sessions
-    it has; within that, steps go before bulk. So no job waits for ever.
+    While a payer is left waiting, nobody else gets more than four budgets and two jobs more than it, however many
+    sessions it has; within that, steps go before bulk. So no job waits for ever.
     """
 
     def __init__(self, budget: int) -> None:
@@ -102,8 +102,12 @@ class FairQueue(Generic[J]):
         turn: Turn[J] = Turn(refused=list(self._leaving(now)))
         waiting = [line for line in self._lines.values() if line.waits]
         if waiting:
-            room = self._pick_steps(turn, waiting)
-            self._pick_bulk(turn, [line for line in waiting if line.bulk], room)
+            furthest = min(line.tag for line in waiting) + self.budget
+            lines = [line for line in waiting if line.tag <= furthest]  # who is ahead waits for the others to catch up
+            bulk = [line for line in lines if line.bulk]
+            aside = -(-self.budget // BULK_SHARE) if bulk else 0
+            room = self._pick_steps(turn, [line for line in lines if line.steps], aside, furthest)
+            self._pick_bulk(turn, bulk, room)
         self._num_jobs -= len(turn.refused) + sum(not job.rows for job, _ in turn.picked)
         self._forget_idle()
         return turn
@@ -131,12 +135,9 @@ class FairQueue(Generic[J]):
                     jobs.remove(job)
                 yield from gone
 
-    def _pick_steps(self, turn: Turn[J], waiting: list[_Line[J]]) -> int:
-        """Steps, the smallest tag first; returns the room that is left."""
+    def _pick_steps(self, turn: Turn[J], lines: list[_Line[J]], aside: int, furthest: float) -> int:
+        """Steps, the smallest tag first, none beyond `furthest`; returns the room that is left."""
         room = self.budget
-        aside = -(-room // BULK_SHARE) if any(line.bulk for line in waiting) else 0
-        furthest = min(line.tag for line in waiting) + self.budget
-        lines = [line for line in waiting if line.steps]
         heapq.heapify(lines)
         while lines and lines[0].tag <= furthest:
             line = lines[0]
