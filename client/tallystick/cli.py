@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", type=Path, default=os.environ.get("TALLYSTICK_KEY"))
     parser.add_argument("--password-file", type=Path, default=os.environ.get("TALLYSTICK_PASSWORD_FILE"))
     parser.add_argument("--source", action="append", default=[], help="a gateway to fetch content from")
+    parser.add_argument(
+        "--admit-stock", action="store_true",
+        help='with --verify off, use nodes of no numeric class for layers that nobody else serves; nothing is checked',
+    )  # fmt: skip
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -148,7 +152,10 @@ def _key(options: argparse.Namespace) -> Key:
 
 
 def _client(options: argparse.Namespace) -> AsyncClient:
-    return AsyncClient(_key(options), Settings(rpc=options.rpc, book=Path(options.book), sources=_sources(options)))
+    settings = Settings(
+        rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock
+    )
+    return AsyncClient(_key(options), settings)
 
 
 async def _generate(options: argparse.Namespace) -> int:
@@ -178,7 +185,7 @@ def show(event: Token | Retracted) -> None:
         print(event.text, end="", flush=True)
     else:
         print(
-            f"\n[the last {event.num_tokens} tokens came from a node that was caught; going on from before them]",
+            f"\n[the last {event.num_tokens} tokens are taken back: their node was caught, or left and has no class]",
             flush=True,
         )
 
@@ -195,6 +202,8 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "checks": {"passed": verdict.passed, "failed": verdict.failed},
         "caught": [accusation.node for accusation in verdict.accusations],
         "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in verdict.replaced],
+        "unverifiable": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unverifiable],
+        "exact": verdict.exact,
         "paid_wei": sum(verdict.paid.values()),
     }
 
@@ -202,10 +211,13 @@ def summarise(answer: Answer) -> dict[str, Any]:
 def _told(summary: dict[str, Any]) -> str:
     checks = summary["checks"]
     hops = " -> ".join(f"{hop['node'][:8]}{hop['layers']}" for hop in summary["route"])
+    stock = ", ".join(str(one["layers"]) for one in summary["unverifiable"])
     return (
         f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops};"
         f" {summary['receipts']} receipts,"
         f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens"
+        + ("" if not stock else f"; layers {stock} come from nodes of no numeric class: nothing of theirs was checked")
+        + ("" if summary["exact"] else ", and one of them took another's place, so what follows may differ")
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tallystick.admission import find_route, note_stock
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Stream
 from tallystick.lanes import Workshop
@@ -68,7 +69,10 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Where a client finds its world. numeric_class: insist on one class. banned: nodes never to use."""
+    """Where a client finds its world. numeric_class: insist on one class.
+
+    admit_stock: with verify="off", use nodes of no numeric class for layers that nobody else serves (`admission`).
+    """
 
     rpc: str = "http://127.0.0.1:8545"
     book: Path = Path("deployments/31337.json")
@@ -76,6 +80,7 @@ class Settings:
     sources: list[str] = field(default_factory=list)
     max_cost: Wei = DEFAULT_MAX_COST
     numeric_class: Digest | None = None
+    admit_stock: bool = False
     audit_probability: float = AUDIT_PROBABILITY
     weights: Weights = field(default_factory=Weights)
 
@@ -184,7 +189,7 @@ class AsyncClient(Tasks):
         flags = [position in chosen for position in range(len(ids))]
         verdict = Verdict(verify)
         sides = Sides(token_types=bytes(token_types or ()))
-        survey, route = await self.plan(record, manifest, stack)
+        survey, route = await self.plan(record, manifest, stack, verify)
         setting = self._setting(record, manifest, stack, survey, len(ids), dense=True, sides=sides)
         session = await self._open(setting, route, verdict)
         try:
@@ -228,7 +233,7 @@ class AsyncClient(Tasks):
                 raise ConfigError(f"{manifest.name} is bidirectional: it takes a text whole; use `run`")
             self._check_length(manifest, max_length, 0)
             sides = Sides(memory=_memory_rows(manifest, memory))
-            survey, route = await self.plan(record, manifest, stack)
+            survey, route = await self.plan(record, manifest, stack, verify)
             setting = self._setting(record, manifest, stack, survey, max_length, dense, sides)
             await self._prepay([setting.need(candidate, count) for candidate in route])
             opened: list[Session] = []
@@ -253,7 +258,9 @@ class AsyncClient(Tasks):
         _check_policy(verify)
         record, manifest = await self.model(model)
         stack = Span(manifest.encoder_layers, manifest.layers)
-        survey, route = await self.plan(record, manifest, stack)
+        survey, route = await self.plan(record, manifest, stack, verify)
+        verdict = Verdict(verify)
+        note_stock(verdict, route)
         workshop = Workshop(
             peers=self._peers,
             key=self._key,
@@ -262,7 +269,7 @@ class AsyncClient(Tasks):
             manifest=manifest,
             candidates=survey.candidates,
             max_length=min(max_length, manifest.max_length, MAX_ROWS),
-            verdict=Verdict(verify),
+            verdict=verdict,
             audit_probability=self.settings.audit_probability,
             avoid=self.banned,
         )
@@ -279,21 +286,27 @@ class AsyncClient(Tasks):
     async def open_session(self, record: ModelRecord, manifest: Manifest, max_length: int, verdict: Verdict) -> Session:
         """Plan a route and open it for rows of top-k logits, with an auditor per hop if the policy is `full`."""
         stack = manifest.stack_of(Span(0, 1))
-        survey, route = await self.plan(record, manifest, stack)
+        survey, route = await self.plan(record, manifest, stack, verdict.policy)
         return await self._open(self._setting(record, manifest, stack, survey, max_length), route, verdict)
 
-    async def plan(self, record: ModelRecord, manifest: Manifest, stack: Span) -> tuple[Survey, list[Candidate]]:
+    async def plan(
+        self, record: ModelRecord, manifest: Manifest, stack: Span, verify: Policy = "audit"
+    ) -> tuple[Survey, list[Candidate]]:
         """The nodes there are, and the cheapest route over a stack. Raises NoRoute."""
         survey = await self.network.survey(record)
         try:
-            return survey, self._route(survey, manifest, stack)
+            return survey, self._route(survey, manifest, stack, verify)
         except NoRoute:
             survey = await self.network.survey(record, fresh=True)
-            return survey, self._route(survey, manifest, stack)
+            return survey, self._route(survey, manifest, stack, verify)
 
-    def _route(self, survey: Survey, manifest: Manifest, stack: Span) -> list[Candidate]:
-        settings = self.settings
-        return plan(survey.candidates, manifest.layers, self.banned, settings.numeric_class, settings.weights, stack)
+    def _route(self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy) -> list[Candidate]:
+        settings, layers = self.settings, manifest.layers
+
+        def find(usable: list[Candidate]) -> list[Candidate]:
+            return plan(usable, layers, self.banned, settings.numeric_class, settings.weights, stack)
+
+        return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)
 
     def ban(self, verdict: Verdict) -> None:
         """Never again use the nodes that a verdict accuses."""
@@ -329,6 +342,7 @@ class AsyncClient(Tasks):
         self._purse.release(needs)
 
     async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
+        note_stock(verdict, route)
         session = Session(setting, route, verdict)
         session.avoid |= self.banned
         try:

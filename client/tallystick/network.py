@@ -151,8 +151,6 @@ class Network:
             raise BadMessage(f"{url} gives an offer that {node} did not sign")
         if offer.model != record.id or offer.span != entry.span or offer.expires < time.time():
             raise BadMessage(f"{node} offers something else than it has on chain, or its offer has expired")
-        if not any(offer.numeric_class):
-            raise BadMessage(f"{node} is of no numeric class: what it computes cannot be checked by equality")
         return Candidate(
             offer=offer,
             offer_digest=digest(domain, offer),

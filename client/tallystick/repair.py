@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from tallystick.admission import has_class
 from tallystick.auditing import Audit, Disagreement
 from tallystick.remote import Remote
 from tallystick.routing.choice import auditors
@@ -55,7 +56,7 @@ class Repair:
                     (i for i, other in enumerate(self._session.hops) if other.node == error.fields.get("hop")), None
                 )
                 if named is not None:  # else it has been replaced meanwhile
-                    await self._replace(named, error)
+                    await self._lose(named, error)
                 return True
         for audit in list(self._session.audits):
             if audit.remote.failure is not None:
@@ -68,7 +69,14 @@ class Repair:
         """A hop failed: replace it, unless another one would fail alike."""
         if failure.code in ("insufficient_funds", "context_length_exceeded"):
             raise failure
-        await self._replace(index, failure)
+        await self._lose(index, failure)
+
+    async def _lose(self, index: int, failure: TallystickError) -> None:
+        """A hop is gone. Whoever stands in for one without a class computes other bits: all begins anew then."""
+        if has_class(self._session.hops[index].candidate):
+            await self._replace(index, failure)
+        else:
+            await self._expel(index, 0, failure)
 
     async def _replace(self, index: int, failure: TallystickError) -> None:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
@@ -157,9 +165,9 @@ class Repair:
         await audit.remote.close()
         await self._session.openings.open_audit(audit.index)
 
-    async def _expel(self, index: int, position: int) -> None:
-        """Replace a hop that lied and roll everybody back to `position`. Raises RolledBack."""
-        log.warning("%s is expelled; rolling back to position %d", self._session.hops[index].node, position)
+    async def _expel(self, index: int, position: int, why: TallystickError | None = None) -> None:
+        """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""
+        log.warning("%s is replaced; rolling back to position %d", self._session.hops[index].node, position)
         liar = self._session.hops[index]
         others = [hop for hop in self._session.hops if hop is not liar]
         await self._session.until(
@@ -175,7 +183,8 @@ class Repair:
             await audit.crop(position)
         self._session.disputes = {}
         self._session.forget(position)
-        await self._replace(index, CorruptResult("its work was contradicted by two others", hop=liar.node))
+        lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
+        await self._replace(index, why or lie)
         for audit in self._session.audits:
             audit.start()
         raise RolledBack(position)

@@ -34,7 +34,10 @@ class Accusation:
 
 @dataclass(slots=True)
 class Verdict:
-    """The verdict on one answer. worst_error and tolerance are 0: within a class, results are equal or wrong."""
+    """The verdict on one answer. worst_error and tolerance are 0: within a class, results are equal or wrong.
+
+    unverifiable: the hops that have no numeric class (setting `admit_stock`): nothing of what they did was checked.
+    """
 
     policy: Policy
     receipts: int = 0
@@ -43,6 +46,7 @@ class Verdict:
     replaced: list[tuple[Address, Address, str]] = field(default_factory=list)
     paid: dict[Address, Wei] = field(default_factory=dict)
     withheld: dict[Address, Wei] = field(default_factory=dict)
+    unverifiable: list[tuple[Address, Span]] = field(default_factory=list)
     worst_error: float = 0.0
     tolerance: float = 0.0
 
@@ -58,3 +62,9 @@ class Verdict:
     def spans(self) -> list[Span]:
         """The spans of which every window was checked at least once, or some were."""
         return sorted({check.span for check in self.checks})
+
+    @property
+    def exact(self) -> bool:
+        """Whether failovers changed no bit: False when a node without a class was replaced by another one."""
+        without_class = {node for node, _ in self.unverifiable}
+        return not any(lost in without_class for lost, _, _ in self.replaced)

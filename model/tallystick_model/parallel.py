@@ -196,7 +196,10 @@ def _no_fork(*_: Any) -> None:
 
 def _start(job: dict[str, Any], rank: int) -> subprocess.Popen[bytes]:
     script = "import sys; from tallystick_model.parallel import follow; follow(sys.stdin.buffer)"
-    process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to the node's group stops the node, which then ends its followers
+    )  # fmt: skip
     assert process.stdin is not None
     process.stdin.write(json.dumps({**job, "rank": rank}).encode() + b"\n")
     process.stdin.flush()
