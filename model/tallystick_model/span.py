@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -80,6 +80,11 @@ class SpanModel:
     def packs(self) -> bool:
         """Whether rows of several sessions share calls."""
         return self._packs
+
+    @property
+    def cache_shapes(self) -> Mapping[int, CacheShape]:
+        """What a position takes in the cache of each layer whose attention there is a rule for."""
+        return self._cache_shapes
 
     @property
     def row_bytes(self) -> int:
