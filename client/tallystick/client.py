@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate, Weights
-from tallystick.routing.planner import plan
+from tallystick.routing.cost import Workload
+from tallystick.routing.planner import as_whole
+from tallystick.routing.reputation import Reputation
+from tallystick.routing.route import Route, choose, route_over
 from tallystick.session import Session
 from tallystick.setting import Setting, Sides
 from tallystick.speculation.drafters import Drafter
@@ -97,6 +100,7 @@ class AsyncClient(Tasks):
         self._peers = Peers()
         self.network = Network(self.chain, self._peers, self.settings.cache.expanduser(), self.settings.sources)
         self._purse = Purse(self.chain, key, self.settings.max_cost)
+        self.reputation = Reputation(self.settings.cache.expanduser() / "reputation.json")
         self._checked = False
 
     async def __aenter__(self) -> AsyncClient:
@@ -189,7 +193,7 @@ class AsyncClient(Tasks):
         flags = [position in chosen for position in range(len(ids))]
         verdict = Verdict(verify)
         sides = Sides(token_types=bytes(token_types or ()))
-        survey, route = await self.plan(record, manifest, stack, verify)
+        survey, route = await self.plan(record, manifest, stack, verify, prompt=len(ids), new=1)
         setting = self._setting(record, manifest, stack, survey, len(ids), dense=True, sides=sides)
         session = await self._open(setting, route, verdict)
         try:
@@ -258,7 +262,7 @@ class AsyncClient(Tasks):
         _check_policy(verify)
         record, manifest = await self.model(model)
         stack = Span(manifest.encoder_layers, manifest.layers)
-        survey, route = await self.plan(record, manifest, stack, verify)
+        survey, route = await self.plan(record, manifest, stack, verify, prompt=max_length, new=1, whole=True)
         verdict = Verdict(verify)
         note_stock(verdict, route)
         workshop = Workshop(
@@ -290,21 +294,49 @@ class AsyncClient(Tasks):
         return await self._open(self._setting(record, manifest, stack, survey, max_length), route, verdict)
 
     async def plan(
-        self, record: ModelRecord, manifest: Manifest, stack: Span, verify: Policy = "audit"
+        self,
+        record: ModelRecord,
+        manifest: Manifest,
+        stack: Span,
+        verify: Policy = "audit",
+        prompt: int = 0,
+        new: int = 64,
+        whole: bool = False,
     ) -> tuple[Survey, list[Candidate]]:
-        """The nodes there are, and the cheapest route over a stack. Raises NoRoute."""
-        survey = await self.network.survey(record)
-        try:
-            return survey, self._route(survey, manifest, stack, verify)
-        except NoRoute:
-            survey = await self.network.survey(record, fresh=True)
-            return survey, self._route(survey, manifest, stack, verify)
+        """The nodes there are, and a route over a stack, near the best (`routing`). Raises NoRoute.
 
-    def _route(self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy) -> list[Candidate]:
-        settings, layers = self.settings, manifest.layers
+        prompt, new: positions that are given, and tokens that are expected. whole: of nodes that serve all they offer.
+        """
+        survey = self._informed(await self.network.survey(record), whole)
+        try:
+            return survey, self._route(survey, manifest, stack, verify, prompt, new)
+        except NoRoute:
+            survey = self._informed(await self.network.survey(record, fresh=True), whole)
+            return survey, self._route(survey, manifest, stack, verify, prompt, new)
+
+    async def route(
+        self, model: str = "", *, prompt: int = 0, new: int = 64, verify: Policy = "audit"
+    ) -> tuple[Manifest, Route]:
+        """The route that a session over a model's first stack would take at present, with standbys. Raises NoRoute."""
+        record, manifest = await self.model(model)
+        survey, hops = await self.plan(record, manifest, manifest.stack_of(Span(0, 1)), verify, prompt, new)
+        return manifest, route_over(survey.candidates, hops, self._workload(manifest, prompt, new), self.banned)
+
+    def _informed(self, survey: Survey, whole: bool) -> Survey:
+        """The nodes with what is expected of them after what was seen of them."""
+        known = self.reputation.inform(survey.candidates)
+        return replace(survey, candidates=as_whole(known) if whole else known)
+
+    def _workload(self, manifest: Manifest, prompt: int, new: int) -> Workload:
+        return Workload(manifest.layers, prompt, max(new, 1), 4 * manifest.width, self.settings.weights)
+
+    def _route(
+        self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy, prompt: int, new: int
+    ) -> list[Candidate]:
+        settings, work = self.settings, self._workload(manifest, prompt, new)
 
         def find(usable: list[Candidate]) -> list[Candidate]:
-            return plan(usable, layers, self.banned, settings.numeric_class, settings.weights, stack)
+            return choose(usable, work, stack, avoid=self.banned, numeric_class=settings.numeric_class).hops
 
         return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)
 

@@ -116,6 +116,8 @@ def offer(node: str = "node", start: int = 0, end: int = 2, **changes: Any) -> O
 def candidate(
     node: str, start: int, end: int, *, rtt_s: float = 0.01, operator: str = "", payee: str = "", **changes: Any
 ) -> Candidate:
+    """changes: to fields of the candidate or of its offer."""
+    own = {name: changes.pop(name) for name in ("serves_parts", "expected", "links") if name in changes}
     made = offer(node, start, end, **changes)
     return Candidate(
         offer=made,
@@ -126,6 +128,7 @@ def candidate(
         stake=Wei(10**21),
         url=f"http://127.0.0.1/{node}",
         rtt_s=rtt_s,
+        **own,
     )
 
 

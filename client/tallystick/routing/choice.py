@@ -6,17 +6,26 @@ import math
 from collections.abc import Collection, Iterable
 
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.cost import Workload, bounded, hop_s
 from tallystick_protocol.types import Address
 
+NO_WORK = Workload(0)
+"""Where nothing is known of the session: one token, at the default weight of money."""
 
-def stand_ins(candidates: Iterable[Candidate], hop: Candidate, avoid: Collection[Address]) -> list[Candidate]:
-    """Nodes that could take a hop's place in mid-session: the same span and class, cheapest first."""
+
+def stand_ins(
+    candidates: Iterable[Candidate], hop: Candidate, avoid: Collection[Address], work: Workload = NO_WORK
+) -> list[Candidate]:
+    """Nodes that could take a hop's place in mid-session, cut to its span: of its class, the best first.
+
+    Nodes of another operator come before others of the same: what made the hop fail may be its operator's.
+    """
     same = [
-        c
+        c.over(hop.span)
         for c in candidates
-        if c.span == hop.span and c.offer.numeric_class == hop.offer.numeric_class and c.node not in avoid
+        if c.node not in avoid and c.offer.numeric_class == hop.offer.numeric_class and c.covers(hop.span)
     ]
-    return sorted(same, key=lambda c: (c.offer.price, c.rtt_s, c.node))
+    return sorted(same, key=lambda c: (c.operator == hop.operator, hop_s(c, work) + bounded(c.rtt_s), c.node))
 
 
 def draw(candidates: list[Candidate], coins: Iterable[float], dearest: int) -> list[Candidate]:

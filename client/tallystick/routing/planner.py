@@ -2,50 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
-from tallystick.routing.candidates import DEFAULT_WEIGHTS, Candidate, Weights
+from tallystick.routing.candidates import Candidate
+from tallystick.routing.cost import Workload, route_s
+from tallystick.routing.paths import cheapest
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Address, Digest, Span
-
-HOP_COST = 1e-3
-"""What one more hop is worth avoiding, in the planner's unit: seconds of expected time per token."""
 
 
 def plan(
     candidates: Iterable[Candidate],
-    layers: int,
+    work: Workload,
+    goal: Span | None = None,
+    *,
     avoid: Collection[Address] = (),
     numeric_class: Digest | None = None,
-    weights: Weights = DEFAULT_WEIGHTS,
-    stack: Span | None = None,
+    whole: bool = False,
 ) -> list[Candidate]:
-    """The cheapest chain of spans that covers [0, layers), first hop first; cost = time + price, spans used whole.
+    """The route of least expected cost (`cost.route_s`) over all covers of the goal, first hop first.
 
-    stack: cover these layers only (an encoder, a decoder). All hops are of one numeric class where that is possible, so
-    that failovers are exact and audits sharp; with `numeric_class`, of that one or none. Raises NoRoute naming the
-    layers that nobody serves.
+    goal: the layers to cover, an encoder's or a decoder's; None for all. whole: use every span from its start to its
+    end. All hops are of one numeric class where that is possible, so that failovers are exact and audits sharp; with
+    `numeric_class`, of that one or none. Does not depend on the order of candidates. Raises NoRoute naming the layers
+    that nobody serves.
     """
-    goal = stack or Span(0, layers)
-    usable = [c for c in candidates if c.node not in avoid and goal.start <= c.span.start and c.span.end <= goal.end]
-    classes = {Digest(c.offer.numeric_class) for c in usable} if numeric_class is None else {numeric_class}
-    found = [
-        route
-        for one in sorted(classes)
-        if (route := _cheapest([c for c in usable if c.offer.numeric_class == one], goal, layers, weights)) is not None
-    ]
+    goal = goal or Span(0, work.layers)
+    usable = usable_for(candidates, goal, avoid, numeric_class)
+    if whole:
+        usable = as_whole(usable)
+    by_class: dict[Digest, list[Candidate]] = {}
+    for candidate in usable:
+        by_class.setdefault(Digest(candidate.offer.numeric_class), []).append(candidate)
+    pools = [pool for _, pool in sorted(by_class.items()) if reach(pool, goal) == goal.end]
+    found = [route for pool in pools if (route := cheapest(pool, goal, work)) is not None]
     if not found and numeric_class is None:
-        mixed = _cheapest(usable, goal, layers, weights)
+        mixed = cheapest(usable, goal, work)
         found = [mixed] if mixed is not None else []
     if not found:
-        raise no_route([c for c in usable if numeric_class in (None, c.offer.numeric_class)], goal)
-    return min(found, key=lambda route: sum(_cost(hop, layers, weights) for hop in route))
+        raise no_route(usable, goal)
+    return min(found, key=lambda route: route_s(route, work))
 
 
-def no_route(usable: list[Candidate], goal: Span) -> NoRoute:
+def as_whole(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Candidates as if they served all that they offer, or nothing."""
+    return [replace(c, serves_parts=False) for c in candidates]
+
+
+def usable_for(
+    candidates: Iterable[Candidate], goal: Span, avoid: Collection[Address], numeric_class: Digest | None = None
+) -> list[Candidate]:
+    """Who can serve some of the goal, one entry for each node, in an order that does not depend on theirs."""
+    inside = {
+        c.node: replace(c, part=None) if c.part else c
+        for c in candidates
+        if c.node not in avoid
+        and goal.start <= c.offer.start
+        and c.offer.end <= goal.end
+        and numeric_class in (None, c.offer.numeric_class)
+    }
+    return sorted(inside.values(), key=lambda c: (c.offer.start, c.offer.end, c.offer.price, c.node))
+
+
+def no_route(usable: Sequence[Candidate], goal: Span) -> NoRoute:
     """The error that names the first gap and the command that would fill it."""
-    start = max(_reach(usable, goal.start))
-    onward = [c.span.start for c in usable if c.span.start > start]
+    start = reach(usable, goal)
+    onward = [c.offer.start for c in usable if c.offer.start > start]
     end = min(onward, default=goal.end)
     return NoRoute(
         f"nobody serves layers [{start}, {end}) of {goal.end};"
@@ -55,27 +78,19 @@ def no_route(usable: list[Candidate], goal: Span) -> NoRoute:
     )
 
 
-def _cost(candidate: Candidate, layers: int, weights: Weights) -> float:
-    price = candidate.offer.price * candidate.span.units(layers)
-    return HOP_COST + candidate.rtt_s / 2 + price * weights.seconds_per_wei
-
-
-def _cheapest(candidates: list[Candidate], goal: Span, layers: int, weights: Weights) -> list[Candidate] | None:
-    """Shortest path over layer boundaries; spans only go forward, so one pass in order of their start is enough."""
-    best: dict[int, tuple[float, list[Candidate]]] = {goal.start: (0.0, [])}
-    for candidate in sorted(candidates, key=lambda c: (c.span.start, c.span.end, c.offer.price, c.node)):
-        reached = best.get(candidate.span.start)
-        if reached is None:
-            continue
-        cost = reached[0] + _cost(candidate, layers, weights)
-        if cost < best.get(candidate.span.end, (float("inf"), []))[0]:
-            best[candidate.span.end] = (cost, [*reached[1], candidate])
-    return best[goal.end][1] if goal.end in best else None
-
-
-def _reach(candidates: list[Candidate], start: int) -> set[int]:
-    reached = {start}
-    for candidate in sorted(candidates, key=lambda c: c.span.start):
-        if candidate.span.start in reached:
-            reached.add(candidate.span.end)
-    return reached
+def reach(candidates: Sequence[Candidate], goal: Span) -> int:
+    """The furthest boundary to which candidates lead from the goal's start without a gap."""
+    whole: dict[int, list[int]] = {}
+    parts: dict[int, int] = {}
+    for c in candidates:
+        if c.serves_parts:
+            parts[c.offer.start] = max(c.offer.end, parts.get(c.offer.start, 0))
+        else:
+            whole.setdefault(c.offer.start, []).append(c.offer.end)
+    reached, through, longest = {goal.start}, goal.start, 0
+    for boundary in range(goal.start, goal.end):
+        longest = max(longest, parts.get(boundary, 0))
+        if boundary in reached or boundary <= through:
+            through = max(through, longest)
+            reached.update(whole.get(boundary, ()))
+    return max(through, *reached)

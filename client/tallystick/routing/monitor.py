@@ -1,0 +1,152 @@
+"""Measuring while serving: how long steps take, what that says of the hops, whether another node would do better."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tallystick.routing.candidates import Candidate
+from tallystick.routing.choice import stand_ins
+from tallystick.routing.cost import BYTES_PER_S, Workload, bounded, unit_price_s
+from tallystick.routing.reputation import Reputation, claim_of
+from tallystick.routing.route import swapped_s
+from tallystick_protocol.types import Address
+
+STEPS = 16
+"""Steps that a judgement rests on: the last so many, at least half as many since the route changed."""
+
+SWITCH_S = 0.25
+"""What a change of nodes takes besides the replay: two openings, a link, a voucher."""
+
+MARGIN = 1.5
+"""A change must gain this many times what it costs."""
+
+LEAST_GAIN = 0.15
+"""And shorten the step by this part of it, lest two like nodes be exchanged to and fro."""
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """Hop `index` should be left for `candidate`. gain_s: over the rest of the session, the replay's cost taken off."""
+
+    index: int
+    candidate: Candidate
+    gain_s: float
+
+
+class Monitor:
+    """One session's steps. Call `fed` and `arrived` for each decode step, `changed` when a hop was replaced."""
+
+    def __init__(
+        self,
+        reputation: Reputation,
+        hops: Sequence[Candidate],
+        candidates: Sequence[Candidate],
+        work: Workload,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """work: as the route was planned for; its row_bytes and weights are used."""
+        self._reputation = reputation
+        self._hops = list(hops)
+        self._candidates = list(candidates)
+        self._work = work
+        self._clock = clock
+        self._fed: dict[int, float] = {}
+        self._steps: deque[float] = deque(maxlen=STEPS)
+        self._own: dict[int, deque[float]] = {}
+        self._closed = False
+
+    def fed(self, first: int, count: int) -> None:
+        """Rows [first, first + count) were sent. Steps of one row are timed; a prompt's chunks say little of them."""
+        if count == 1:
+            self._fed = {first: self._clock()}
+        else:
+            self._fed = {}
+
+    def arrived(self, position: int) -> None:
+        """The result of a position is there."""
+        began = self._fed.pop(position, None)
+        if began is not None:
+            self._steps.append(self._clock() - began)
+
+    def hop_took(self, index: int, seconds: float) -> None:
+        """What a hop took by itself in one step, where that can be measured."""
+        self._own.setdefault(index, deque(maxlen=STEPS)).append(seconds)
+
+    def changed(self, index: int, candidate: Candidate) -> None:
+        """Another node has taken the place of hop `index`: what was measured of the route before is booked."""
+        self._book()
+        self._hops[index] = candidate
+        self._steps.clear()
+        self._own.clear()
+        self._fed.clear()
+
+    def should_switch(self, position: int, remaining: int, avoid: Collection[Address] = ()) -> Switch | None:
+        """The change of nodes that gains most, if one pays. Call between two tokens.
+
+        position: rows that a replacement would have to replay. remaining: tokens that are still expected.
+        """
+        if len(self._steps) < STEPS // 2 or remaining <= 0:
+            return None
+        step_s = statistics.median(self._steps)
+        hops = self._as_measured(step_s)
+        taken = {hop.node for hop in hops} | set(avoid)
+        work = replace(self._work, prompt=0)
+        best: Switch | None = None
+        for index, hop in enumerate(hops):
+            present_s = swapped_s(hops, index, hop, work)
+            for other in stand_ins(self._candidates, hop, taken, work):
+                shorter_s = present_s - swapped_s(hops, index, other, work)
+                gain_s = remaining * shorter_s - MARGIN * self.replay_s(other, position)
+                if shorter_s > LEAST_GAIN * step_s and gain_s > 0 and (best is None or gain_s > best.gain_s):
+                    best = Switch(index, other, gain_s)
+        return best
+
+    def replay_s(self, candidate: Candidate, position: int) -> float:
+        """What it costs to fill a replacement up to a position, its price included."""
+        units = len(candidate.span)
+        once = replace(self._work, prompt=0)
+        rows = units * (bounded(candidate.expected.prefill_s) + unit_price_s(candidate, once))
+        return SWITCH_S + position * (rows + self._work.row_bytes / BYTES_PER_S)
+
+    def close(self, lost: Collection[Address] = ()) -> None:
+        """The session has ended: what it showed of its nodes goes into the reputation. lost: nodes that failed it."""
+        if self._closed:
+            return
+        self._closed = True
+        self._book()
+        for hop in self._hops:
+            self._reputation.served(hop.node)
+        for node in lost:
+            self._reputation.lost(node)
+
+    def _book(self) -> None:
+        if len(self._steps) >= STEPS // 4:
+            step_s = statistics.median(self._steps)
+            self._reputation.observe(self._hops, step_s, _deviation(self._steps, step_s), self._own_s())
+
+    def _as_measured(self, step_s: float) -> list[Candidate]:
+        """The hops with what the measured steps make of them."""
+        beliefs = self._reputation.after(self._hops, step_s, _deviation(self._steps, step_s), self._own_s())
+        return [
+            replace(
+                hop,
+                expected=replace(
+                    hop.expected,
+                    layer_s=max(bounded(hop.claimed.layer_s) + beliefs[hop.node].layer_s - claim_of(hop), 0.0),
+                    wait_s=hop.claimed.wait_s,
+                ),
+            )
+            for hop in self._hops
+        ]
+
+    def _own_s(self) -> Mapping[int, float]:
+        return {index: statistics.median(times) for index, times in self._own.items()}
+
+
+def _deviation(steps: Sequence[float], median: float) -> float:
+    """The median's own uncertainty: the median absolute deviation over the root of their number."""
+    return float(statistics.median(abs(step - median) for step in steps) / len(steps) ** 0.5)
