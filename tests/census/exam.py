@@ -46,7 +46,8 @@ MEMORY_ROWS = 11
 class Result:
     """result: "bitwise", "close", "wrong", "refused" or "unbuildable"; why: of all but the first.
     published: whether a saved checkpoint of it was published and served in spans.
-    worst: {run: relative difference}, where it is not zero; crop: whether sessions can be rolled back."""
+    worst: {run: relative difference}, where it is not zero; crop: whether sessions can be rolled back.
+    packs: whether rows of several sessions share calls, in canonical execution."""
 
     type: str
     task: str
@@ -57,6 +58,7 @@ class Result:
     crop: bool = True
     canonical: bool = False
     canonical_why: str = ""
+    packs: bool = False
     published: bool = False
     worst: dict[str, float] = field(default_factory=dict)
 
@@ -374,6 +376,7 @@ def _examine_canonical(entry: Entry, values: dict[str, Any], model: Any, result:
                 result.canonical_why = "chunks and prefill differ"
                 return
     result.canonical = True
+    result.packs = not anatomy.obstacles
 
 
 def _short(error: BaseException) -> str:

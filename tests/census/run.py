@@ -116,6 +116,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "refused": reasons["refused"],
         "unbuildable": reasons["unbuildable"],
         "canonical": sum(all(one["canonical"] for one in found) for found in types.values()),
+        "packs": sum(all(one["packs"] for one in found) for found in types.values()),
         "published": sum(all(one["published"] for one in found) for found in types.values()),
         "pairs": len(results),
         "special_cases": special_cases(),

@@ -35,8 +35,9 @@ def test_the_table_says_what_a_type_does(name: str) -> None:
     torch.set_num_threads(1)
     found = examine(entry(name), QUICK, publishing=False)
     execution = "canonical" if found["canonical"] else "stock" if found["result"] in ("bitwise", "close") else ""
+    calls = "shared" if found["packs"] else "own" if execution else ""
     said = read_table(PAGE)[found["type"], found["task"]]
-    assert (found["result"], execution) == said, found["why"] or found["canonical_why"]
+    assert (found["result"], execution, calls) == said, found["why"] or found["canonical_why"]
 
 
 def test_the_table_lists_every_type() -> None:
