@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tallystick_model.canonical.attention import Placed
+from tallystick_model.canonical.batch import Placed
 from tallystick_model.canonical.cache import KvCache
 from tallystick_model.canonical.packing import Part
 from tallystick_model.replay import ReplayCache

@@ -258,8 +258,7 @@ class SpanModel:
         passage.stop = stop or (wanted is not None and not flat)
         rules = spliced.rules
         if rules is not None and rules.packs:
-            rules.batch.placed = place(segments, parts)
-            rules.batch.masks.clear()
+            rules.batch.begin(place(segments, parts))
             rules.selection[:] = [torch.tensor(flat)] if flat else []
         try:
             with spliced.operators or nullcontext():

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from tallystick_model.canonical.cache import KvCache
+from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.masks import Mask, recognise
-from tallystick_model.canonical.tiles import R, Scores, attend
-from tallystick_model.devices import CPU
-
-ALIGNMENT = 16
-"""Keys of a sliding window start at a multiple of this, so that every head's base address is 64-byte aligned."""
+from tallystick_model.canonical.tiles import R, Scores, attend, folded
 
 NAME = "tallystick"
 _PROBE = "tallystick_probe"
@@ -123,99 +119,33 @@ def _absent(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, int | float) and value == 0)
 
 
-@dataclass(slots=True)
-class Placed:
-    """Rows [begin, end) of a packed call: positions first.. of the session that `cache` belongs to."""
-
-    cache: KvCache | None
-    first: int
-    begin: int
-    end: int
-
-
-@dataclass(slots=True)
-class Batch:
-    """What every layer of one packed call needs to know."""
-
-    placed: list[Placed] = field(default_factory=list)
-    masks: dict[tuple[Mask, int, int, int, torch.device], torch.Tensor] = field(default_factory=dict)
-    staircases: dict[torch.device, torch.Tensor] = field(default_factory=dict)
-
-    def causal_mask(self, keys: int, device: torch.device = CPU) -> torch.Tensor:
-        """(R, keys), zero where the tile's query may look and -inf above the diagonal of its last R keys."""
-        held = self.staircases.get(device)
-        if held is None or held.shape[1] < keys:
-            held = torch.zeros(R, 2 * keys)
-            held[:, -R:] = torch.full((R, R), float("-inf")).triu(1)
-            held = self.staircases[device] = held.to(device)
-        return held[:, -keys:]
-
-    def mask(self, mask: Mask, tile: int, low: int, high: int, device: torch.device = CPU) -> torch.Tensor:
-        """The same for queries tile.. and the keys low..high of any mask."""
-        found = self.masks.get((mask, tile, low, high, device))
-        if found is None:
-            seen = mask.sees(torch.arange(tile, tile + R), torch.arange(low, high))
-            seen[:, 0] |= ~seen.any(1)  # a query behind the last row sees something, or its softmax is NaN
-            found = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")).to(device)
-            self.masks[mask, tile, low, high, device] = found
-        return found
-
-
 class TiledSeat:
     """Canonical attention of one layer."""
 
     def __init__(self, layer: int, plan: AttentionPlan, batch: Batch) -> None:
         self._layer, self._plan, self._batch = layer, plan, batch
-        self._plain = plan.mask == Mask(plan.causal)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, arguments: dict[str, Any]
     ) -> torch.Tensor:
         form = Scores(arguments.get("scaling"), arguments.get("softcap"), arguments.get("s_aux"))
-        out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
-        for segment in self._batch.placed:
-            rows = slice(segment.begin, segment.end)
-            attend = self._causal if self._plan.causal else self._bidirectional
-            out[0, rows] = attend(segment, query[:, :, rows], key[:, :, rows], value[:, :, rows], form)
-        return out
-
-    def _causal(self, segment: Placed, query: Any, key: Any, value: Any, form: Scores) -> torch.Tensor:
-        assert segment.cache is not None
-        keys, values = segment.cache.write(self._layer, segment.first, key[0], value[0])
-        rule, batch = self._plan.mask, self._batch
-        tile = segment.first - segment.first % R
-        tiles, skipped = _in_tiles(query[0], segment.first - tile)
-        outs = []
-        for rows in tiles:
-            end = tile + R
-            low = rule.first_key(tile) // ALIGNMENT * ALIGNMENT
-            mask = (
-                batch.causal_mask(end, rows.device) if self._plain else batch.mask(rule, tile, low, end, rows.device)
-            )
-            outs.append(attend(rows, keys[:, :, low:end], values[:, :, low:end], mask, form))
-            tile = end
-        return _from_tiles(outs)[skipped : skipped + query.shape[2]]
-
-    def _bidirectional(self, segment: Placed, query: Any, key: Any, value: Any, form: Scores) -> torch.Tensor:
-        tiles, _ = _in_tiles(query[0], 0)
-        keys, values = key.contiguous(), value.contiguous()
-        count = keys.shape[2]
-        outs = []
-        for index, rows in enumerate(tiles):
-            mask = None if self._plain else self._batch.mask(self._plan.mask, index * R, 0, count, rows.device)
-            outs.append(attend(rows, keys, values, mask, form))
-        return _from_tiles(outs)[: query.shape[2]]
-
-
-def _in_tiles(query: torch.Tensor, skipped: int) -> tuple[torch.Tensor, int]:
-    """(heads, n, dim) with `skipped` rows of zeros before it, as contiguous tiles (count, 1, heads, R, dim)."""
-    heads, length, dim = query.shape
-    count = -(-(skipped + length) // R)
-    padded = query.new_zeros(heads, count * R, dim)
-    padded[:, skipped : skipped + length] = query
-    return padded.view(heads, count, R, dim).transpose(0, 1).contiguous().unsqueeze(1), skipped
-
-
-def _from_tiles(outs: list[torch.Tensor]) -> torch.Tensor:
-    """Tiles (1, heads, R, dim) as rows (tiles * R, heads, dim)."""
-    return torch.cat([out[0].transpose(0, 1) for out in outs])
+        heads, groups, dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
+        folds = folded(heads, groups, dim, value_dim, form)
+        batch = self._batch
+        count, at = batch.tiling(query.shape[2], query.device)
+        tiles = query.new_zeros(count, heads, R, dim)
+        tiles.transpose(1, 2).index_put_(at, query[0].transpose(0, 1))
+        queries = tiles.view(count, 1, heads // folds, folds * R, dim).unbind(0)
+        if self._plan.causal:
+            batch.write(self._layer, key, value)
+            reach = batch.reach(self._plan.mask, folds, query.device)
+            outs = [
+                attend(rows, *views[self._layer], seen, form)
+                for rows, (views, seen) in zip(queries, reach, strict=True)
+            ]
+        else:
+            sides = batch.sides(self._plan.mask, folds, key, value)
+            outs = [attend(rows, *side, form) for rows, side in zip(queries, sides, strict=True)]
+        whole = torch.cat(outs) if count > 1 else outs[0]  # (count, heads // folds, folds * R, value_dim)
+        rows = whole.view(count, heads // folds, folds, R, value_dim).permute(0, 3, 1, 2, 4)[at]
+        return rows.reshape(1, query.shape[2], heads, value_dim)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tallystick_model.devices import CPU
+
 ROWS = 16
 """Capacities are multiples of this: every head's rows then start at a multiple of 64 bytes, whatever its length."""
 
@@ -24,10 +26,15 @@ class CacheShape:
         return 4 * self.groups * (self.key_dim + self.value_dim)
 
 
+Views = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""{layer: keys and values of some rows, (1, groups, n, dim) each}."""
+
+
 class KvCache:
     """Grows as it is written, up to `max_length` rows. Rows at or beyond `length` are zero between steps.
 
     A step writes rows at `length`.. in every layer and then calls `commit`; one that fails calls `crop(length)`.
+    Keys and values of one shape and device lie in one tensor: one cut gives a view of some rows in all layers.
     """
 
     def __init__(
@@ -37,11 +44,17 @@ class KvCache:
         self.max_length = max_length
         self.length = 0
         self._shapes = dict(shapes)
-        self._devices = dict(devices or {})
         self._capacity = 0
         self._written = 0
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
+        pools: dict[tuple[int, int, torch.device], list[tuple[int, bool]]] = {}
+        for layer, shape in self._shapes.items():
+            device = (devices or {}).get(layer, CPU)
+            pools.setdefault((shape.groups, shape.key_dim, device), []).append((layer, True))
+            pools.setdefault((shape.groups, shape.value_dim, device), []).append((layer, False))
+        self._places = list(pools.items())
+        self._pools: list[torch.Tensor] = []
 
     @property
     def size_bytes(self) -> int:
@@ -59,32 +72,37 @@ class KvCache:
             return
         limit = _round_up(self.max_length)
         capacity = min(max(_round_up(length), 2 * self._capacity, 4 * ROWS), max(limit, _round_up(length)))
-        for layer, shape in self._shapes.items():
-            for held, dim in ((self._keys, shape.key_dim), (self._values, shape.value_dim)):
-                grown = torch.zeros(1, shape.groups, capacity, dim, device=self._devices.get(layer))
-                if layer in held:
-                    grown[:, :, : self._capacity] = held[layer]
-                held[layer] = grown
-        self._capacity = capacity
+        pools = []
+        for index, ((groups, dim, device), holders) in enumerate(self._places):
+            pool = torch.zeros(len(holders), 1, groups, capacity, dim, device=device)
+            if self._written:
+                pool[..., : self._written, :] = self._pools[index][..., : self._written, :]
+            pools.append(pool)
+        self._pools, self._capacity = pools, capacity
+        whole = self.rows(0, capacity)
+        self._keys = {layer: keys for layer, (keys, _) in whole.items()}
+        self._values = {layer: values for layer, (_, values) in whole.items()}
 
-    def write(
-        self, layer: int, first: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put rows first.. of a layer, (groups, n, dim) each; returns all it holds, (1, groups, capacity, dim) each."""
-        last = first + keys.shape[1]
+    def rows(self, first: int, last: int) -> Views:
+        """Rows [first, last) of every layer, as views: what is written to them is in the cache."""
+        keys: dict[int, torch.Tensor] = {}
+        values: dict[int, torch.Tensor] = {}
+        for pool, (_, holders) in zip(self._pools, self._places, strict=True):
+            for view, (layer, is_key) in zip(pool.narrow(3, first, last - first).unbind(0), holders, strict=True):
+                (keys if is_key else values)[layer] = view
+        return {layer: (held, values[layer]) for layer, held in keys.items()}
+
+    def expect(self, last: int) -> None:
+        """Rows up to `last` are about to be written."""
         self._written = max(self._written, last)
-        self._keys[layer][0, :, first:last] = keys
-        self._values[layer][0, :, first:last] = values
-        return self._keys[layer], self._values[layer]
 
     @torch.inference_mode()
     def take(self, other: KvCache, first: int, last: int) -> None:
         """Copy rows [first, last) of another session of the same span behind our `first` rows."""
         self.reserve(last)
-        for mine, theirs in ((self._keys, other._keys), (self._values, other._values)):
-            for layer, held in mine.items():
-                held[:, :, first:last] = theirs[layer][:, :, first:last]
-        self._written = max(self._written, last)
+        self.expect(last)
+        for mine, theirs in zip(self._pools, other._pools, strict=True):
+            mine[..., first:last, :] = theirs[..., first:last, :]
         self.commit(last)
 
     def commit(self, length: int) -> None:
@@ -96,9 +114,8 @@ class KvCache:
         """Forget rows from `length` on; what they held is overwritten with zeros."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop {self.length} rows to {length}")
-        for held in (self._keys, self._values):
-            for tensor in held.values():
-                tensor[:, :, length : self._written] = 0
+        for pool in self._pools:
+            pool[..., length : self._written, :] = 0
         self.length = self._written = length
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tallystick_model.anatomy import LINEAR_TYPES, Anatomy
-from tallystick_model.canonical.attention import Batch, TiledSeat, attend_with, use_tallystick_attention
+from tallystick_model.canonical.attention import TiledSeat, attend_with, use_tallystick_attention
+from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.experts import is_experts, pack_experts, use_tallystick_experts
 from tallystick_model.canonical.kernels import BlockwiseActivation, CanonicalLinear
 from tallystick_model.canonical.scopes import CanonicalOperators, CanonicalScope

@@ -32,20 +32,29 @@ class Scores:
     sinks: torch.Tensor | None = None
 
 
+def folded(heads: int, groups: int, key_dim: int, value_dim: int, form: Scores) -> int:
+    """How many heads travel as rows of one: those that share keys, where that leaves the bits alone."""
+    return heads // groups if groups > 1 and key_dim == value_dim and _is_plain(heads, form) else 1
+
+
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, form: Scores
 ) -> torch.Tensor:
     """query (1, heads, R, key_dim), keys and values (1, groups, n, ...), mask (R, n) added to the scores or None.
 
-    Returns (1, heads, R, value_dim).
+    Folded: query (1, groups, folds * R, key_dim), mask (folds * R, n). Returns the query's shape, (..., value_dim).
     """
-    if form.softcap is None and form.sinks is None and query.shape[1] > 1:
-        grouped = query.shape[1] != keys.shape[1]
-        out: torch.Tensor = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, scale=form.scale, enable_gqa=grouped
-        )
-        return out
-    return _stepwise(query[0], keys[0], values[0], mask, form)[None]
+    heads, groups = query.shape[1], keys.shape[1]
+    if not _is_plain(heads, form):
+        return _stepwise(query[0], keys[0], values[0], mask, form)[None]
+    out: torch.Tensor = F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=form.scale, enable_gqa=heads != groups
+    )
+    return out
+
+
+def _is_plain(heads: int, form: Scores) -> bool:
+    return form.softcap is None and form.sinks is None and heads > 1
 
 
 def _stepwise(
