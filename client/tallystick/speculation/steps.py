@@ -101,10 +101,11 @@ class Steps:
             if tokens[-1] != draft:
                 break
         accepted = len(tokens) - 1
-        self._account(accepted, tokens[0], time.monotonic(), began)
-        self._drafts = []
+        waited = time.monotonic() - began
         if accepted < len(drafts):
             await session.crop(first + accepted)
+        self._account(accepted, tokens[0], waited)
+        self._drafts = []
         return tokens
 
     async def go_on(self, ids: list[int]) -> None:
@@ -135,7 +136,7 @@ class Steps:
             draft = await asyncio.to_thread(self._drafter.propose, list(ids), k)
         return list(takewhile(lambda token: type(token) is int and 0 <= token < self._vocab, draft[:k]))
 
-    def _account(self, accepted: int, token: int, now: float, began: float) -> None:
+    def _account(self, accepted: int, token: int, waited_s: float) -> None:
         """Tell the pace how the pass went. A pass whose rows were there before anybody waited tells no time."""
         self.drafted += len(self._drafts)
         self.accepted += accepted
@@ -144,8 +145,8 @@ class Steps:
             self._pace.looked(draft == token, seconds)
             self._look = None
         if self._sent_at is not None:
-            waited = now - began > (now - self._sent_at) / 2
-            self._pace.passed(len(self._drafts), accepted, now - self._sent_at if waited else None)
+            took_s = time.monotonic() - self._sent_at
+            self._pace.passed(len(self._drafts), accepted, took_s if waited_s > took_s / 2 else None)
 
 
 def room_behind(position: int) -> int:
