@@ -80,6 +80,8 @@ def test_what_is_only_kept_gives_way() -> None:
     admission = Admission(model, 2 * budget, 8, lambda: 1, evict)
     for session in list(kept):
         admission.open(session, 100, 0)
+        admission.spare(session)
+    assert admission.reserved_bytes == 0 and admission.kept_bytes == 2 * session_bytes(model, 100).total()
     with pytest.raises(Overloaded):
         admission.open(name(3), 300, 0)  # which would not fit if all were given up
     assert len(kept) == 2
@@ -88,6 +90,7 @@ def test_what_is_only_kept_gives_way() -> None:
     with pytest.raises(Overloaded):
         admission.open(name(4), 180, 0)
     assert kept == []
+    assert (admission.reserved_bytes, admission.kept_bytes) == (session_bytes(model, 100).total(), 0)
 
 
 @pytest.mark.parametrize("length", [1, 61, 64, 200])

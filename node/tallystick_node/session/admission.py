@@ -45,15 +45,21 @@ class Admission:
         self._evict = evict
         self._taken: dict[SessionId, Counter[torch.device]] = {}
         self._total: Counter[torch.device] = Counter()
+        self._spare: set[SessionId] = set()
 
     @property
     def reserved_bytes(self) -> int:
-        """On all devices."""
-        return self._total.total()
+        """Of open sessions, on all devices."""
+        return self._total.total() - self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of sessions that have ended, whose rows are kept; they go when room is needed."""
+        return sum(self._taken[session].total() for session in self._spare)
 
     @property
     def usage(self) -> float:
-        """The share of the budget that is reserved, on the device where it is largest."""
+        """The share of the budget that is reserved or kept, on the device where it is largest."""
         return max(self._total.values(), default=0) / self._budget
 
     def open(self, session: SessionId, max_length: int, num_open: int) -> None:
@@ -69,9 +75,14 @@ class Admission:
         """Reserve more of the CPU's memory for an open session. Raises Overloaded."""
         self._reserve(session, Counter({CPU: num_bytes}), "no room for more in this session now")
 
+    def spare(self, session: SessionId) -> None:
+        """A session has ended, but what it holds is kept for now; `evict` may let it go."""
+        self._spare.add(session)
+
     def close(self, session: SessionId) -> None:
         """Free what a session has reserved, if anything."""
         self._total -= self._taken.pop(session, Counter())
+        self._spare.discard(session)
 
     def _reserve(self, session: SessionId, needed: Counter[torch.device], refusal: str) -> None:
         while any(self._total[device] + count > self._budget for device, count in needed.items()):
