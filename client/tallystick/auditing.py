@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tallystick.checks import agree, same_work
-from tallystick.remote import Remote
+from tallystick.remote import Hearing, Remote
 from tallystick.routing.candidates import Candidate
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
@@ -117,7 +117,9 @@ class Audit:
 
     async def crop(self, position: int) -> None:
         """Roll the auditor back with everybody else."""
-        await self.remote.command(Frame(Kind.CROP, position=position))
+        epoch = self._session.epoch
+        self.remote.rewound(epoch, position)
+        await self.remote.command(Frame(Kind.CROP, {"epoch": epoch}, position))
         self.remote.crop(position, self._fed)
         self._fed = min(self._fed, position)
         self._pending = {}
@@ -139,6 +141,13 @@ class Audit:
                 return
             self._session.check_receipt(self.remote, receipt, window)
             self.remote.owe(receipt, window)
+
+    async def rejoin(self, remote: Remote, position: int, _: int) -> None:
+        """The auditor is back: ids that were on their way from the client are sent again; rows come from a hop."""
+        while self.index == 0 and position < self._fed:
+            target = self._fed
+            await send_kept(self._session, 0, remote, position, target)
+            position = target
 
     async def _feed(self) -> None:
         """Send the auditor what the hop has signed for, as it signs."""
@@ -198,10 +207,11 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
     heard: dict[int, Receipt] = {}
     changed = asyncio.Event()
     remote.listen(
-        lambda _remote, receipt: heard.__setitem__(session.window_index(receipt), receipt),
-        lambda _remote, _frame: None,
-        changed.set,
+        Hearing(
+            lambda _, receipt: heard.__setitem__(session.window_index(receipt), receipt), lambda *_: None, changed.set
+        )
     )
+    session.witnesses.add(remote)
     try:
         await send_kept(session, index, remote, 0, disagreement.hop.last)
         await remote.send(Frame(Kind.FLUSH, position=disagreement.hop.last))
@@ -226,5 +236,6 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
                 continue
         return remote.standing.receipts[disagreement.window]
     finally:
+        session.witnesses.discard(remote)
         session.note_payment(remote)
         await remote.close()

@@ -153,8 +153,9 @@ def _key(options: argparse.Namespace) -> Key:
 
 def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
-        rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock
-    )
+        rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
+        notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
+    )  # fmt: skip
     return AsyncClient(_key(options), settings)
 
 
@@ -198,6 +199,8 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "tokens_per_s": round(answer.tokens_per_s, 1),
         "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answer.route],
         "verify": verdict.policy,
+        "drafted": answer.drafted,
+        "accepted": answer.accepted,
         "receipts": verdict.receipts,
         "checks": {"passed": verdict.passed, "failed": verdict.failed},
         "caught": [accusation.node for accusation in verdict.accusations],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -75,6 +76,7 @@ class Settings:
     """Where a client finds its world. numeric_class: insist on one class.
 
     admit_stock: with verify="off", use nodes of no numeric class for layers that nobody else serves (`admission`).
+    wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
     """
 
     rpc: str = "http://127.0.0.1:8545"
@@ -86,6 +88,8 @@ class Settings:
     admit_stock: bool = False
     audit_probability: float = AUDIT_PROBABILITY
     weights: Weights = field(default_factory=Weights)
+    wait_s: float = 30.0
+    notify: Callable[[str], None] = log.warning
 
 
 class AsyncClient(Tasks):
@@ -110,6 +114,8 @@ class AsyncClient(Tasks):
         await self.close()
 
     async def close(self) -> None:
+        await self.network.close()
+        await asyncio.to_thread(self.reputation.save)
         await self._peers.close()
 
     async def generate(self, prompt: str, **options: Any) -> Answer:
@@ -354,6 +360,9 @@ class AsyncClient(Tasks):
         dense: bool = False,
         sides: Sides | None = None,
     ) -> Setting:
+        async def look_again() -> list[Candidate]:
+            return list(self._informed(await self.network.survey(record, fresh=True), whole=False).candidates)
+
         return Setting(
             peers=self._peers,
             key=self._key,
@@ -361,11 +370,16 @@ class AsyncClient(Tasks):
             purse=self._purse,
             manifest=manifest,
             stack=stack,
-            candidates=survey.candidates,
+            candidates=list(survey.candidates),
             max_length=max_length,
             top_k=0 if dense else min(TOP_K, manifest.vocab),
             on_replaced=lambda: self.network.forget(record),
             sides=sides or Sides(),
+            wait_s=self.settings.wait_s,
+            look_again=look_again,
+            on_waiting=lambda error: self.settings.notify(
+                f"waiting up to {self.settings.wait_s:g} s for a node: {error.message}"
+            ),
         )
 
     async def _prepay(self, needs: list[Need]) -> None:

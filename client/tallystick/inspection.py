@@ -75,7 +75,7 @@ async def list_models(chain: Chain, store: Path, sources: Sequence[str]) -> list
     with tempfile.TemporaryDirectory(prefix="tallystick-models-") as folder:
         for record in await asyncio.to_thread(chain.all_models):
             serving = await asyncio.to_thread(chain.serving, record.id)
-            nodes = [endpoint.url for node in serving[:8] for endpoint in node.endpoints]
+            nodes = [source for node in serving[:8] for source in node.contact.sources]
             local = LocalStore(store) if store.is_dir() else None
             desk = _Desk(local, [*sources, *nodes], Path(folder))
             manifest = None

@@ -15,7 +15,7 @@ import numpy as np
 
 from tallystick.openings import AUDITOR_PRICE_FACTOR
 from tallystick.payments import Need, Purse
-from tallystick.remote import Opening, Remote, fresh_nonce
+from tallystick.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors, draw, stand_ins
 from tallystick.routing.planner import no_route
@@ -219,7 +219,7 @@ class Lane:
         expected: dict[str, tuple[int, ...]] = {}
         bench = _Bench(remote, need, Collector(lambda *said: self._expect(candidate.node, *said)), expected)
         self._benches[candidate.node] = bench
-        remote.listen(lambda *_: None, lambda _, frame: bench.collector.take(frame), lambda: None)
+        remote.listen(Hearing(lambda *_: None, lambda _, frame: bench.collector.take(frame), lambda: None))
         if not remembered:
             await asyncio.to_thread(shop.purse.top_up, candidate.node)
         return bench

@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.claims import read_claims
+from tallystick.routing.survey import Round, well_served
 from tallystick.tokens import Tokens
 from tallystick_protocol.chain.reads import Chain, ModelRecord, Serving
 from tallystick_protocol.content.cid import Cid, Codec
 from tallystick_protocol.content.fetch import fetch_file
 from tallystick_protocol.content.store import LocalStore
-from tallystick_protocol.errors import BadMessage, ConfigError, ManifestError, TallystickError, UnknownModel
+from tallystick_protocol.errors import (
+    BadMessage,
+    ConfigError,
+    ManifestError,
+    TallystickError,
+    UnknownModel,
+    Unreachable,
+)
 from tallystick_protocol.manifest import MAX_BYTES, Manifest
 from tallystick_protocol.messages import Offer
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import digest, unseal
+from tallystick_protocol.transport.contact import Contact
+from tallystick_protocol.transport.directory import Directory
 from tallystick_protocol.types import Address, ModelId
 
 log = logging.getLogger(__name__)
 
 OFFERS_AGE_S = 5.0
 INFO_TIMEOUT_S = 2.0
-NODES_AT_ONCE = 64
+
+Asked = Round[Serving, Candidate | tuple[Address, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +60,17 @@ class Network:
         """cache: folder for manifests and tokenizers. sources: gateways to ask besides the model's own nodes."""
         self.chain = chain
         self._peers = peers
+        self.directory = Directory(peers, chain.book.staking_domain, chain.node_of, chain.locate)
         self._cache = cache
         self._sources = sources
         self._store = LocalStore(cache / "store")
         self._surveys: dict[ModelId, Survey] = {}
         self._manifests: dict[ModelId, Manifest] = {}
         self._tokens: dict[ModelId, Tokens] = {}
+        self._rounds: dict[ModelId, Asked] = {}
+        self._surveying = asyncio.Lock()
+        self._rtts: dict[Address, float] = {}
+        self._signers: dict[Address, Address] = {}
 
     async def find(self, text: str) -> ModelRecord:
         """A model by id, by a part of its id, or (empty) the only one. Raises UnknownModel listing what there is."""
@@ -102,52 +122,96 @@ class Network:
         return await self._file(record, piece.cid, piece.bytes)
 
     async def survey(self, record: ModelRecord, fresh: bool = False) -> Survey:
-        """Every node's offer, asked in parallel."""
-        known = self._surveys.get(record.id)
-        if known is not None and not fresh and time.monotonic() - known.at < OFFERS_AGE_S:
-            return known
-        serving = await asyncio.to_thread(self.chain.serving, record.id)
-        weight = await asyncio.to_thread(self.chain.weight, record.id)
-        complete = sum(entry.record.active for entry in serving) == weight
+        """The nodes' offers, asked in parallel: of all, or of enough of them where others keep one waiting.
+
+        Those that answer later are in what is remembered for OFFERS_AGE_S, and are asked first the next time.
+        """
+        async with self._surveying:
+            known = self._surveys.get(record.id)
+            if known is None or fresh or time.monotonic() - known.at > OFFERS_AGE_S:
+                serving, complete = await asyncio.to_thread(self._serving, record)
+                await self._end_round(record.id)
+                asked: Asked = Round(serving, partial(self._ask, record))
+                self._rounds[record.id] = asked
+                await asked.settle(lambda so_far: well_served(_candidates(so_far), record.layers))
+                self._surveys[record.id] = Survey([], [], complete, time.monotonic())
+            asked, known = self._rounds[record.id], self._surveys[record.id]
+        answers = asked.answers.values()
+        silent = [answer for answer in answers if not isinstance(answer, Candidate)]
+        silent += [(entry.record.node, "it has not answered yet") for entry in asked.unanswered()]
+        return replace(known, candidates=_candidates(answers), silent=silent)
+
+    def _serving(self, record: ModelRecord) -> tuple[list[Serving], bool]:
+        """Who serves a model, those that have ever answered first, and whether their stake adds up. Blocking."""
+        serving = self.chain.serving(record.id)
+        complete = sum(entry.record.active for entry in serving) == self.chain.weight(record.id)
         if not complete:
             log.warning("the nodes found do not add up to the model's stake on chain: this RPC hides some")
-        gate = asyncio.Semaphore(NODES_AT_ONCE)
-        answers = await asyncio.gather(*(self._ask(record, entry, gate) for entry in serving))
-        candidates = [answer for answer in answers if isinstance(answer, Candidate)]
-        silent = [answer for answer in answers if not isinstance(answer, Candidate)]
-        survey = Survey(candidates, silent, complete, time.monotonic())
-        self._surveys[record.id] = survey
-        return survey
+        random.shuffle(serving)
+        return sorted(serving, key=lambda entry: entry.record.node not in self._rtts), complete
+
+    async def close(self) -> None:
+        """Ask nobody any more."""
+        for model in list(self._rounds):
+            await self._end_round(model)
+
+    async def _end_round(self, model: ModelId) -> None:
+        before = self._rounds.pop(model, None)
+        if before is not None:
+            await before.close()
 
     def forget(self, record: ModelRecord) -> None:
         """Ask the nodes anew the next time: one of them is gone."""
         self._surveys.pop(record.id, None)
 
-    async def _ask(
-        self, record: ModelRecord, entry: Serving, gate: asyncio.Semaphore
-    ) -> Candidate | tuple[Address, str]:
+    async def _ask(self, record: ModelRecord, entry: Serving) -> Candidate | tuple[Address, str]:
         """One node's offer, or why it cannot be used."""
         node = entry.record.node
-        why = "it has no address on chain"
-        for endpoint in entry.endpoints:
-            try:
-                async with gate:
-                    began = time.monotonic()
-                    info = await self._peers.info(endpoint.url, INFO_TIMEOUT_S)
-                    rtt_s = time.monotonic() - began
-                return await self._candidate(record, entry, endpoint.url, str(info.get("offer", "")), rtt_s)
-            except TallystickError as error:
-                why = error.message
-        return node, why
+        try:
+            contact = await self.directory.contact(entry.contact)
+            began = time.monotonic()
+            info = await self._peers.info(contact, INFO_TIMEOUT_S)
+            took_s = time.monotonic() - began
+            candidate = await self._candidate(record, entry, contact, str(info.get("offer", "")))
+            claims = read_claims(info.get("status"), len(candidate.offer.span))
+            return replace(
+                candidate,
+                rtt_s=self._nearest(node, took_s),
+                claimed=claims.delivers,
+                expected=claims.delivers,
+                serves_parts=claims.serves_parts,
+                links=claims.links,
+            )
+        except Unreachable as error:
+            self.directory.forget(node)
+            return node, error.message
+        except TallystickError as error:
+            return node, error.message
 
-    async def _candidate(self, record: ModelRecord, entry: Serving, url: str, text: str, rtt_s: float) -> Candidate:
+    def _nearest(self, node: Address, took_s: float) -> float:
+        """The round trip to a node: the shortest that was seen, forgotten slowly. The first one includes a connect."""
+        before = self._rtts.get(node, took_s)
+        self._rtts[node] = min(took_s, before + (took_s - before) / 8)
+        return self._rtts[node]
+
+    async def _node_of(self, signer: Address) -> Address | None:
+        """The node that a hot key signs for; a binding is for ever."""
+        if signer not in self._signers:
+            node = await asyncio.to_thread(self.chain.node_of, signer)
+            if node is None:
+                return None
+            self._signers[signer] = node
+        return self._signers[signer]
+
+    async def _candidate(self, record: ModelRecord, entry: Serving, contact: Contact, text: str) -> Candidate:
+        url = contact.url
         domain = self.chain.book.staking_domain
         try:
             offer, signer = unseal(domain, Offer, bytes.fromhex(text[:4096]))
         except ValueError:
             raise BadMessage(f"{url} gives no offer") from None
         node = entry.record.node
-        if await asyncio.to_thread(self.chain.node_of, signer) != node or offer.node != node:
+        if await self._node_of(signer) != node or offer.node != node:
             raise BadMessage(f"{url} gives an offer that {node} did not sign")
         if offer.model != record.id or offer.span != entry.span or offer.expires < time.time():
             raise BadMessage(f"{node} offers something else than it has on chain, or its offer has expired")
@@ -159,7 +223,8 @@ class Network:
             signer=signer,
             stake=entry.record.active,
             url=url,
-            rtt_s=rtt_s,
+            contact=contact,
+            rtt_s=0.0,
         )
 
     async def _file(self, record: ModelRecord, cid: Cid, max_bytes: int) -> Path:
@@ -168,8 +233,12 @@ class Network:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         serving = await asyncio.to_thread(self.chain.serving, record.id)
-        sources = [*self._sources, *(endpoint.url for entry in serving for endpoint in entry.endpoints)]
+        sources = [*self._sources, *(source for entry in serving for source in entry.contact.sources)]
         if not sources:
             raise ConfigError("nobody serves this model and no source is set: where should its manifest come from?")
         await fetch_file(cid, path, sources, store=self._store, max_bytes=max_bytes)
         return path
+
+
+def _candidates(answers: Iterable[Candidate | tuple[Address, str]]) -> list[Candidate]:
+    return [answer for answer in answers if isinstance(answer, Candidate)]

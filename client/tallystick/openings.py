@@ -6,13 +6,14 @@ import asyncio
 import logging
 import secrets
 import statistics
+import time
 from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tallystick.auditing import Audit
 from tallystick.payments import Need
-from tallystick.remote import Opening, Remote, fresh_nonce
+from tallystick.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors, draw, stand_ins
 from tallystick_protocol.errors import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AUDITOR_PRICE_FACTOR = 4
+LOOK_OUT_S = 0.5
 _COINS = secrets.SystemRandom()
 
 
@@ -59,28 +61,47 @@ class Openings:
             self._session.attach(remote)
             return
 
+    def stand_ins(self, index: int) -> list[Candidate]:
+        """Who could take hop `index`'s place, the best one first."""
+        session = self._session
+        return stand_ins(session.setting.candidates, session.route[index], {*session.unfit, *session.nodes})
+
     async def substitute(self, index: int, error: TallystickError) -> None:
-        """Put another node of the span into the route. Raises NoRoute when there is none."""
-        lost = self._session.route[index]
-        self._session.avoid.add(lost.node)
-        others = self._session.avoid | {c.node for c in self._session.route}
-        spare = stand_ins(self._session.setting.candidates, lost, others)
-        if not spare:
-            log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
-            raise NoRoute(
-                f"nobody else serves layers {lost.span}; to do so: tallystick-node run --join --span"
-                f" {lost.span.start}:{lost.span.end}",
-                start=lost.span.start,
-                end=lost.span.end,
-            )
-        self._session.route[index] = spare[0]
-        self._session.verdict.replaced.append((lost.node, spare[0].node, error.code))
-        self._session.setting.on_replaced()
+        """Put another node of the span into the route; wait for one as long as the setting says. Raises NoRoute."""
+        session = self._session
+        lost = session.route[index]
+        session.lost.add(lost.node)
+        spare = self.stand_ins(index) or await self._await_node(index, error)
+        session.route[index] = spare[0]
+        session.verdict.replaced.append((lost.node, spare[0].node, error.code))
+        session.setting.on_replaced()
         log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
 
-    def opening(self, index: int) -> Opening:
-        """What is asked of hop `index`."""
-        following = self._session.route[index + 1 : index + 2]
+    async def _await_node(self, index: int, error: TallystickError) -> list[Candidate]:
+        """Nobody is left who could serve a hop's layers: say so, and look out for somebody. Raises NoRoute."""
+        session = self._session
+        lost = session.route[index]
+        nobody = NoRoute(
+            f"nobody else serves layers {lost.span}; to do so: tallystick-node run --join --span"
+            f" {lost.span.start}:{lost.span.end}",
+            start=lost.span.start,
+            end=lost.span.end,
+        )
+        log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
+        deadline = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
+        if time.monotonic() < deadline:
+            session.setting.on_waiting(nobody)
+        while time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_OUT_S)
+            session.setting.candidates[:] = await session.setting.look_again()
+            session.lost -= {c.node for c in session.setting.candidates}  # it answers again
+            if found := self.stand_ins(index):
+                return found
+        raise nobody
+
+    def opening(self, index: int, is_end: bool = False) -> Opening:
+        """What is asked of hop `index`. is_end: it shall not push yet."""
+        following = [] if is_end else self._session.route[index + 1 : index + 2]
         onward = following[0].node if following else ZERO_ADDRESS
         return self._opening(index, self._nonce, self._session.attempt, onward)
 
@@ -95,6 +116,7 @@ class Openings:
             next=onward,
             max_length=session.setting.max_length,
             top_k=session.setting.top_k,
+            epoch=session.epoch,
         )
 
     async def connect(self, candidate: Candidate, opening: Opening) -> Remote:
@@ -130,7 +152,7 @@ class Openings:
     def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
         """Who may check hop `index`, drawn at random by stake; not at many times the usual price."""
         session = self._session
-        possible = auditors(session.setting.candidates, session.route, index, {*session.avoid, *avoid})
+        possible = auditors(session.setting.candidates, session.route, index, {*session.unfit, *avoid})
         coins = [1.0 - _COINS.random() for _ in possible]
         usual = statistics.median(c.offer.price for c in possible) if possible else 0
         return draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
@@ -138,7 +160,7 @@ class Openings:
     async def open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
         """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
         for candidate in self.draw_auditors(index) if drawn is None else drawn:
-            if candidate.node in self._session.avoid or candidate.node == self._session.route[index].node:
+            if candidate.node in self._session.unfit or candidate.node == self._session.route[index].node:
                 continue
             try:
                 remote = await self.open_witness(candidate, index)
@@ -146,11 +168,14 @@ class Openings:
                 raise
             except TallystickError as error:
                 log.info("%s cannot audit (%s)", candidate.node, error)
-                self._session.avoid.add(candidate.node)
+                self._session.lost.add(candidate.node)
                 continue
             audit = Audit(self._session, index, remote)
             self._session.audits.append(audit)
-            remote.listen(audit.on_receipt, lambda _remote, _frame: None, self._session.wake)
+            insist_s = partial(self._session.repair.insist_s, remote)
+            remote.listen(
+                Hearing(audit.on_receipt, lambda *_: None, self._session.wake, audit.rejoin, insist_s=insist_s)
+            )
             audit.start()
             return
         span = self._session.route[index].span

@@ -6,25 +6,25 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from tallystick.checks import Terms
+from tallystick.line import COMMAND_TIMEOUT_S, Comeback, Line
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
 from tallystick_protocol.errors import (
     BadFrame,
     CorruptResult,
-    InternalError,
+    Draining,
     Rejected,
     TallystickError,
-    Unreachable,
     from_wire,
 )
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame, take
-from tallystick_protocol.messages import Opened, SessionOpen, session_id
-from tallystick_protocol.peer import Peers, WebSocketChannel, expect, sealed_field
+from tallystick_protocol.messages import Opened, Resume, SessionOpen, session_id
+from tallystick_protocol.peer import Channel, Peers, expect, sealed_field
 from tallystick_protocol.receipts import Receipt, pack_flags
 from tallystick_protocol.signing import Domain, Key, digest, seal, unseal
 from tallystick_protocol.types import WINDOW, ZERO32, Address, Digest, ModelId, SessionId, Wei
@@ -33,7 +33,8 @@ from tallystick_protocol.vouchers import charge
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 15.0
-COMMAND_TIMEOUT_S = 30.0
+KEPT_CROPS = 256
+DROPPED_ROWS = 64
 OPEN_LIFETIME_S = 3600
 
 
@@ -49,6 +50,23 @@ class Opening:
     next: Address
     max_length: int
     top_k: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """Who hears what a node says. on_change: called after every frame, and when the connection has failed.
+
+    on_resumed: the node is back and has computed so many positions of an epoch; it lacks what was on its way.
+    first_missing: the first position whose result is still to come. insist_s: how long to try to come back.
+    """
+
+    on_receipt: Callable[[Remote, Receipt], None]
+    on_result: Callable[[Remote, Frame], None]
+    on_change: Callable[[], None]
+    on_resumed: Callable[[Remote, int, int], Awaitable[None]] | None = None
+    first_missing: Callable[[], int] = lambda: 0
+    insist_s: Callable[[], float] = lambda: 0.0
 
 
 @dataclass(slots=True)
@@ -80,7 +98,7 @@ class Remote:
     """An open session at one node. Frames that arrive are handed to the callbacks on the event loop."""
 
     def __init__(
-        self, candidate: Candidate, opening: Opening, channel: WebSocketChannel, domain: Domain, client: Address
+        self, candidate: Candidate, opening: Opening, channel: Channel, domain: Domain, client: Address
     ) -> None:
         self.candidate = candidate
         self.opening = opening
@@ -100,15 +118,20 @@ class Remote:
         self.rows_due = 0
         self.rows_paid = 0
         self.due_after: dict[int, int] = {}
-        self._due_to = 0
-        self._channel = channel
+        self._due_to = self._dropped = 0
+        self.is_draining = False
+        self.crops: list[tuple[int, int]] = []
+        self.line = Line(candidate.node, channel)
         self._domain = domain
         self.arrivals: dict[Receipt, int] = {}
-        self._commands: dict[int, tuple[asyncio.Future[None], Callable[[], None]]] = {}
-        self._last_command = 0
-        self._reader: asyncio.Task[None] | None = None
+        self._claims = 0
+        self._flush: Frame | None = None
+        self._voucher: Frame | None = None
         self._leave: Callable[[], None] | None = None
         self._promised: Callable[[], Wei] = lambda: Wei(0)
+        self._dial: Callable[[], Awaitable[Channel]] | None = None
+        self._key: Key | None = None
+        self._hearing: Hearing
 
     @property
     def node(self) -> Address:
@@ -119,12 +142,12 @@ class Remote:
         cls, peers: Peers, candidate: Candidate, opening: Opening, key: Key, domain: Domain, purse: Purse
     ) -> Remote:
         """Open a session. Raises Unreachable, Overloaded, Rejected, and what else the node answers."""
-        channel = await peers.connect(candidate.url, candidate.node)
+        channel = await peers.connect(candidate.door, candidate.node)
         try:
             now = int(time.time())
             asked = SessionOpen(
                 node=candidate.node,
-                spki=ZERO32,
+                spki=channel.spki,
                 offer=candidate.offer_digest,
                 client=key.address,
                 nonce=opening.nonce,
@@ -139,10 +162,10 @@ class Remote:
                 issued=now,
                 expires=now + OPEN_LIFETIME_S,
             )
-            await channel.send(Frame(Kind.OPEN, {"open": seal(domain, asked, key)}))
+            await channel.send(Frame(Kind.OPEN, {"open": seal(domain, asked, key), "epoch": opening.epoch}))
             answer = await expect(channel, Kind.OPENED, OPEN_TIMEOUT_S)
             opened, signer = unseal(domain, Opened, sealed_field(answer, "opened"))
-            if signer != candidate.signer or opened.open != digest(domain, asked):
+            if signer != candidate.signer or opened.open != digest(domain, asked) or opened.spki != channel.spki:
                 raise Rejected(f"{candidate.node} did not sign this opening", hop=candidate.node)
             if opened.credit < candidate.offer.credit:
                 raise Rejected(f"{candidate.node} gives less credit than it offered", hop=candidate.node)
@@ -150,6 +173,8 @@ class Remote:
             owed = Wei(int(take(answer.body, "owed", str)[:78]))
             voucher = take(answer.body, "voucher", bytes)
             remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit))
+            remote._key = key
+            remote._dial = partial(peers.connect, candidate.url, candidate.node)
             remote._leave = partial(purse.leave, candidate.node)
             remote._promised = partial(purse.promised, candidate.node)
             return remote
@@ -160,54 +185,39 @@ class Remote:
             await channel.close()
             raise
 
-    def listen(
-        self,
-        on_receipt: Callable[[Remote, Receipt], None],
-        on_result: Callable[[Remote, Frame], None],
-        on_change: Callable[[], None],
-    ) -> None:
-        """Begin to read. on_change is called after every frame and when the connection has failed."""
+    def listen(self, hearing: Hearing) -> None:
+        """Begin to read."""
+        self._hearing = hearing
+        comeback = None
+        if hearing.on_resumed is not None and self._dial is not None:
+            comeback = Comeback(self._dial, self._claim, self._rejoin, hearing.insist_s)
+        self.line.listen(self._take, hearing.on_change, self._fail, comeback)
 
-        async def read() -> None:
-            try:
-                while True:
-                    frame = await self._channel.receive()
-                    self._take(frame, on_receipt, on_result)
-                    on_change()
-            except Exception as error:
-                if not isinstance(error, TallystickError):
-                    log.exception("reading from %s failed", self.node)
-                known = error if isinstance(error, TallystickError) else InternalError(f"reading failed: {error}")
-                self.failure = self.failure or known
-                for number in list(self._commands):
-                    self._answer(number, self.failure)
-                on_change()
+    def _fail(self, error: TallystickError) -> None:
+        self.failure = self.failure or error
 
-        self._reader = asyncio.create_task(read())
-
-    def _take(
-        self,
-        frame: Frame,
-        on_receipt: Callable[[Remote, Receipt], None],
-        on_result: Callable[[Remote, Frame], None],
-    ) -> None:
+    def _take(self, frame: Frame) -> None:
+        hearing = self._hearing
         if frame.kind is Kind.RECEIPT:
             receipt, signer = unseal(self._domain, Receipt, sealed_field(frame, "receipt"))
             if signer != self.candidate.signer:
                 raise CorruptResult(f"a receipt of {self.node} is signed by {signer}", hop=self.node)
+            if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
+                return  # signed before rows of it were taken back
             self.arrivals[receipt] = int(time.time())
-            on_receipt(self, receipt)
+            hearing.on_receipt(self, receipt)
         elif frame.kind in (Kind.RESULT, Kind.TENSOR):
-            on_result(self, frame)
-        elif frame.kind is Kind.DONE:
-            self._answer(frame.body.get("of"), None)
+            hearing.on_result(self, frame)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
             if error.code == "payment_required" or self._is_overtaken(error):
                 return  # a reminder: the voucher is on its way, withheld on purpose, or was there before
+            if isinstance(error, Draining):
+                self.is_draining = True
+                return
             if "of" in frame.body:
                 error.fields.setdefault("hop", self.node)
-                self._answer(frame.body["of"], error)  # a command that failed, perhaps one that nobody waits for now
+                self.line.settle_error(frame.body["of"], error)
                 return
             if error.fields.setdefault("hop", self.node) == self.node:
                 raise error
@@ -220,13 +230,15 @@ class Remote:
         signed = str(error.fields.get("signed", ""))[:78]
         return error.code == "bad_voucher" and signed.isdecimal() and int(signed) <= self._promised()
 
+    def kept_of(self, epoch: int) -> int:
+        """What of an epoch's rows is still wanted: positions before this one."""
+        return min((length for crop, length in self.crops if crop > epoch), default=1 << 62)
+
     async def send(self, frame: Frame) -> None:
         """Raises Unreachable, and remembers it."""
-        try:
-            await self._channel.send(frame)
-        except Unreachable as error:
-            self.failure = self.failure or error
-            raise
+        if frame.kind is Kind.FLUSH:
+            self._flush = frame
+        await self.line.send(frame)
 
     async def send_rows(self, ids: list[bytes], position: int, want: list[bool], types: bytes = b"") -> None:
         """Token ids from `position` on; `want`: whose results are wanted; `types`: their token types, if any."""
@@ -238,43 +250,62 @@ class Remote:
         step = rows_per_frame(len(states[0]))
         for begin in range(0, len(states), step):
             body = {"more": begin + step < len(states)}
-            await self.send(rows_frame(Kind.MEMORY, DType.F32, list(states[begin : begin + step]), begin, body))
+            await self.line.post(rows_frame(Kind.MEMORY, DType.F32, list(states[begin : begin + step]), begin, body))
 
     async def command(
         self, frame: Frame, timeout_s: float = COMMAND_TIMEOUT_S, on_done: Callable[[], None] = lambda: None
     ) -> None:
-        """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers.
+        """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
+        await self.line.command(frame, timeout_s, on_done)
 
-        on_done: called when it has, before anything that the node sent afterwards is looked at.
+    async def drop(self, epoch: int, length: int, computed: int) -> None:
+        """Have rows [length, computed) forgotten, in a new epoch, without waiting; they complete no window.
+
+        They are due with the rows of the next receipt, or when there are many.
         """
-        self._last_command += 1
-        number = self._last_command
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._commands[number] = answer, on_done
-        try:
-            await self.send(replace(frame, body={**frame.body, "id": number}))
-            async with asyncio.timeout(timeout_s):
-                await answer
-        except TimeoutError:
-            raise Unreachable(f"{self.node} did not acknowledge {frame.kind.name}", hop=self.node) from None
-        finally:
-            del self._commands[number]
+        self.rewound(epoch, length)
+        self._dropped += computed - length
+        if self._dropped >= DROPPED_ROWS:
+            self.rows_due, self._dropped = self.rows_due + self._dropped, 0
+        answer = await self.line.post(Frame(Kind.CROP, {"epoch": epoch}, length))
+        answer.add_done_callback(self._on_dropped)
 
-    def _answer(self, number: object, error: TallystickError | None) -> bool:
-        """Settle a command; False when there is none of that number."""
-        answer, on_done = self._commands.get(number, (None, None)) if isinstance(number, int) else (None, None)
-        if answer is None or on_done is None or answer.done():
-            return False
-        if error is None:
-            on_done()
-            answer.set_result(None)
-        else:
-            answer.set_exception(error)
-        return True
+    def _on_dropped(self, answer: asyncio.Future[None]) -> None:
+        error = None if answer.cancelled() else answer.exception()
+        if isinstance(error, TallystickError):
+            self._fail(error)
+
+    def rewound(self, epoch: int, length: int) -> None:
+        """A command that takes rows back was sent: what the node says of them is not wanted any more."""
+        self.crops = [*(crop for crop in self.crops[-KEPT_CROPS:] if crop[0] != epoch), (epoch, length)]
+        self._flush = None
+
+    # -- coming back
+
+    def _claim(self) -> Frame:
+        assert self._key is not None
+        self._claims += 1
+        claim = Resume(self.node, self.session, self._claims, ZERO32, int(time.time()))
+        body = {
+            "resume": seal(self._domain, claim, self._key),
+            "receipts": len(self.standing.receipts),
+            "results": self._hearing.first_missing(),
+        }
+        return Frame(Kind.RESUME, body)
+
+    async def _rejoin(self, resumed: Frame) -> None:
+        """The node lacks what was on its way: the last voucher, rows, a flush."""
+        position, epoch = take(resumed.body, "position", int), take(resumed.body, "epoch", int)
+        for frame in (self._voucher, self._flush):
+            if frame is not None:
+                await self.line.send(frame)
+        if self._hearing.on_resumed is not None:
+            await self._hearing.on_resumed(self, min(position, self.kept_of(epoch)), epoch)
 
     def owe(self, receipt: Receipt, index: int) -> None:
         """A receipt that checked out stands, and its rows are due; rows signed for before are not due again."""
-        self.rows_due += max(0, receipt.last - max(receipt.first, self._due_to))
+        self.rows_due += max(0, receipt.last - max(receipt.first, self._due_to)) + self._dropped
+        self._dropped = 0
         self._due_to = max(self._due_to, receipt.last)
         self.standing.put(index, receipt, digest(self._domain, receipt))
         self.due_after[index] = self.rows_due
@@ -294,7 +325,7 @@ class Remote:
 
     def rows_fed(self, length: int) -> int:
         """Rows that are due or will be, when the session has `length`."""
-        return self.rows_due + max(0, length - self._due_to)
+        return self.rows_due + self._dropped + max(0, length - self._due_to)
 
     def total(self, rows: int) -> Wei:
         """What the node is owed in all when `rows` rows of this session, and no other one's since, are paid."""
@@ -306,16 +337,14 @@ class Remote:
         if rows > self.rows_paid:
             more = Wei(self.total(rows) - self.total(self.rows_paid))
             self.rows_paid = rows
-            await self.send(Frame(Kind.VOUCHER, {"voucher": purse.promise(self.node, more)}))
+            self._voucher = Frame(Kind.VOUCHER, {"voucher": purse.promise(self.node, more)})
+            await self.send(self._voucher)
 
     async def close(self) -> None:
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+        await self.line.close()
         if self._leave is not None:
             self._leave()
             self._leave = None
-        await self._channel.close()
 
 
 def fresh_nonce() -> bytes:

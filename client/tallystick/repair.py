@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
 from tallystick.auditing import Audit, Disagreement
+from tallystick.migration import Migration
 from tallystick.remote import Remote
+from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors
 from tallystick.verdict import Accusation, Check
 from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, TallystickError
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTLE_TIMEOUT_S = 60.0
+INSIST_S = 0.3
+LEASE_S = 20.0
 
 
 class RolledBack(Exception):
@@ -39,6 +43,19 @@ class Repair:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._migration: Migration | None = None
+        self._unmoved: set[int] = set()
+
+    def has_stand_in(self, index: int) -> bool:
+        """Whether another node could take hop `index`'s place at once."""
+        return bool(self._session.openings.stand_ins(index))
+
+    def insist_s(self, remote: Remote) -> float:
+        """How long to try to come back to a node: not for long when another one can take its place."""
+        hops = self._session.hops
+        if remote not in hops or self.has_stand_in(hops.index(remote)):
+            return INSIST_S
+        return LEASE_S
 
     async def mend_first(self) -> bool:
         """Mend the first thing that is broken; False when nothing is."""
@@ -59,11 +76,15 @@ class Repair:
                     await self._lose(named, error)
                 return True
         for audit in list(self._session.audits):
-            if audit.remote.failure is not None:
-                self._session.avoid.add(audit.remote.node)
+            draining = audit.remote.is_draining and self._session.openings.draw_auditors(audit.index)
+            if audit.remote.failure is not None or draining:
+                self._session.lost.add(audit.remote.node)
                 await self._change_auditor(audit)
                 return True
-        return False
+        for index, hop in enumerate(self._session.hops):
+            if hop.is_draining and index not in self._unmoved and self.has_stand_in(index):
+                self.migrate(index, self._session.openings.stand_ins(index)[0], "draining")
+        return await self._finish_migration()
 
     async def _mend(self, index: int, failure: TallystickError) -> None:
         """A hop failed: replace it, unless another one would fail alike."""
@@ -80,36 +101,86 @@ class Repair:
 
     async def _replace(self, index: int, failure: TallystickError) -> None:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
-        lost = self._session.hops[index]
-        self._session.note_payment(lost)
+        session = self._session
+        lost = session.hops[index]
+        session.note_payment(lost)
         await lost.close()
-        self._session.pending.pop(lost, None)
-        await self._session.openings.substitute(index, failure)
-        self._session.attempt += 1
+        session.pending.pop(lost, None)
+        await self.call_off()
+        await session.openings.substitute(index, failure)
+        session.attempt += 1
         while True:
-            candidate = self._session.route[index]
+            candidate = session.route[index]
             try:
                 await self._announce(index, candidate.node)
-                remote = await self._session.openings.connect(candidate, self._session.openings.opening(index))
+                remote = await session.openings.connect(candidate, session.openings.opening(index))
             except (ConfigError, ChainError):
                 raise  # another node would not mend the purse
             except TallystickError as error:
                 if error.fields.get("hop") not in (None, candidate.node):
                     raise
-                await self._session.openings.substitute(index, error)
+                await session.openings.substitute(index, error)
                 continue
             break
-        self._session.hops[index] = remote
-        self._session.attach(remote)
+        session.hops[index] = remote
+        session.attach(remote)
         if index:
             await self.tell_neighbour(index - 1, {"next": candidate.node})
         else:
-            await self._session.send_ids(0)
-        for audit in list(self._session.audits):
+            await session.send_ids(0)
+        await self._change_neighbours()
+
+    async def _change_neighbours(self) -> None:
+        """Auditors that have become neighbours of what they judge, or the hop itself, are changed."""
+        session = self._session
+        for audit in list(session.audits):
             if audit.remote.candidate not in auditors(
-                self._session.setting.candidates, self._session.route, audit.index, self._session.avoid
+                session.setting.candidates, session.route, audit.index, session.unfit
             ):
-                await self._change_auditor(audit)  # it has become a neighbour, or the hop itself
+                await self._change_auditor(audit)
+
+    # -- moving a hop while it serves
+
+    def migrate(self, index: int, candidate: Candidate, why: str) -> None:
+        """Begin to fill another node of hop `index`'s span while the hop serves; they change places later, between two
+        tokens. One hop at a time, and none without a class: another node would compute other rows."""
+        if self._migration is None and has_class(candidate) and not self._session.one_shot:
+            self._migration = Migration(self._session, index, candidate, why)
+
+    async def _finish_migration(self) -> bool:
+        """Let a filled node take its hop's place; False when there is nothing to do yet."""
+        session, migration = self._session, self._migration
+        if migration is None or not migration.task.done():
+            return False
+        self._migration = None
+        index, old = migration.index, session.hops[migration.index]
+        remote = migration.result()
+        if remote is None or old is not migration.old or old.failure is not None:
+            await migration.call_off()
+            if remote is None and not self.has_stand_in(index):
+                self._unmoved.add(index)
+            return True
+        session.route[index] = migration.candidate
+        session.verdict.replaced.append((old.node, migration.candidate.node, migration.why))
+        session.hops[index] = remote
+        session.attach(remote)
+        session.lost.add(old.node)
+        await self._announce(index, remote.node)
+        if index + 1 < len(session.hops):
+            await self.tell(remote, {"next": session.hops[index + 1].node})
+        if index:
+            await self.tell_neighbour(index - 1, {"next": remote.node})
+        else:
+            await session.resend(remote, migration.fed)
+        session.retire(old)
+        await self._change_neighbours()
+        return True
+
+    async def call_off(self) -> None:
+        """Whoever was to take a hop's place is let go: the rows that it was filled with are in question."""
+        migration, self._migration = self._migration, None
+        if migration is not None:
+            await migration.call_off()
 
     async def _announce(self, index: int, node: Address) -> None:
         """Tell whoever takes rows from hop `index` that another node will send them."""
@@ -124,10 +195,13 @@ class Repair:
 
     async def tell_neighbour(self, index: int, body: dict[str, str]) -> None:
         """Tell a hop of its new neighbour; a hop that is gone as well is repaired in its turn."""
+        await self.tell(self._session.hops[index], body)
+
+    async def tell(self, hop: Remote, body: dict[str, str]) -> None:
         try:
-            await self._session.hops[index].command(Frame(Kind.ROUTE, dict(body)))
+            await hop.command(Frame(Kind.ROUTE, dict(body)))
         except TallystickError as error:
-            self._session.hops[index].failure = self._session.hops[index].failure or error
+            hop.failure = hop.failure or error
 
     async def _resolve(self, index: int, disagreement: Disagreement) -> None:
         """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
@@ -177,6 +251,7 @@ class Repair:
             task.cancel()  # what else was in dispute is computed anew
         for audit in self._session.audits:
             await audit.pause()
+        self._session.epoch += 1
         for hop in others:
             await self._crop(hop, position, len(self._session.ids))
         for audit in self._session.audits:
@@ -190,6 +265,8 @@ class Repair:
         raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
-        await hop.command(Frame(Kind.CROP, position=position))
+        epoch = self._session.epoch
+        hop.rewound(epoch, position)
+        await hop.command(Frame(Kind.CROP, {"epoch": epoch}, position))
         hop.crop(position, computed)
         self._session.pending[hop] = {}

@@ -10,22 +10,25 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
 
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.openings import Openings
-from tallystick.remote import Remote
+from tallystick.remote import Hearing, Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
 from tallystick.routing.candidates import Candidate
 from tallystick.setting import Setting
 from tallystick.verdict import Verdict
+from tallystick.watch import LOOK_EVERY_S, Watch
 from tallystick_protocol.errors import (
     CorruptResult,
     TallystickError,
     Unreachable,
 )
-from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import WINDOW, Address, SessionId, Wei, window_of
 from tallystick_protocol.vouchers import charge
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
+FAREWELL_S = 5.0
 
 
 class Session:
@@ -45,6 +49,7 @@ class Session:
         self.hops: list[Remote] = []
         self.verdict = verdict
         self.avoid: set[Address] = set()
+        self.lost: set[Address] = set()
         self.ids: list[int] = []
         self._want: list[bool] = []
         self._results = Results(setting)
@@ -54,10 +59,14 @@ class Session:
         self.repair = Repair(self)
         self.openings = Openings(self)
         self.attempt = 0
+        self.epoch = 0
+        self.witnesses: set[Remote] = set()
+        self.watch = Watch(self)
         self._is_rewinding = False
         self._work = asyncio.Event()
         self._news = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
 
     @property
@@ -65,9 +74,24 @@ class Session:
         return self.setting.one_shot
 
     @property
+    def is_open(self) -> bool:
+        """Whether every hop has been opened once."""
+        return self._tender is not None
+
+    @property
     def id(self) -> SessionId:
         """The same at all hops."""
         return self.hops[0].session
+
+    @property
+    def unfit(self) -> set[Address]:
+        """Nodes that take no part: those that lied or are banned, and those that were lost."""
+        return self.avoid | self.lost
+
+    @property
+    def nodes(self) -> set[Address]:
+        """Nodes that take part in the route."""
+        return {candidate.node for candidate in self.route}
 
     @property
     def has_audits(self) -> bool:
@@ -88,7 +112,19 @@ class Session:
     def attach(self, remote: Remote) -> None:
         """Begin to hear a hop that has been opened."""
         self.pending[remote] = {}
-        remote.listen(self._on_receipt, self._on_result, self.wake)
+        insist_s = partial(self.repair.insist_s, remote)
+        remote.listen(
+            Hearing(self._on_receipt, self._on_result, self.wake, self._rejoin, self._first_missing, insist_s)
+        )
+
+    async def _rejoin(self, remote: Remote, position: int, _: int) -> None:
+        """A hop is back that has so many rows: what the client sent it since then is sent again."""
+        if remote is self.hops[0]:
+            await self.resend(remote, position)
+
+    def _first_missing(self) -> int:
+        rows = self._results.rows
+        return next((at for at, wanted in enumerate(self._want) if wanted and at not in rows), len(self._want))
 
     def forget(self, position: int) -> None:
         """Forget the rows from `position` on, and what came of them."""
@@ -105,15 +141,35 @@ class Session:
         start = len(self.ids)
         self.ids += ids
         self._want += [i == len(ids) - 1 for i in range(len(ids))] if want is None else list(want)
+        self.watch.fed(start, len(self.ids))
         await self.send_ids(start)
 
     async def send_ids(self, start: int) -> None:
-        step = len(self.ids) if self.one_shot else STEP_ROWS
-        for begin in range(start, len(self.ids), max(step, 1)):
-            try:
-                await self.send_ids_to(self.hops[0], begin, min(begin + step, len(self.ids)))
-            except Unreachable:
-                return  # `result` sees the failure and feeds whoever takes the place
+        try:
+            await self.resend(self.hops[0], start)
+        except Unreachable:
+            return  # `result` sees the failure and feeds whoever takes the place
+
+    async def resend(self, remote: Remote, first: int) -> None:
+        """Send a hop that takes ids those from `first` on."""
+        while first < len(self.ids):
+            last = len(self.ids) if self.one_shot else min(first + STEP_ROWS, len(self.ids))
+            await self.send_ids_to(remote, first, last)
+            first = last
+
+    def retire(self, hop: Remote) -> None:
+        """Let a hop go that another one has replaced in order."""
+        self.pending.pop(hop, None)
+        self.note_payment(hop)
+        self._retiring.add(task := asyncio.create_task(self._farewell(hop)))
+        task.add_done_callback(self._retiring.discard)
+
+    async def _farewell(self, hop: Remote) -> None:
+        try:
+            await hop.command(Frame(Kind.CLOSE), FAREWELL_S)
+        except TallystickError as error:
+            log.info("%s was left without a farewell (%s)", hop.node, error)
+        await hop.close()
 
     async def send_ids_to(self, remote: Remote, first: int, last: int) -> None:
         """Send the token ids of positions [first, last) to a hop that takes ids. Raises Unreachable."""
@@ -128,6 +184,23 @@ class Session:
         computed = len(self.ids)
         async with self._rewinding(Frame(Kind.CROP, position=length), lambda remote: remote.crop(length, computed)):
             self.forget(length)
+
+    async def drop(self, length: int) -> None:
+        """Forget rows from `length` on that complete no window, as rejected drafts do, without waiting for anybody."""
+        computed = len(self.ids)
+        is_signed = any(hop.standing.covered > length for hop in self.hops)
+        if self.one_shot or is_signed or length // WINDOW != computed // WINDOW:
+            await self.crop(length)
+            return
+        if length == computed:
+            return
+        self.epoch += 1
+        self.forget(length)
+        for remote in [*self.everybody(), *self.witnesses]:
+            try:
+                await remote.drop(self.epoch, length, computed if remote in self.hops else length)
+            except Unreachable:
+                continue  # `until` mends it
 
     async def fork_from(self, other: Session, shared: int) -> None:
         """Hold what `other` holds; both begin with the same `shared` rows. Nothing is computed where the hops are the
@@ -186,7 +259,9 @@ class Session:
         A hop that fails is repaired later; one that only cannot do it is put into `refused`, if that is given.
         Receipts that come meanwhile wait.
         """
+        await self.repair.call_off()
         self._is_rewinding = True
+        self.epoch += 1
         try:
             for audit in self.audits:
                 await audit.pause()
@@ -212,7 +287,8 @@ class Session:
             self.pending[hop] = {}  # what it signed before
 
         try:
-            await hop.command(frame, on_done=on_done)
+            hop.rewound(self.epoch, frame.position)
+            await hop.command(replace(frame, body={**frame.body, "epoch": self.epoch}), on_done=on_done)
         except TallystickError as error:
             if refused is not None and error.code == "bad_position":
                 refused.append(hop)
@@ -243,7 +319,7 @@ class Session:
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
 
     async def _flush(self) -> None:
-        for remote in self._everybody():
+        for remote in self.everybody():
             try:
                 await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
             except Unreachable:
@@ -251,7 +327,7 @@ class Session:
 
     async def take_leave(self) -> None:
         """Close every session in order, so that the last vouchers are known to have arrived."""
-        partings = (remote.command(Frame(Kind.CLOSE)) for remote in self._everybody() if remote.failure is None)
+        partings = (remote.command(Frame(Kind.CLOSE)) for remote in self.everybody() if remote.failure is None)
         for outcome in await asyncio.gather(*partings, return_exceptions=True):
             if isinstance(outcome, TallystickError):
                 log.info("a session ended without a farewell (%s)", outcome)
@@ -260,10 +336,11 @@ class Session:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
         judged = not self.disputes and all(audit.judged_to() == length for audit in self.audits)
-        paid = all(remote.rows_paid >= remote.rows_due for remote in self._everybody())
+        paid = all(remote.rows_paid >= remote.rows_due for remote in self.everybody())
         return signed and judged and paid
 
-    def _everybody(self) -> list[Remote]:
+    def everybody(self) -> list[Remote]:
+        """Hops and auditors."""
         return [*self.hops, *(audit.remote for audit in self.audits)]
 
     async def audit_at_end(self, index: int) -> None:
@@ -278,9 +355,11 @@ class Session:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        for remote in self._everybody():
+        await self.repair.call_off()
+        for remote in self.everybody():
             self.note_payment(remote)
             await remote.close()
+        await asyncio.gather(*self._retiring)
         self.openings.release()
 
     # -- what arrives
@@ -298,7 +377,9 @@ class Session:
 
     def _on_result(self, remote: Remote, frame: Frame) -> None:
         if remote is self.hops[-1]:
-            self._results.take(remote.node, frame, lambda at: at < len(self.ids) and self._want[at])
+            kept = min(remote.kept_of(take(frame.body, "epoch", int, 0)), len(self.ids))
+            self._results.take(remote.node, frame, lambda at: at < kept and self._want[at])
+            self.watch.answered(frame.position)
 
     async def _tend(self) -> None:
         """Check receipts as they come, in order of hops and windows; pay; compare audits."""
@@ -408,10 +489,11 @@ class Session:
             if left <= 0:
                 raise Unreachable(f"nothing came for {timeout_s:g} s while waiting for {what}")
             try:
-                async with asyncio.timeout(min(left, 1.0)):
+                async with asyncio.timeout(min(left, LOOK_EVERY_S)):
                     await self._news.wait()
             except TimeoutError:
                 self._work.set()
+            await self.watch.look()
 
     def note_payment(self, remote: Remote) -> None:
         paid, due = remote.rows_paid, remote.rows_due

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from tallystick.payments import Need, Purse
 from tallystick.routing.candidates import Candidate
+from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Context, rows_root
@@ -34,9 +35,17 @@ class Sides:
         object.__setattr__(self, "memory_root", None if self.memory is None else rows_root(self.memory))
 
 
+async def _nobody() -> list[Candidate]:
+    return []
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a session needs of its client. stack: the layers from token ids to a result. top_k 0: dense rows."""
+    """What a session needs of its client. stack: the layers from token ids to a result. top_k 0: dense rows.
+
+    wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
+    on_waiting: called with the error that will be raised when nobody comes.
+    """
 
     peers: Peers
     key: Key
@@ -49,6 +58,9 @@ class Setting:
     top_k: int
     on_replaced: Callable[[], None]
     sides: Sides = field(default_factory=Sides)
+    wait_s: float = 0.0
+    look_again: Callable[[], Awaitable[list[Candidate]]] = _nobody
+    on_waiting: Callable[[NoRoute], None] = lambda _: None
 
     @property
     def one_shot(self) -> bool:

@@ -32,7 +32,10 @@ READY_TIMEOUT_S = 120.0
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 """Many nodes on few cores: spinning threads would starve each other."""
 
-READY = r"serving at (http://\S+)"
+LEASE_S = "3"
+"""Everybody is on this machine: who is away for longer than that does not come back."""
+
+READY = r"serving at (https?://\S+)"
 
 
 @dataclass(slots=True)
@@ -162,7 +165,7 @@ class LocalNet:
             "--model", "0x" + model.hex(), "--span", f"{node.span.start}:{node.span.end}", "--sources", self.source,
             "--hot-key", str(node.folder / "hot.json"), "--cold-key", str(node.folder / "cold.json"),
             "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
-            *settings,
+            "--lease-s", LEASE_S, *settings,
         ]  # fmt: skip
         log = node.folder / f"log.{len(list(node.folder.glob('log.*')))}"
         node.process = self._nursery.start(node.name, arguments, log, _ENVIRONMENT)

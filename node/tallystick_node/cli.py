@@ -10,19 +10,22 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic_settings import BaseSettings
+
 from tallystick_node.config import NodeConfig, load_config
+from tallystick_node.relay.config import RelayConfig, load_relay_config
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.keystore import create_keystore, open_keystore, read_password
 from tallystick_protocol.types import Address
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only `run` needs it
-    from tallystick_node.node import Keys, MakeEngine, Node
+    from tallystick_node.node import Keys, MakeEngine
 
-_LIST_SETTINGS = {"sources"}
+_LIST_SETTINGS = {"sources", "announce", "relays"}
 
 
 def main(arguments: Sequence[str] | None = None, make_engine: MakeEngine | None = None) -> int:
@@ -51,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="one line of JSON")
     plan.set_defaults(command=_plan)
     _add_settings(plan)
+    relay = commands.add_parser("relay", help="let nodes be reached that have no open port, for money; needs no stake")
+    relay.add_argument("--show", action="store_true", help="show every setting, its value and what it means; then end")
+    relay.set_defaults(command=_relay)
+    _add_settings(relay, RelayConfig)
     show = commands.add_parser("config", help="show every setting, its value and what it means")
     show.add_argument("what", choices=["show"])
     show.set_defaults(command=_show)
@@ -63,9 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_settings(parser: argparse.ArgumentParser, settings: type[BaseSettings] = NodeConfig) -> None:
     parser.add_argument("--config", type=Path, help="TOML file with settings")
-    for name, field in NodeConfig.model_fields.items():
+    for name, field in settings.model_fields.items():
         flag = "--" + name.replace("_", "-")
         if name in _LIST_SETTINGS:
             parser.add_argument(flag, action="append", dest=name, help=field.description)
@@ -74,10 +81,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(options: argparse.Namespace) -> NodeConfig:
-    flags: dict[str, Any] = {
-        name: value for name in NodeConfig.model_fields if (value := getattr(options, name)) is not None
-    }
-    return load_config(options.config, flags)
+    return load_config(options.config, _flags(options, NodeConfig))
+
+
+def _flags(options: argparse.Namespace, settings: type[BaseSettings]) -> dict[str, Any]:
+    return {name: value for name in settings.model_fields if (value := getattr(options, name)) is not None}
 
 
 def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
@@ -85,14 +93,35 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
     from tallystick_node.node import Node
 
     config = _settings(options)
+    _log_to_stderr(config.log_level)
+    node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_until_stopped(node.run(lambda url: print(f"serving at {url}", flush=True))))
+
+
+def _relay(options: argparse.Namespace, _: MakeEngine | None) -> int:
+    from tallystick_node.relay.service import run_relay
+
+    config = load_relay_config(options.config, _flags(options, RelayConfig))
+    if options.show:
+        return _print_settings(config)
+    _log_to_stderr(config.log_level)
+    key = open_keystore(config.key, _password(config.password_file))
+    relaying = run_relay(config, key, lambda name: print(f"relaying as {name}", flush=True))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_until_stopped(relaying))
+
+
+def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     logging.getLogger("uvicorn.error").setLevel("WARNING")
     logging.getLogger("uvicorn.error").addFilter(_is_ours_to_read)
-    node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(node))
+
+
+def _password(path: Path | None) -> str:
+    return read_password(path) if path else getpass.getpass("keystore password: ")
 
 
 def _plan(options: argparse.Namespace, _: MakeEngine | None) -> int:
@@ -112,7 +141,7 @@ def _is_ours_to_read(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("Invalid ", "Unsupported upgrade", "No supported WebSocket"))
 
 
-async def _serve(node: Node) -> int:
+async def _until_stopped(serving: Coroutine[Any, Any, None]) -> int:
     """Serve until SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
@@ -126,7 +155,7 @@ async def _serve(node: Node) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     try:
-        await node.run(lambda url: print(f"serving at {url}", flush=True))
+        await serving
     except asyncio.CancelledError:
         return 0
     except ExceptionGroup as group:
@@ -140,7 +169,7 @@ async def _serve(node: Node) -> int:
 def _open_keys(config: NodeConfig, join: bool) -> Keys:
     from tallystick_node.node import Keys
 
-    password = read_password(config.password_file) if config.password_file else getpass.getpass("keystore password: ")
+    password = _password(config.password_file)
     hot = open_keystore(config.hot_key, password)
     cold = open_keystore(config.cold_key, password) if config.cold_key and join else None
     if join and cold is None:
@@ -152,8 +181,11 @@ def _open_keys(config: NodeConfig, join: bool) -> Keys:
 
 
 def _show(options: argparse.Namespace, _: MakeEngine | None) -> int:
-    config = _settings(options)
-    for name, field in NodeConfig.model_fields.items():
+    return _print_settings(_settings(options))
+
+
+def _print_settings(config: NodeConfig | RelayConfig) -> int:
+    for name, field in (NodeConfig if isinstance(config, NodeConfig) else RelayConfig).model_fields.items():
         print(f"{name} = {getattr(config, name)!s:40}  # {field.description}")
     return 0
 

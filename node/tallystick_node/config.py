@@ -9,7 +9,7 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -22,9 +22,11 @@ from pydantic_settings import (
 
 from tallystick_protocol.errors import BadMessage, ConfigError
 from tallystick_protocol.signing import address_bytes, checksum_address
+from tallystick_protocol.transport.scopes import is_loopback
 from tallystick_protocol.types import Address, Span
 
 ENV_PREFIX = "TALLYSTICK_NODE_"
+C = TypeVar("C", bound=BaseSettings)
 
 
 class NodeConfig(BaseSettings):
@@ -35,8 +37,14 @@ class NodeConfig(BaseSettings):
     rpc: str = Field("http://127.0.0.1:8545", description="JSON-RPC of the chain")
     book: Path = Field(Path("deployments/31337.json"), description="address book that scripts/deploy.js wrote")
     state: Path = Field(Path("~/.local/state/tallystick-node"), description="folder for databases and pieces")
-    host: str = Field("127.0.0.1", description="address to serve on; loopback only in this version")
+    host: str = Field("127.0.0.1", description="address to serve on, 0.0.0.0 for all; none: no port, through relays")
     port: int = Field(0, ge=0, le=65535, description="port to serve on; 0 takes a free one")
+    tls: Literal["auto", "on", "off"] = Field("auto", description="auto: TLS unless host is loopback; off: never")
+    announce: list[str] = Field(default_factory=list, description="HOST:PORT that others dial; empty: host and port")
+    relays: list[str] = Field(default_factory=list, description="0xRELAY@HOST:PORT to be reached through")
+    relay_max_price: int = Field(10**8, ge=0, description="most that a relay may ask for a byte")
+    relay_budget: int = Field(10**19, ge=0, description="most that the hot key puts into the channel to each relay")
+    tls_rotate_s: float = Field(30 * 86400.0, ge=60, description="age at which the next TLS key comes into use")
     model: str = Field("", description="model id (0x…) to serve; empty: the only one on chain")
     span: str = Field("auto", description="layers to serve, start:end, for example 0:3; auto: the node chooses")
     execution: Literal["canonical", "stock"] = Field(
@@ -65,6 +73,8 @@ class NodeConfig(BaseSettings):
     store: Path | None = Field(None, description="folder for pieces, which nodes may share; empty: in state")
     cache_bytes: int = Field(1 << 30, ge=1 << 20, description="memory for all sessions' caches and kept rows")
     max_sessions: int = Field(64, ge=1, le=4096, description="sessions open at once")
+    lease_s: float = Field(30.0, ge=0, le=600, description="how long a session waits for a client that lost its link")
+    drain_s: float = Field(15.0, ge=0, le=3600, description="how long clients have to move on when the node is stopped")
     threads: int = Field(1, ge=1, le=256, description="threads for matrix products")
     check_class_s: float = Field(3600.0, ge=1, description="how often canary and class are checked again")
     look_around_s: float = Field(900.0, ge=1, description="how often a node with span = auto looks for a better place")
@@ -100,6 +110,23 @@ class NodeConfig(BaseSettings):
             raise ValueError(f'tensor_parallel = {self.tensor_parallel} runs on the CPU: set device = "cpu" or "auto"')
         return self
 
+    @model_validator(mode="after")
+    def _has_a_way_in(self) -> NodeConfig:
+        if self.host == "none" and not self.relays:
+            raise ValueError('host = "none" takes relays: without a port nobody could reach this node')
+        if self.tls == "off" and (self.relays or self.announce):
+            raise ValueError('tls = "off" is for loopback alone: leave out relays and announce')
+        if len(self.relays) + max(1, len(self.announce)) > 4:
+            raise ValueError("four addresses and relays at most")
+        return self
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether this node speaks TLS: everywhere but on loopback, where it may."""
+        if self.tls == "auto":
+            return not is_loopback(self.host) or bool(self.relays or self.announce)
+        return self.tls == "on"
+
     @property
     def layers(self) -> Span | None:
         """The span; None when the node chooses it. Raises ConfigError."""
@@ -123,14 +150,19 @@ class NodeConfig(BaseSettings):
 
 
 def load_config(path: Path | None, flags: dict[str, Any]) -> NodeConfig:
+    """The node's settings. Raises ConfigError as `load_settings` does."""
+    return load_settings(NodeConfig, ENV_PREFIX, path, flags)
+
+
+def load_settings(cls: type[C], prefix: str, path: Path | None, flags: dict[str, Any]) -> C:
     """Flags over environment over file over defaults. Raises ConfigError naming the key and where it stands."""
-    known = NodeConfig.model_fields
+    known = cls.model_fields
     for name in os.environ:
-        if name.upper().startswith(ENV_PREFIX) and name[len(ENV_PREFIX) :].lower() not in known:
+        if name.upper().startswith(prefix) and name[len(prefix) :].lower() not in known:
             raise ConfigError(f"the environment sets {name}, which is no setting; see `tallystick-node config show`")
     if path is not None:
         _check_file(path, set(known))
-    bound = type("BoundConfig", (NodeConfig,), {"model_config": {**NodeConfig.model_config, "toml_file": path}})
+    bound = type("BoundConfig", (cls,), {"model_config": {**cls.model_config, "toml_file": path}})
     try:
         config = bound(**flags)
     except ValidationError as error:
@@ -139,7 +171,7 @@ def load_config(path: Path | None, flags: dict[str, Any]) -> NodeConfig:
         raise ConfigError(f"setting {name or '?'}: {first['msg']}; see `tallystick-node config show`") from None
     except SettingsError as error:
         raise ConfigError(f'{error}: lists are written as JSON there, for example ["http://…"]') from None
-    assert isinstance(config, NodeConfig)
+    assert isinstance(config, cls)
     return config
 
 

@@ -1,7 +1,7 @@
 """How connections become served: a connected socket and a role go in, and uvicorn's protocol takes over.
 
-Direct, dialled-back and hole-punched sockets are one path. In this version the only role is `direct` and the only
-addresses are loopback ones: anything else waits for transport security (docs/threats.md).
+Direct sockets and those that were dialled back through a relay are one path; on both this side is the TLS server. Plain
+sockets exist on loopback only.
 """
 
 from __future__ import annotations
@@ -10,36 +10,42 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
+from tallystick_node.reach.tls import TlsKeys
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.frames import MAX_FRAME
+from tallystick_protocol.types import ZERO32
 
 log = logging.getLogger(__name__)
 
-Role = Literal["direct"]
+Role = Literal["direct", "dialled back"]
+Divert = Callable[[socket.socket], Awaitable[bool]]
 HEAD_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 10.0
 ACCEPT_PAUSE_S = 0.2
 MAX_CONNECTIONS = 1024
+MAX_WELCOMES = 256
+"""Connections that have not shaken hands yet."""
 
 
-def bind_loopback(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError for a port that is taken, or an address that is not loopback."""
+def bind(host: str, port: int, encrypted: bool) -> socket.socket:
+    """A listening socket. Raises ConfigError for a port that is taken, or for an open address without encryption."""
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
-        raise ConfigError(f"host = {host!r} is not an address; use 127.0.0.1") from None
-    if not address.is_loopback:
-        raise ConfigError(
-            f"host = {host!r}: this version serves on loopback only, because connections are not encrypted yet;"
-            " use 127.0.0.1"
-        )
+        raise ConfigError(f"host = {host!r} is not an address; use 127.0.0.1, or 0.0.0.0 for all there are") from None
+    if not address.is_loopback and not encrypted:
+        raise ConfigError(f'host = {host!r} with tls = "off": plain sockets exist on loopback only; use tls = "auto"')
     sock = socket.socket(socket.AF_INET6 if address.version == 6 else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if address.version == 6 and address.is_unspecified:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:
         sock.bind((str(address), port))
     except OSError as error:
@@ -53,7 +59,11 @@ def bind_loopback(host: str, port: int) -> socket.socket:
 class Listener:
     """Serves an app on sockets, however they came to be connected."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, keys: TlsKeys | None = None, divert: Divert | None = None) -> None:
+        """keys: what TLS is spoken with; None: plain sockets.
+
+        divert(socket): takes an accepted socket over if it is not meant for this app; True when it has.
+        """
         self._config = uvicorn.Config(
             app,
             http="h11",
@@ -73,39 +83,67 @@ class Listener:
         )
         self._config.load()
         self._state = ServerState()
+        self._keys = keys
+        self._divert = divert
+        self._welcomes: set[asyncio.Task[None]] = set()
 
     async def attach(self, sock: socket.socket, role: Role = "direct") -> None:
-        """Serve a connected socket. A peer that completes no request for HEAD_TIMEOUT_S is dropped."""
+        """Serve a connected socket. A peer that completes no request for HEAD_TIMEOUT_S is dropped.
+
+        Raises OSError (ssl.SSLError among them) when the handshake fails, and closes the socket.
+        """
         loop = asyncio.get_running_loop()
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        identity = self._keys.current if self._keys is not None else None
+        state = {"spki": identity.spki if identity is not None else ZERO32, "role": role}
 
         def protocol() -> asyncio.Protocol:
             protocol_class: Any = self._config.http_protocol_class
-            made: Any = protocol_class(config=self._config, server_state=self._state, app_state={})
+            made: Any = protocol_class(config=self._config, server_state=self._state, app_state=state)
             loop.call_later(HEAD_TIMEOUT_S, _drop_silent, made, None)
             return made  # type: ignore[no-any-return]
 
-        await loop.connect_accepted_socket(protocol, sock)
+        try:
+            if identity is None:
+                await loop.connect_accepted_socket(protocol, sock)
+            else:
+                context, timeout_s = identity.context, HANDSHAKE_TIMEOUT_S
+                await loop.connect_accepted_socket(protocol, sock, ssl=context, ssl_handshake_timeout=timeout_s)
+        except OSError:
+            sock.close()
+            raise
 
     async def serve(self, listening: socket.socket) -> None:
         """Accept until cancelled."""
         loop = asyncio.get_running_loop()
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listening)
-            except OSError as error:  # no file descriptor left, or the peer has gone already
-                log.warning("a connection could not be accepted (%s)", error.strerror)
-                await asyncio.sleep(ACCEPT_PAUSE_S)
-                continue
-            if len(self._state.connections) >= MAX_CONNECTIONS:
-                sock.close()
-                continue
-            try:
+        try:
+            while True:
+                try:
+                    sock, _ = await loop.sock_accept(listening)
+                except OSError as error:  # no file descriptor left, or the peer has gone already
+                    log.warning("a connection could not be accepted (%s)", error.strerror)
+                    await asyncio.sleep(ACCEPT_PAUSE_S)
+                    continue
+                if len(self._state.connections) >= MAX_CONNECTIONS or len(self._welcomes) >= MAX_WELCOMES:
+                    sock.close()
+                    continue
+                welcome = asyncio.create_task(self._welcome(sock))
+                self._welcomes.add(welcome)
+                welcome.add_done_callback(self._welcomes.discard)
+        finally:
+            for welcome in self._welcomes:
+                welcome.cancel()
+
+    async def _welcome(self, sock: socket.socket) -> None:
+        """Who cannot shake hands is of no interest, and costs no line in the log."""
+        try:
+            if self._divert is None or not await self._divert(sock):
                 await self.attach(sock)
-            except OSError:
-                sock.close()
+        except OSError as error:
+            log.debug("a connection was not taken (%s)", error)
+            sock.close()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ask every connection to end, and wait a while for it."""

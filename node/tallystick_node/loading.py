@@ -179,7 +179,7 @@ class Loading:
 
     async def _pieces(self) -> Pieces:
         serving = await asyncio.to_thread(self._chain.serving, self._model)
-        urls = [end.url for one in serving if one.record.node != self._node for end in one.endpoints]
+        urls = [source for one in serving if one.record.node != self._node for source in one.contact.sources]
         return Pieces(self.store, self._folder, [*self._config.sources, *urls])
 
 

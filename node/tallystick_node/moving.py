@@ -105,9 +105,9 @@ async def watch_ranks(model: ParallelSpan) -> None:
 
 
 async def drain(sessions: Sessions, timeout_s: float) -> None:
-    """Take no more sessions and wait until those that are open have ended, or the time is up."""
-    sessions.draining = True
-    if not await _wait_until(lambda: not len(sessions), timeout_s):
+    """Take no more sessions and wait until the clients of those that are open have moved on, or the time is up."""
+    await sessions.drain(timeout_s)
+    if len(sessions):
         log.warning("%d sessions end as unreachable: they did not end within %g s", len(sessions), timeout_s)
 
 

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
-import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.config import NodeConfig
 from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
-from tallystick_node.listener import Listener, bind_loopback
+from tallystick_node.listener import Listener, bind
 from tallystick_node.loading import Loading, self_check
-from tallystick_node.moving import look_around, relocation_in, watch_class, watch_ranks
+from tallystick_node.locks import lock_state
+from tallystick_node.moving import drain, look_around, relocation_in, watch_class, watch_ranks
+from tallystick_node.reach.presence import Presence
 from tallystick_node.server import create_app
 from tallystick_node.session.hop import Shop
 from tallystick_node.session.links import Dialler
-from tallystick_node.session.registry import Sessions
-from tallystick_node.stake import Lookups, Redeemer, Registration, join
+from tallystick_node.session.registry import Limits, Sessions
+from tallystick_node.stake import Lookups, Redeemer, Registration, enroll, register
 from tallystick_node.till import Till
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
@@ -33,9 +33,9 @@ from tallystick_protocol.content.serving import BlockRequest, PinnedBlocks, Repl
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import ChainError, ConfigError, UnknownModel
 from tallystick_protocol.manifest import Manifest
-from tallystick_protocol.messages import Endpoint, Offer
-from tallystick_protocol.peer import Peers
+from tallystick_protocol.messages import Offer
 from tallystick_protocol.signing import Key, digest, seal
+from tallystick_protocol.transport.contact import Contact
 from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 from tallystick_protocol.vouchers import charge
 
@@ -52,24 +52,6 @@ class Keys:
     hot: Key
     cold: Key | None
     node: Address
-
-
-def lock_state(folder: Path) -> IO[str]:
-    """Hold the node's folder: two processes with one key would contradict each other. Raises ConfigError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "lock").open("w")
-    except OSError as error:
-        raise ConfigError(
-            f"state = {str(folder)!r} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ConfigError(
-            f"another tallystick-node runs in {folder}; stop it, or give this one a folder of its own"
-        ) from None
-    return handle
 
 
 def find_model(chain: Chain, text: str) -> ModelId:
@@ -113,17 +95,19 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             lock = lock_state(state)
             stack.callback(lock.close)
-            listening = bind_loopback(config.host, config.port)
-            stack.callback(listening.close)
+            listening = None
+            if config.host != "none":
+                listening = bind(config.host, config.port, config.is_encrypted)
+                stack.callback(listening.close)
             chain = Chain(config.rpc, load_book(config.book))
             await asyncio.to_thread(chain.check)
-            peers = Peers()
-            stack.push_async_callback(peers.close)
+            presence = Presence(config, self.keys.node, self.keys.hot, chain, state, listening)
+            stack.push_async_callback(presence.close)
             model_id = await asyncio.to_thread(find_model, chain, config.model)
-            loading = Loading(config, chain, peers, model_id, self.keys.node)
+            loading = Loading(config, chain, presence.peers, model_id, self.keys.node)
             span: Span | None = await self._first_span(chain, loading, model_id)
             while span is not None:
-                span = await self._serve_span(span, chain, peers, loading, model_id, listening, announce)
+                span = await self._serve_span(span, chain, presence, loading, model_id, announce)
 
     async def _first_span(self, chain: Chain, loading: Loading, model: ModelId) -> Span:
         """The span of the settings; with "auto" the registered one, or the best one where the node may register."""
@@ -140,10 +124,9 @@ class Node:
         self,
         span: Span,
         chain: Chain,
-        peers: Peers,
+        presence: Presence,
         loading: Loading,
         model_id: ModelId,
-        listening: socket.socket,
         announce: Callable[[str], None],
     ) -> Span | None:
         """Load and serve a span until cancelled. Returns the span to serve next when the node is to move."""
@@ -156,10 +139,8 @@ class Node:
             engine = self._make_engine(loaded.model)
             stack.callback(engine.close)
             self._span = span
-            endpoint = _endpoint(listening)
             if self._joins:
-                await asyncio.to_thread(self._join, chain, model_id, endpoint)
-            await asyncio.to_thread(self._check_registered, chain, model_id)
+                await asyncio.to_thread(self._enroll, chain)
             lookups = Lookups(chain, self.keys.node)
             till = self._till(chain, state, manifest)
             stack.callback(till.close)
@@ -175,18 +156,25 @@ class Node:
                 journal=journal,
                 till=till,
                 dialler=Dialler(
-                    peers, self.keys.node, self.keys.hot, chain.book.staking_domain, chain.locate, time.time
+                    presence.peers,
+                    self.keys.node,
+                    self.keys.hot,
+                    chain.book.staking_domain,
+                    presence.directory.find,
+                    time.time,
                 ),
                 escrow_domain=chain.book.escrow_domain,
                 lookups=lookups,
                 clock=time.time,
             )
-            sessions = Sessions(shop, self.keys.hot, self._offers, config.cache_bytes, config.max_sessions)
+            limits = Limits(config.cache_bytes, config.max_sessions, config.lease_s)
+            sessions = Sessions(shop, self.keys.hot, self._offers, limits)
             self._rows_per_s = loading.rate(span)
             self._offers.clear()
             self._renew_offer(shop, manifest)
             blocks = _block_answers(loading.store)
-            listener = Listener(create_app(sessions, lambda: self._info(sessions), lambda: self._ready, blocks))
+            app = create_app(sessions, lambda: self._info(sessions), lambda: self._ready, blocks, presence.desk)
+            listener = Listener(app, presence.keys)
             redeemer = Redeemer(Wallet(chain, self.keys.cold or self.keys.hot), self.keys.node, till)
             check = self_check(loading, loaded)
             beside = [
@@ -200,8 +188,16 @@ class Node:
                 beside.append(watch_ranks(loaded.model))
             if config.layers is None:
                 beside.append(look_around(loading, sessions, span, config.look_around_s, moves=self._joins))
+
+            async def prepare() -> str:
+                contact = await presence.announce(model_id)
+                if self._joins:
+                    await asyncio.to_thread(self._register, chain, model_id, contact)
+                await asyncio.to_thread(self._check_registered, chain, model_id)
+                return contact.url
+
             try:
-                await self._serve(listener, listening, redeemer, beside, lambda: announce(endpoint.url))
+                await self._serve(listener, presence, prepare, sessions, redeemer, beside, announce)
             except ExceptionGroup as group:
                 if (there := relocation_in(group)) is None:
                     raise
@@ -211,40 +207,51 @@ class Node:
     async def _serve(
         self,
         listener: Listener,
-        listening: socket.socket,
+        presence: Presence,
+        prepare: Callable[[], Awaitable[str]],
+        sessions: Sessions,
         redeemer: Redeemer,
         beside: Sequence[Coroutine[Any, Any, None]],
-        announce: Callable[[], None],
+        announce: Callable[[str], None],
     ) -> None:
+        """prepare(): makes the node known once it can be dialled; returns where it is."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(listener.serve(listening))
-                for task in beside:
+                for task in (*presence.tasks(listener), *beside):
+                    tasks.create_task(task)
+                url = await prepare()
+                for task in presence.upkeep():
                     tasks.create_task(task)
                 self._ready = True
-                announce()
+                announce(url)
         finally:
             self._ready = False
+            await drain(sessions, self.config.drain_s)
             await listener.close()
             try:
                 await asyncio.to_thread(redeemer.redeem)
             except ChainError as error:
                 log.warning("vouchers stay unredeemed until the next start: %s", error)
 
-    def _join(self, chain: Chain, model: ModelId, endpoint: Endpoint) -> None:
+    def _cold_wallet(self, chain: Chain) -> Wallet:
         if self.keys.cold is None:
             raise ConfigError("joining takes the cold key: set cold_key")
+        return Wallet(chain, self.keys.cold)
+
+    def _enroll(self, chain: Chain) -> None:
+        payee = Address(self.config.payee or self.keys.node)
+        enroll(self._cold_wallet(chain), self.keys.hot, Wei(self.config.stake), payee)
+
+    def _register(self, chain: Chain, model: ModelId, contact: Contact) -> None:
         config, node = self.config, self.keys.node
         registration = Registration(
             model,
             self._span,
             Wei(config.price),
-            (endpoint,),
+            contact,
             Address(config.operator or node),
-            Address(config.payee or node),
-            Wei(config.stake),
         )
-        join(Wallet(chain, self.keys.cold), self.keys.hot, registration)
+        register(self._cold_wallet(chain), registration)
 
     def _check_registered(self, chain: Chain, model: ModelId) -> None:
         """Raises ConfigError unless the chain knows this node as it is about to serve."""
@@ -319,11 +326,6 @@ class Node:
                 "rows_per_s": self._rows_per_s and round(self._rows_per_s, 2),
             },
         }
-
-
-def _endpoint(listening: socket.socket) -> Endpoint:
-    host, port = listening.getsockname()[:2]
-    return Endpoint("tcp", str(host), int(port))
 
 
 def _block_answers(store: LocalStore) -> Callable[[BlockRequest], Reply]:

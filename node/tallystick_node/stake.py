@@ -12,8 +12,8 @@ from tallystick_node.till import Funds, Till
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.errors import ChainError, ConfigError
-from tallystick_protocol.messages import Endpoint
 from tallystick_protocol.signing import Key
+from tallystick_protocol.transport.contact import Contact
 from tallystick_protocol.types import Address, ModelId, Span, Wei
 
 log = logging.getLogger(__name__)
@@ -31,27 +31,25 @@ class Registration:
     model: ModelId
     span: Span
     price: Wei
-    endpoints: tuple[Endpoint, ...]
+    contact: Contact
     operator: Address
-    payee: Address
-    stake: Wei
 
 
-def join(wallet: Wallet, hot: Key, registration: Registration) -> None:
-    """Stake, bind the hot key, set the payee and register the span: each only if the chain does not say so already.
+def enroll(wallet: Wallet, hot: Key, stake: Wei, payee: Address) -> None:
+    """Stake, bind the hot key, set the payee: each only if the chain does not say so already.
 
     wallet: the cold key's. Raises ChainError, ConfigError naming what is missing.
     """
     chain, node = wallet.chain, wallet.address
     record = chain.node(node)
     minimum = chain.min_stake()
-    if registration.stake < minimum:
-        raise ConfigError(f"stake = {registration.stake} is below the contract's minimum of {minimum}")
+    if stake < minimum:
+        raise ConfigError(f"stake = {stake} is below the contract's minimum of {minimum}")
     bound = chain.node_of(hot.address)
     if bound not in (None, node):
         raise ConfigError(f"the hot key {hot.address} belongs to node {bound} for ever; make a new one")
-    if record.active < registration.stake:
-        missing = Wei(registration.stake - record.active)
+    if record.active < stake:
+        missing = Wei(stake - record.active)
         have = chain.balance(node)
         if have < missing:
             raise ChainError(
@@ -62,11 +60,13 @@ def join(wallet: Wallet, hot: Key, registration: Registration) -> None:
     if bound is None:
         wallet.bind(hot)
         log.info("bound the hot key %s", hot.address)
-    if record.payee != registration.payee:
-        wallet.send("setting the payee", chain.staking.functions.setPayee(registration.payee))
-    wallet.serve(
-        registration.model, registration.span, registration.price, registration.endpoints, registration.operator
-    )
+    if record.payee != payee:
+        wallet.send("setting the payee", chain.staking.functions.setPayee(payee))
+
+
+def register(wallet: Wallet, registration: Registration) -> None:
+    """Put on chain what the node serves, for how much, and where. wallet: the cold key's. Raises ChainError."""
+    wallet.serve(registration.model, registration.span, registration.price, registration.contact, registration.operator)
     log.info("registered layers %s of 0x%s", registration.span, registration.model.hex()[:12])
 
 

@@ -10,6 +10,8 @@ TallystickError                      code, message, fields; never a stack trace 
 │       └── BadVoucher
 ├── Overloaded                       retry_after_s
 ├── Unreachable                      nobody's fault: link down, node gone, deadline passed
+│   └── Departed                     the peer closed the connection in order
+├── Draining                         the node will stop soon: move on to another one
 ├── LinkMismatch                     what one hop signed is not what the next one got
 ├── CorruptResult                    a result that was signed is wrong: evidence is kept
 ├── Equivocation                     a second claim for a window that was signed: refused
@@ -132,6 +134,15 @@ class Overloaded(TallystickError):
 class Unreachable(TallystickError):
     code = "unreachable"
     status = 504
+
+
+class Departed(Unreachable):
+    code = "departed"
+
+
+class Draining(TallystickError):
+    code = "draining"
+    status = 503
 
 
 class LinkMismatch(TallystickError):

@@ -55,9 +55,16 @@ class Kind(IntEnum):
     ERROR = 15
     MEMORY = 16
     FORK = 17
+    PING = 18
+    PONG = 19
     FORWARD = 20
     BACKWARD = 21
     TENSOR = 22
+    RESUME = 23
+    RESUMED = 24
+    REGISTER = 25
+    REGISTERED = 26
+    CALL = 27
 
 
 class DType(IntEnum):

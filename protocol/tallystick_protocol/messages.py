@@ -1,4 +1,4 @@
-"""The signed messages besides receipts and vouchers: offers, session openings, push connections, addresses.
+"""The signed messages besides receipts, vouchers and addresses: offers, session openings, push connections, relays.
 
 All are EIP-712 structs under the Staking domain (`signing`); `docs/protocol.md` says who sends which when.
 """
@@ -6,18 +6,14 @@ All are EIP-712 structs under the Staking domain (`signing`); `docs/protocol.md`
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from tallystick_protocol import canonical_json
-from tallystick_protocol.errors import BadMessage, ManifestError
 from tallystick_protocol.signing import address_bytes
 from tallystick_protocol.types import Address, ModelId, SessionId, Span
 
 CLOCK_SKEW_S = 60
 TOP_K_MAX = 1024
-_HOST = re.compile(r"[A-Za-z0-9.-]{1,253}|[0-9A-Fa-f:.]{2,45}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,35 +113,35 @@ class PushOpen:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """A client's claim to a session of its own that has lost its connection. `number` rises with every claim."""
+
+    node: Address
+    session: bytes
+    number: int
+    spki: bytes
+    issued: int
+
+    TYPE: ClassVar[str] = "Resume(address node,bytes32 session,uint32 number,bytes32 spki,uint64 issued)"
+
+
 def session_id(chain_id: int, client: Address, nonce: bytes, model: ModelId) -> SessionId:
     """The same at all hops, computed on both sides: nobody can open another's session."""
     return SessionId(hashlib.sha256(chain_id.to_bytes(32, "big") + address_bytes(client) + nonce + model).digest())
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """One way to reach a node. Unknown kinds are skipped, never an error."""
+class RelayRegister:
+    """The first frame on a relay's control connection, signed by the hot key of the node that wants to be reached.
 
-    kind: str
-    host: str
-    port: int
+    spki: the relay's key in use on that connection.
+    """
 
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+    relay: Address
+    spki: bytes
+    node: Address
+    nonce: bytes
+    issued: int
 
-
-def encode_endpoints(endpoints: tuple[Endpoint, ...]) -> bytes:
-    """The `endpoint` bytes of `Staking.serve`: canonical dag-json {"addrs": [{"host", "kind", "port"}]}."""
-    return canonical_json.encode({"addrs": [{"host": e.host, "kind": e.kind, "port": e.port} for e in endpoints]})
-
-
-def decode_endpoints(data: bytes) -> tuple[Endpoint, ...]:
-    """At most eight usable endpoints, in order of preference. Raises BadMessage."""
-    try:
-        value: Any = canonical_json.decode(data[:4096])
-        found = [Endpoint("tcp", a["host"], a["port"]) for a in value["addrs"] if a["kind"] == "tcp"]
-        return tuple(e for e in found if _HOST.fullmatch(e.host) and type(e.port) is int and 0 < e.port < 65536)[:8]
-    except (ManifestError, KeyError, TypeError):
-        raise BadMessage("the node's endpoint on chain is malformed") from None
+    TYPE: ClassVar[str] = "RelayRegister(address relay,bytes32 spki,address node,bytes32 nonce,uint64 issued)"

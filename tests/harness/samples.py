@@ -117,7 +117,7 @@ def candidate(
     node: str, start: int, end: int, *, rtt_s: float = 0.01, operator: str = "", payee: str = "", **changes: Any
 ) -> Candidate:
     """changes: to fields of the candidate or of its offer."""
-    own = {name: changes.pop(name) for name in ("serves_parts", "expected", "links") if name in changes}
+    own = {name: changes.pop(name) for name in ("serves_parts", "claimed", "expected", "links") if name in changes}
     made = offer(node, start, end, **changes)
     return Candidate(
         offer=made,

@@ -29,7 +29,7 @@ from tallystick_devnet.localchain import rich_key
 from tallystick_devnet.localnet import PASSWORD, STAKE, LocalNet
 from tallystick_node import cli as node_cli
 from tallystick_node.config import ENV_PREFIX
-from tallystick_node.node import lock_state
+from tallystick_node.locks import lock_state
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.content.gateway import RAW

@@ -24,7 +24,7 @@ from harness.raw_session import Attacker, Connection, Identity, RawSession, Targ
 from tallystick import AsyncClient
 from tallystick_devnet.localchain import rich_key
 from tallystick_node.server import create_app
-from tallystick_node.session.registry import Sessions
+from tallystick_node.session.registry import Limits, Sessions
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.content.store import LocalStore
@@ -400,7 +400,7 @@ async def test_an_expired_offer_opens_nothing(field: Field) -> None:
         clock=lambda: NOW,
         engine=SimpleNamespace(model=SimpleNamespace(span=offer.span)),
     )
-    sessions = Sessions(cast(Any, shop), field.hop.hot, {its_digest: offer}, 1 << 30, 1)
+    sessions = Sessions(cast(Any, shop), field.hop.hot, {its_digest: offer}, Limits(1 << 30, 1, 0.0))
     sealed = field.opening(offer=its_digest, issued=NOW)
     error = await raised(sessions.serve_client(cast(Any, None), Frame(Kind.OPEN, {"open": sealed})))
     assert isinstance(error, Rejected) and "offer" in error.message and len(sessions) == 0
@@ -750,7 +750,7 @@ async def test_a_crop_on_a_push_connection_forgets_nothing(field: Field) -> None
     rows = field.rows[field.middle.offer.start]
     async with pushed(field) as (session, push):
         await push.send(step(rows[:8], 0, DType.F32))
-        await push.send(Frame(Kind.CROP))
+        await push.send(Frame(Kind.CROP, {"epoch": 1}))
         await push.send(step(rows[8:16], 8, DType.F32))  # waits for the client's own crop, which never comes
         await computed(session, 8)
         async with field.attacker.push(field.middle, session, field.hop) as again:
@@ -766,7 +766,7 @@ async def test_a_push_connection_ends_with_its_session(field: Field) -> None:
             async with field.attacker.push(field.middle, session, field.hop) as push:
                 await push.next(Kind.PUSH_OPENED)
                 if waits_for_a_crop:
-                    await push.send(Frame(Kind.CROP))
+                    await push.send(Frame(Kind.CROP, {"epoch": 1}))
                 session.abort()
                 await push.until_closed()
     await field.attacker.idle(field.middle)
@@ -1138,7 +1138,7 @@ async def test_a_peer_that_does_not_go_on_is_dropped(silent: list[Silence], inde
 LISTENER_OUT_OF_FILES = """
 import asyncio, resource, sys
 from fastapi import FastAPI
-from tallystick_node.listener import Listener, bind_loopback
+from tallystick_node.listener import Listener, bind
 
 app = FastAPI()
 
@@ -1146,7 +1146,7 @@ app = FastAPI()
 async def health(): return {}
 
 async def main():
-    sock = bind_loopback("127.0.0.1", 0)
+    sock = bind("127.0.0.1", 0, encrypted=False)
     resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
     print(sock.getsockname()[1], flush=True)
     await Listener(app).serve(sock)

@@ -93,7 +93,7 @@ def logits_of_the_whole(folder: Path, form: Form, ids: list[int]) -> torch.Tenso
         if form == "int8" and ".layers." in name and isinstance(module, nn.Linear) and module.weight.numel() >= 2048:
             module.weight.data = torch.from_numpy(rounded_to_int8(module.weight.detach().numpy()))
         elif form == "bf16w" and isinstance(module, nn.Linear):
-            module.forward = bf16_product(module)  # type: ignore[method-assign]
+            module.forward = bf16_product(module)
         elif form == "bf16w" and isinstance(module, nn.Embedding):
             module.weight.data = module.weight.data.bfloat16().float()
     with torch.inference_mode():

@@ -120,7 +120,7 @@ import sys
 import eth_account  # its dependency py_ecc raises the recursion limit to 100,000
 from tallystick_protocol import canonical_json
 from tallystick_protocol.errors import ManifestError
-from tallystick_protocol.messages import decode_endpoints
+from tallystick_protocol.transport.contact import decode_endpoint
 assert sys.getrecursionlimit() >= 100_000, "the danger is gone: is the guard still needed?"
 for data in (
     b"[" * 1_000_000,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 import aiohttp
 import pytest
@@ -15,10 +14,11 @@ from harness import samples
 from tallystick_node.session.downstream import Downstream
 from tallystick_node.session.links import Dialler
 from tallystick_node.session.record import Record
-from tallystick_protocol.errors import TallystickError
+from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.peer import Peers
-from tallystick_protocol.types import Positions, SessionId
+from tallystick_protocol.transport.contact import Addr, Contact
+from tallystick_protocol.types import Address, Positions, SessionId
 
 NEXT = samples.address("next")
 SESSION = SessionId(samples.digest("session"))
@@ -31,13 +31,17 @@ class NextHop:
         self.messages: asyncio.Queue[aiohttp.WSMessage] = asyncio.Queue()
         self.socket: web.WebSocketResponse | None = None
         self.num_opened = 0
+        self.hangs_up = False
+        self.epochs: list[int] = []
 
     async def serve(self, request: web.Request) -> web.WebSocketResponse:
         socket = self.socket = web.WebSocketResponse(autoping=False)
         await socket.prepare(request)
-        assert Frame.decode((await socket.receive()).data).kind is Kind.PUSH_OPEN
+        first = Frame.decode((await socket.receive()).data)
+        assert first.kind is Kind.PUSH_OPEN
+        self.epochs.append(first.body["epoch"])
         self.num_opened += 1
-        await socket.send_bytes(Frame(Kind.PUSH_OPENED, {"position": 0}).encode())
+        await socket.send_bytes(Frame(Kind.PUSH_OPENED, {"position": 0, "epoch": 0}).encode())
         async for message in socket:
             self.messages.put_nowait(message)
         return socket
@@ -59,13 +63,23 @@ async def connected(told: list[TallystickError]) -> AsyncIterator[tuple[NextHop,
     port = runner.addresses[0][1]
     record = Record(False)
     record.append([b"a", b"b"], [bytes(8), bytes(8)], [False, False])
-    locate: Any = lambda node: (f"http://127.0.0.1:{port}",)  # noqa: E731
-    dialler = Dialler(peers, samples.address("me"), samples.key("me"), samples.STAKING, locate, lambda: 0.0)
+
+    async def find(node: Address) -> Contact:
+        return Contact(node, (Addr("tcp", "127.0.0.1", port),))
+
+    dialler = Dialler(peers, samples.address("me"), samples.key("me"), samples.STAKING, find, lambda: 0.0)
 
     async def tell(error: TallystickError) -> None:
         told.append(error)
 
-    downstream = Downstream(dialler, SESSION, 0, NEXT, record, tell)
+    async def reconnect() -> None:
+        if hop.hangs_up:
+            raise Unreachable("nobody there")
+        link = await downstream.dial()
+        assert link is not None
+        await downstream.join(link, {})
+
+    downstream = Downstream(dialler, SESSION, 0, NEXT, record, 0, tell, reconnect)
     try:
         link = await downstream.dial()
         assert link is not None
@@ -93,6 +107,7 @@ async def test_a_next_hop_that_hangs_up_is_told_of_before_anything_is_sent_to_it
     told: list[TallystickError] = []
     async with connected(told) as (hop, downstream):
         assert hop.socket is not None
+        hop.hangs_up = True
         if not silent:
             await hop.socket.send_str("text")
         await hop.socket.close()
@@ -101,8 +116,21 @@ async def test_a_next_hop_that_hangs_up_is_told_of_before_anything_is_sent_to_it
                 await asyncio.sleep(0.01)
         assert [(error.code, error.fields["hop"]) for error in told] == [("unreachable", NEXT)]
         await downstream.pass_on(Positions(0, 2))
-        await downstream.mark_crop(0)
+        await downstream.enter(1, 0)
         assert len(told) == 1, "the rows are kept; it is told once"
+
+
+async def test_a_link_that_was_cut_is_dialled_again_and_nobody_hears_of_it() -> None:
+    told: list[TallystickError] = []
+    async with connected(told) as (hop, downstream):
+        assert Frame.decode((await hop.next()).data).kind is Kind.STEP
+        await downstream.enter(1, 1)
+        assert Frame.decode((await hop.next()).data).body == {"epoch": 1}
+        assert hop.socket is not None
+        await hop.socket.close()
+        again = Frame.decode((await hop.next()).data)
+        assert (again.kind, again.position, hop.num_opened, hop.epochs) == (Kind.STEP, 0, 2, [0, 1])
+    assert not told
 
 
 async def test_another_link_in_its_place_is_no_loss() -> None:

@@ -14,7 +14,7 @@ from tallystick_model.stock import CannotForget, StockCache
 from tallystick_node.session.inbox import Inbox
 from tallystick_node.session.memory import Memory
 from tallystick_node.session.record import Record
-from tallystick_protocol.errors import BadPosition, ContextLengthExceeded, Overloaded, Unreachable
+from tallystick_protocol.errors import BadFrame, BadPosition, ContextLengthExceeded, Overloaded, Unreachable
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame
 from tallystick_protocol.receipts import rows_root
 
@@ -89,46 +89,76 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_a_mark_divides_what_a_crop_makes_void_from_what_follows_it() -> None:
-    control: Any = Push()
+async def test_an_epoch_divides_what_a_crop_makes_void_from_what_follows_it() -> None:
     for crop_first in (True, False):
         push: Any = Push()
-        inbox = Inbox(control, 8, lambda: 0)
-        serving = asyncio.create_task(inbox.serve_push(push))
+        inbox = Inbox(8, lambda: 0, 3)
+        serving = asyncio.create_task(inbox.serve_push(push, 3))
         await settle()
         if crop_first:
-            await inbox.cropped()
-        for frame in (step(5), Frame(Kind.CROP), step(7)):
+            inbox.enter(inbox.announce(0))
+        for frame in (step(5), Frame(Kind.CROP, {"epoch": 4}), step(7)):
             push.frames.put_nowait(frame)
-        await settle()
         if not crop_first:
-            await inbox.cropped()
-        async with asyncio.timeout(5):
-            _, frame = await inbox.next()
-        assert frame.position == 7
+            async with asyncio.timeout(5):
+                assert (await inbox.next())[1].position == 5
+            waiting = asyncio.create_task(inbox.next())
+            await settle()
+            assert not waiting.done(), "rows of a later epoch wait for the client's own word"
+            inbox.enter(inbox.announce(4))
+            _, frame = await waiting
+        else:
+            async with asyncio.timeout(5):
+                _, frame = await inbox.next()
+        assert frame.position == 7 and push.sent[0].body == {"position": 0, "epoch": 3}
         push.frames.put_nowait(Frame(Kind.CLOSE))
         with pytest.raises(Unreachable):
             await serving
 
 
+async def test_epochs_only_rise_and_a_clients_rows_belong_to_what_it_announced_before_them() -> None:
+    inbox = Inbox(8, lambda: 0, 0)
+    assert inbox.announce(0) == 1 and inbox.announce(1) == 1, "a refused fork's number is used again"
+    for back in (-1, 1 << 31):
+        with pytest.raises(BadFrame):
+            inbox.announce(back)
+    inbox.put(step(1))
+    assert inbox.announce(5) == 5
+    with pytest.raises(BadFrame):
+        inbox.announce(4)
+    inbox.put(step(2))
+    inbox.enter(5)
+    async with asyncio.timeout(5):
+        channel, frame = await inbox.next()
+    assert channel is None and frame.position == 2
+
+
+@pytest.mark.parametrize("body", [{}, {"epoch": 0}, {"epoch": "1"}, {"epoch": 1 << 31}, {"epoch": -1}])
+async def test_a_mark_that_leads_nowhere_ends_the_push_connection(body: dict[str, Any]) -> None:
+    push: Any = Push()
+    inbox = Inbox(8, lambda: 0, 0)
+    push.frames.put_nowait(Frame(Kind.CROP, body))
+    with pytest.raises(BadFrame):
+        await inbox.serve_push(push, 0)
+
+
 async def test_rows_of_a_push_connection_that_was_replaced_are_void_and_its_room_is_given_back() -> None:
-    control: Any = Push()
-    inbox, old, new = Inbox(control, 8, lambda: 3), Push(), Push()
+    inbox, old, new = Inbox(8, lambda: 3, 0), Push(), Push()
     first: Any = old
     second: Any = new
-    serving = [asyncio.create_task(inbox.serve_push(first))]
+    serving = [asyncio.create_task(inbox.serve_push(first, 0))]
     for at in range(12):
         old.frames.put_nowait(step(at))
     await settle()
     assert old.frames.qsize() > 0, "no more than a few wait in memory"
-    serving.append(asyncio.create_task(inbox.serve_push(second)))
+    serving.append(asyncio.create_task(inbox.serve_push(second, 0)))
     await settle()
     for at in range(20, 32):
         new.frames.put_nowait(step(at))
     async with asyncio.timeout(5):
         found = [(await inbox.next())[1].position for _ in range(12)]
     assert found == list(range(20, 32))
-    assert new.sent[0].body == {"position": 3}
+    assert new.sent[0].body == {"position": 3, "epoch": 0}
     inbox.close()
     await asyncio.gather(*serving, return_exceptions=True)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from tallystick_protocol.messages import Offer
+from tallystick_protocol.transport.contact import Contact
 from tallystick_protocol.types import Address, Digest, Span, Wei
 
 LAYER_S = 1e-3
@@ -48,6 +49,12 @@ class Candidate:
     claimed: Expected = field(default=Expected(), compare=False)
     expected: Expected = field(default=Expected(), compare=False)
     links: Mapping[Address, float] = field(default_factory=dict, compare=False)
+    contact: Contact | None = field(default=None, compare=False)
+
+    @property
+    def door(self) -> Contact | str:
+        """What `Peers` dials."""
+        return self.contact or self.url
 
     @property
     def node(self) -> Address:

@@ -130,7 +130,7 @@ class Monitor:
 
     def _as_measured(self, step_s: float) -> list[Candidate]:
         """The hops with what the measured steps make of them."""
-        beliefs = self._reputation.after(self._hops, step_s, _deviation(self._steps, step_s), self._own_s())
+        beliefs = self._reputation.after(self._hops, step_s, own_s=self._own_s(), noise=0.0)
         return [
             replace(
                 hop,

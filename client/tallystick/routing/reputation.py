@@ -32,6 +32,9 @@ LEAST_DOUBT = 1 / 16
 HONEST = 1.25
 """A node that delivers its claim within this factor has said the truth."""
 
+MODESTY = 0.8
+"""A node may be this part of what it claims, no faster."""
+
 NOISE = 0.1
 """Standard deviation of a session's median step around what its hops take, relative to it."""
 
@@ -107,18 +110,22 @@ class Reputation:
         step_s: float,
         deviation_s: float = 0.0,
         own_s: Mapping[int, float] | None = None,
+        noise: float = NOISE,
     ) -> dict[Address, Belief]:
-        """The beliefs about a route's nodes as they would be after such an observation."""
+        """The beliefs about a route's nodes as they would be after such an observation.
+
+        noise: relative standard deviation of the measurement; 0 to explain it wholly.
+        """
         beliefs = [self._now(hop.node, claim_of(hop)) for hop in hops]
         now = self._clock()
         if math.isfinite(step_s) and step_s > 0:
             for index, seconds in (own_s or {}).items():
                 if math.isfinite(seconds):
                     beliefs[index : index + 1] = _told_apart(
-                        hops[index : index + 1], beliefs[index : index + 1], max(seconds, 0.0), deviation_s
+                        hops[index : index + 1], beliefs[index : index + 1], max(seconds, 0.0), noise, deviation_s
                     )
             computing_s = step_s - links_s(hops, measured_work()) - HOP_S * len(hops)
-            beliefs = _told_apart(hops, beliefs, max(computing_s, 0.0), deviation_s)
+            beliefs = _told_apart(hops, beliefs, max(computing_s, 0.0), noise, deviation_s)
         return {hop.node: replace(belief, at=now) for hop, belief in zip(hops, beliefs, strict=True)}
 
     def served(self, node: Address) -> None:
@@ -188,22 +195,32 @@ def claim_of(hop: Candidate) -> float:
 
 
 def _told_apart(
-    hops: Sequence[Candidate], beliefs: Sequence[Belief], seconds: float, deviation_s: float
+    hops: Sequence[Candidate], beliefs: Sequence[Belief], seconds: float, noise: float, deviation_s: float
 ) -> list[Belief]:
-    """Beliefs after hops took so many seconds together: x_i += K_i r, K_i = V_i / (sum V + R) (Kalman 1960)."""
-    layers = [len(hop.span) for hop in hops]
-    residual = seconds - sum(count * belief.layer_s for count, belief in zip(layers, beliefs, strict=True))
+    """Beliefs after hops took so many seconds together: x_i += K_i r, K_i = V_i / (sum V + R) (Kalman 1960).
+
+    Nobody is taken to be much faster than it says: who would be stays there, and the others explain the rest.
+    """
+    layers, seconds = [len(hop.span) for hop in hops], bounded(seconds)
+    least = [min(belief.layer_s, belief.claim * MODESTY) for belief in beliefs]
     scale = max(seconds, 1e-9)
-    spread = [belief.doubt * (count / sum(layers) * scale) ** 2 for count, belief in zip(layers, beliefs, strict=True)]
-    total = sum(spread) + (NOISE * scale) ** 2 + bounded(deviation_s) ** 2
-    return [
-        replace(
-            belief,
-            layer_s=min(max(belief.layer_s + own / total * residual / count, 0.0), LONGEST_S),
-            doubt=max(belief.doubt * (1 - own / total), LEAST_DOUBT),
-        )
-        for belief, own, count in zip(beliefs, spread, layers, strict=True)
-    ]
+    unsure = (noise * scale) ** 2 + bounded(deviation_s) ** 2
+    told, free = list(beliefs), list(range(len(hops)))
+    while free:
+        residual = seconds - sum(count * belief.layer_s for count, belief in zip(layers, told, strict=True))
+        spread = {i: beliefs[i].doubt * (layers[i] / sum(layers) * scale) ** 2 for i in free}
+        total = sum(spread.values()) + unsure
+        moved = {i: beliefs[i].layer_s + own / total * residual / layers[i] for i, own in spread.items()}
+        fixed = [i for i in free if moved[i] < least[i]]
+        if not fixed:
+            for i, own in spread.items():
+                doubt = max(beliefs[i].doubt * (1 - own / total), LEAST_DOUBT)
+                told[i] = replace(beliefs[i], layer_s=min(moved[i], LONGEST_S), doubt=doubt)
+            break
+        for i in fixed:
+            told[i] = replace(beliefs[i], layer_s=least[i])
+        free = [i for i in free if i not in fixed]
+    return told
 
 
 def _read(path: Path) -> dict[Address, Belief]:

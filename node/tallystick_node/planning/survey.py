@@ -52,16 +52,14 @@ def supply_of(servers: Sequence[Server], ours: Callable[[Span], float]) -> dict[
 
 
 async def _ask(peers: Peers, entry: Serving, gate: asyncio.Semaphore) -> Server | None:
-    for endpoint in entry.endpoints:
-        try:
-            async with gate:
-                status = (await peers.info(endpoint.url)).get("status")
-        except (Unreachable, BadMessage) as error:
-            log.debug("%s is not counted: %s", entry.record.node, error)
-            continue
-        if not isinstance(status, dict) or status.get("draining"):
-            return None
-        said = status.get("rows_per_s")
-        known = isinstance(said, int | float) and not isinstance(said, bool) and math.isfinite(said) and said > 0
-        return Server(entry.record.node, entry.span, float(said) if known and said is not None else None)
-    return None
+    try:
+        async with gate:
+            status = (await peers.info(entry.contact)).get("status")
+    except (Unreachable, BadMessage) as error:
+        log.debug("%s is not counted: %s", entry.record.node, error)
+        return None
+    if not isinstance(status, dict) or status.get("draining"):
+        return None
+    said = status.get("rows_per_s")
+    known = isinstance(said, int | float) and not isinstance(said, bool) and math.isfinite(said) and said > 0
+    return Server(entry.record.node, entry.span, float(said) if known and said is not None else None)

@@ -36,6 +36,11 @@ class Billing:
         self._tell = tell
         self._paid = asyncio.Event()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a step waits for a voucher."""
+        return self._paid in self._waiting.get(self._client, ())
+
     async def book(self, cost: Wei, is_void: Callable[[], bool]) -> bool:
         """Charge a step as soon as it is within credit; False when it has become void meanwhile.
 

@@ -16,6 +16,8 @@ from tallystick_protocol.types import ZERO_ADDRESS, Address, Positions, SessionI
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 1.0
+REDIAL_AFTER_S = (0.0, 0.1, 0.4)
+KEPT_CROPS = 256
 
 
 class Downstream:
@@ -28,10 +30,19 @@ class Downstream:
         attempt: int,
         following: Address,
         record: Record,
+        epoch: int,
         tell: Callable[[TallystickError], Awaitable[None]],
+        reconnect: Callable[[], Awaitable[None]],
     ) -> None:
-        """following: the next hop's node, or the zero address at the end of a route. tell: the client what is lost."""
+        """following: the next hop's node, or the zero address at the end of a route. tell: the client what is lost.
+
+        reconnect: dials and joins again, when the link to the next hop has ended by itself.
+        """
         self.node = following
+        self._epoch = epoch
+        self._crops: list[tuple[int, int]] = []
+        self._reconnect = reconnect
+        self._redialling: asyncio.Task[None] | None = None
         self._dialler = dialler
         self._session = session
         self._attempt = attempt
@@ -51,16 +62,27 @@ class Downstream:
         if self._link is not None:
             old, self._link = self._link, None
             await self._end(old)
-        return None if self.is_end else await self._dialler.dial(self.node, self._session, self._attempt)
+        return None if self.is_end else await self._open(self.node, self._session)
 
     async def join(self, link: Link, sealed: dict[int, bytes]) -> None:
         """Send the next hop what it has not got: rows, and the receipts that stand."""
         self._link = link
         self._attend(link)
-        if link.position < len(self._record):
-            await self._send(link, Positions(link.position, len(self._record)))
+        if link.ours < self._epoch:  # rows were taken back since it was dialled
+            await self._give(link, Frame(Kind.CROP, {"epoch": self._epoch}))
+        start = self._start(link)
+        if start < len(self._record):
+            await self._send(link, Positions(start, len(self._record)))
         for window in sorted(sealed):
-            await link.send(_receipt(sealed[window]))
+            await self._give(link, _receipt(sealed[window]))
+
+    def _start(self, link: Link) -> int:
+        """The first row that a hop lacks: what it holds of an earlier epoch it may have to forget."""
+        if link.theirs >= self._epoch:
+            return link.position
+        missed = [position for epoch, position in self._crops if epoch > link.theirs]
+        oldest = self._crops[0][0] if self._crops else self._epoch
+        return min(link.position, *missed) if missed and oldest <= link.theirs + 1 else 0
 
     async def pass_on(self, positions: Positions) -> None:
         """Rows that have just been computed, to the next hop if it is connected."""
@@ -69,29 +91,33 @@ class Downstream:
 
     async def pass_receipt(self, sealed: bytes) -> None:
         if self._link is not None:
-            await self._link.send(_receipt(sealed))
+            await self._give(self._link, _receipt(sealed))
 
     async def replay(self, positions: Positions, to: Address, session: SessionId, sealed: dict[int, bytes]) -> None:
-        """Kept rows and the receipts over them to another session of the client's."""
+        """Kept rows and the receipts over them to another session of the client's, or another hop of this one."""
         link = self._side.get(session)
-        if link is None:
-            link = self._side[session] = await self._dialler.dial(to, session, self._attempt)
+        if link is None or link.node != to:
+            link = self._side[session] = await self._open(to, session)
             self._attend(link)
         await self._send(link, positions)
         for window in range(self._record.num_windows):
             at = self._record.window(window)
             if window in sealed and positions.first < at.last and at.first < positions.last:
-                await link.send(_receipt(sealed[window]))
+                await self._give(link, _receipt(sealed[window]))
+        if self._side.get(session) is not link:
+            raise link.gone()
 
-    async def mark_crop(self, position: int) -> None:
-        """Tell everybody that rows are sent to, in the order of the rows."""
+    async def enter(self, epoch: int, position: int) -> None:
+        """Rows from `position` on are taken back: tell everybody that rows are sent to, in the order of the rows."""
+        self._epoch = epoch
+        self._crops = [*self._crops[-KEPT_CROPS:], (epoch, position)]
         for link in self._links():
-            try:
-                await link.send(Frame(Kind.CROP, position=position))
-            except Unreachable:
-                await self._lose(link)
+            await self._give(link, Frame(Kind.CROP, {"epoch": epoch}, position))
 
     async def close(self) -> None:
+        if self._redialling is not None:
+            self._redialling.cancel()
+            await asyncio.gather(self._redialling, return_exceptions=True)
         links, self._link, self._side = self._links(), None, {}
         for link in links:
             await self._end(link)
@@ -99,25 +125,39 @@ class Downstream:
     def _links(self) -> list[Link]:
         return [link for link in (self._link, *self._side.values()) if link is not None]
 
+    async def _open(self, node: Address, session: SessionId) -> Link:
+        return await self._dialler.dial(node, session, self._attempt, self._epoch)
+
     def _attend(self, link: Link) -> None:
-        """Read a link as long as it lasts, and tell the client when the next hop's ends."""
+        """Read a link as long as it lasts."""
 
         async def read() -> None:
             await link.ended()
             self._readers.pop(id(link), None)
-            try:
-                await self._lose(link)
-            except Unreachable:
-                log.debug("the client is gone, too")
+            self._lose(link)
 
         self._readers[id(link)] = asyncio.create_task(read())
 
-    async def _lose(self, link: Link) -> None:
-        """A link has ended. An auditor's is dialled anew by the next replay, and the client hears of its end itself."""
+    def _lose(self, link: Link) -> None:
+        """A link has ended. An auditor's is dialled anew by the next replay, and the client hears of its end itself;
+        the next hop's is dialled again at once, and the client hears of it when that fails."""
         is_next = link is self._link
         self._forget(link)
-        if is_next:
-            await self._tell(link.gone())
+        if is_next and (self._redialling is None or self._redialling.done()):
+            self._redialling = asyncio.create_task(self._redial(link))
+
+    async def _redial(self, lost: Link) -> None:
+        for pause in REDIAL_AFTER_S:
+            await asyncio.sleep(pause)
+            if self._link is not None or self.node != lost.node:
+                return  # somebody else has mended it
+            try:
+                await self._reconnect()
+                return
+            except TallystickError as error:
+                log.debug("dialling %s again failed (%s)", lost.node, error)
+        if self._link is None and self.node == lost.node:
+            await self._tell(lost.gone())
 
     async def _end(self, link: Link) -> None:
         """Close a link."""
@@ -133,12 +173,15 @@ class Downstream:
 
     async def _send(self, link: Link, positions: Positions) -> None:
         outputs, want = self._record.outputs(positions)
+        for frame in step_frames(positions.first, outputs, want):
+            await self._give(link, frame)
+
+    async def _give(self, link: Link, frame: Frame) -> None:
+        """Send a frame; if the link has ended it is lost: the rows are kept, and whoever takes its place gets them."""
         try:
-            for frame in step_frames(positions.first, outputs, want):
-                await link.send(frame)
+            await link.send(frame)
         except Unreachable:
-            self._forget(link)  # the rows are kept; whoever takes its place gets them
-            raise
+            self._lose(link)
 
     def _forget(self, link: Link) -> None:
         if link is self._link:
@@ -154,14 +197,14 @@ def step_frames(first: int, rows: list[bytes], want: list[bool]) -> Iterator[Fra
         yield rows_frame(Kind.STEP, DType.F32, rows[begin : begin + limit], first + begin, body)
 
 
-def result_frames(dtype: DType, first: int, rows: list[bytes], want: list[bool]) -> Iterator[Frame]:
+def result_frames(dtype: DType, first: int, rows: list[bytes], want: list[bool], epoch: int) -> Iterator[Frame]:
     """The wanted ones of consecutive rows from position `first`: each frame's bitmap says which positions it holds."""
     wanted = [at for at, asked in enumerate(want) if asked]
     limit = rows_per_frame(len(rows[wanted[0]])) if wanted else 1
     for begin in range(0, len(wanted), limit):
         part = wanted[begin : begin + limit]
-        flags = want[part[0] : part[-1] + 1]
-        yield rows_frame(Kind.RESULT, dtype, [rows[at] for at in part], first + part[0], {"want": pack_flags(flags)})
+        body = {"want": pack_flags(want[part[0] : part[-1] + 1]), "epoch": epoch}
+        yield rows_frame(Kind.RESULT, dtype, [rows[at] for at in part], first + part[0], body)
 
 
 def _receipt(sealed: bytes) -> Frame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,9 @@ from tallystick_model.canonical.cache import KvCache
 from tallystick_model.stock import CannotForget
 from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
+from tallystick_node.session.admission import row_bytes
 from tallystick_node.session.billing import Billing
+from tallystick_node.session.control import Commands, Control, told
 from tallystick_node.session.downstream import Downstream, result_frames
 from tallystick_node.session.inbox import Inbox
 from tallystick_node.session.links import Dialler
@@ -41,7 +43,7 @@ from tallystick_protocol.errors import (
 )
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.messages import SessionOpen
-from tallystick_protocol.peer import Channel, error_frame, sealed_field
+from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.receipts import Receipt, rows_root, unpack_flags
 from tallystick_protocol.signing import Domain, address_bytes, checksum_address, unseal
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
@@ -84,11 +86,15 @@ class Hop:
         shop: Shop,
         opened: SessionOpen,
         session: SessionId,
-        control: Channel,
+        control: Control,
+        epoch: int,
         find: Callable[[SessionId], Hop | None],
         reserve: Callable[[int], None],
     ) -> None:
-        """find: another session that is open here. reserve: takes so many more bytes, or raises Overloaded."""
+        """epoch: the one that the session is in where it is open already. find: another session that is open here.
+
+        reserve: takes so many more bytes, or raises Overloaded.
+        """
         model = shop.engine.model
         manifest = model.manifest
         self.id = session
@@ -99,7 +105,7 @@ class Hop:
         self._rows = RowFormat(manifest, model.span, opened.top_k)
         self._find, self._reserve = find, reserve
         self._result_room = 4 * manifest.width * opened.max_length  # what the opening has reserved for kept rows
-        self._memory = Memory(manifest, shop.engine.row_bytes, reserve) if manifest.is_decoder(model.span) else None
+        self._memory = Memory(manifest, row_bytes(model), reserve) if manifest.is_decoder(model.span) else None
         self._cache = None if self._memory is not None else model.new_cache(opened.max_length)
         self._remembers = asyncio.Event()
         self._computed = self._forks = 0
@@ -119,16 +125,19 @@ class Hop:
             manifest.numerics,
         )
         self._windows = Windows(terms, self._record)
-        self._inbox = Inbox(control, opened.max_length, lambda: self.position)
-        self._commands: asyncio.Queue[Frame] = asyncio.Queue(QUEUED_COMMANDS)
+        self._inbox = Inbox(opened.max_length, lambda: self.position, epoch)
+        self._commands = Commands(control, QUEUED_COMMANDS)
         self._moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
-        self._downstream = Downstream(shop.dialler, session, opened.attempt, opened.next, self._record, self._tell)
-        self._dialled = asyncio.Event()  # the first link stands, or cannot: a crop meanwhile would leave no mark on it
+        self._downstream = Downstream(
+            shop.dialler, session, opened.attempt, opened.next, self._record, epoch, self._tell, self._connect_next
+        )
+        self._dialling = asyncio.Lock()
         self._sealed: dict[int, bytes] = {}
         self._drop_held()
         self._heard_at = time.monotonic()
+        self._claims = 0
 
     @property
     def previous(self) -> Address:
@@ -155,9 +164,7 @@ class Hop:
             asyncio.create_task(self._sign_windows()),
             asyncio.create_task(self._watch()),
         ]
-        if self._downstream.is_end:
-            self._dialled.set()
-        else:
+        if not self._downstream.is_end:
             tasks.append(asyncio.create_task(self._first_link()))
         try:
             done, _ = await asyncio.wait(tasks[:5], return_when=asyncio.FIRST_COMPLETED)
@@ -170,9 +177,34 @@ class Hop:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._disconnect()
 
-    async def serve_push(self, channel: Channel) -> None:
+    async def serve_push(self, channel: Channel, epoch: int) -> None:
         """Take rows and receipts from the previous hop until its connection ends or another one takes its place."""
-        await self._inbox.serve_push(channel)
+        await self._inbox.serve_push(channel, epoch)
+
+    async def resume(self, channel: Channel, num_receipts: int, first_result: int) -> None:
+        """Serve the client on another connection: send what it lacks, then go on.
+
+        num_receipts: how many windows' receipts it has. first_result: the first position whose result it lacks.
+        """
+        async with self._moving, self._signing:
+            state = {"position": self.position, "epoch": self._inbox.epoch}
+            hello = [Frame(Kind.RESUMED, state)]
+            hello += [self._receipt_frame(self._sealed[at]) for at in sorted(self._sealed) if at >= num_receipts]
+            if self._rows.is_last and first_result < self.position:
+                hello += self._results(Positions(first_result, self.position))
+            pump = await self._control.attach(channel, hello)
+        self._heard_at = time.monotonic()
+        await asyncio.wait([pump])
+
+    def claim(self, signer: Address, number: int) -> None:
+        """Check a claim to this session. Raises Unauthorized when it is not the client's, or not its newest."""
+        if signer != self.client or number <= self._claims:
+            raise Unauthorized("the claim is not signed by the session's client, or is an old one")
+        self._claims = number
+
+    async def warn(self, error: TallystickError) -> None:
+        """Tell the client something that is not an answer."""
+        await self._tell(error)
 
     # -- tasks
 
@@ -185,6 +217,10 @@ class Hop:
             if frame.kind is Kind.VOUCHER:
                 now = int(self._shop.clock())
                 await self._report(self._billing.take_voucher(sealed_field(frame, "voucher"), now))
+            elif frame.kind is Kind.PING:
+                await self._control.send(
+                    Frame(Kind.PONG, {"at": self.position, "unpaid": self._billing.is_waiting})
+                )
             elif frame.kind is Kind.TENSOR:
                 await self._report(self._passes.take(frame))
             elif frame.kind is Kind.STEP:
@@ -192,8 +228,15 @@ class Hop:
                     self._inbox.put(frame)
                 except ContextLengthExceeded as error:
                     await self._tell(error)
-            else:
-                await self._commands.put(frame)
+            elif await self._commands.is_fresh(frame):
+                await self._report(self._take_command(frame), frame)
+
+    async def _take_command(self, frame: Frame) -> None:
+        """What comes from the client after a command that takes rows back belongs to the epoch it leads to."""
+        if frame.kind in (Kind.CROP, Kind.FORK):
+            epoch = self._inbox.announce(take(frame.body, "epoch", int, 0))
+            frame = replace(frame, body={**frame.body, "epoch": epoch})
+        await self._commands.put(frame)
 
     async def _watch(self) -> None:
         """End a session that nobody uses, or whose opening has expired: its place is somebody else's."""
@@ -206,6 +249,7 @@ class Hop:
         """Rows, and the receipts that go with them, in the order in which they came."""
         while True:
             channel, frame = await self._inbox.next()
+            await self._control.wait_attached()
             handler = self._on_step if frame.kind is Kind.STEP else self._on_receipt
             await self._report(handler(channel, frame))
 
@@ -223,41 +267,37 @@ class Hop:
             Kind.CLOSE: self._on_close,
         }
         while True:
-            frame = await self._commands.get()
+            frame = await self._commands.next()
             handler = handlers.get(frame.kind)
             if handler is None:
                 await self._tell(BadFrame(f"{frame.kind.name} does not belong into a session"))
                 continue
-            if await self._report(handler(frame), _command(frame)) and frame.kind not in (Kind.CROP, Kind.FORK):
-                await self._done(frame)
+            if await self._report(handler(frame), frame) and frame.kind not in (Kind.CROP, Kind.FORK):
+                await self._commands.done(frame)
             self._sign.set()
 
-    async def _report(self, work: Awaitable[None], command: int = 0) -> bool:
+    async def _report(self, work: Awaitable[None], command: Frame | None = None) -> bool:
         """Run a handler; an expected failure is told to the client and the session goes on where it was."""
         try:
             await work
         except TallystickError as error:
-            await self._tell(error, command)
+            if command is None:
+                await self._tell(error)
+            else:
+                await self._commands.failed(command, error, self.position)
             return False
         return True
 
-    async def _done(self, frame: Frame) -> None:
-        if command := _command(frame):
-            await self._control.send(Frame(Kind.DONE, {"of": command}))
-
-    async def _tell(self, error: TallystickError, command: int = 0) -> None:
-        """`of` names the command that failed, if it was one."""
-        fields = {**error.fields, "at": self.position, **({"of": command} if command else {})}
-        await self._control.send(error_frame(error.code, error.message, fields))
+    async def _tell(self, error: TallystickError) -> None:
+        await self._control.send(told(error, self.position))
 
     async def _first_link(self) -> None:
         await self._report(self._connect_next())
-        self._dialled.set()
 
     # -- rows
 
-    async def _on_step(self, channel: Channel, frame: Frame) -> None:
-        if (channel is self._control) != (self.previous == ZERO_ADDRESS):
+    async def _on_step(self, channel: Channel | None, frame: Frame) -> None:
+        if (channel is None) != (self.previous == ZERO_ADDRESS):
             raise Unauthorized("rows come from the hop that the session names as the previous one")
         rows = self._rows.parse(frame)
         want = self._flags(frame)
@@ -265,10 +305,10 @@ class Hop:
         if self._one_shot:
             await self._one_shot_step(frame, rows, want, types)
             return
-        crops = self._inbox.crops
+        epoch = self._inbox.epoch
         await self._await_memory()
         async with self._moving:
-            if crops != self._inbox.crops:
+            if epoch != self._inbox.epoch:
                 return  # void since then
             known = self._record.new_rows(frame.position, rows)
             if known:
@@ -278,7 +318,7 @@ class Hop:
                     raise BadPosition("results are wanted of rows that were computed without: crop and send them again")
                 await self._deliver(repeated)
         if known < len(rows):
-            await self._compute(frame.position + known, rows[known:], want[known:], crops)
+            await self._compute(frame.position + known, rows[known:], want[known:], epoch)
 
     async def _one_shot_step(self, frame: Frame, rows: list[bytes], want: list[bool], types: list[int]) -> None:
         """A bidirectional span takes the whole sequence at once, however many frames it came in."""
@@ -298,7 +338,7 @@ class Hop:
             self._drop_held()
             root = rows_root(bytes([kind]) for kind in types) if types else None
             self._windows.side = replace(self._windows.side, token_types=root)
-            await self._compute(0, rows, want, self._inbox.crops, types)
+            await self._compute(0, rows, want, self._inbox.epoch, types)
 
     def _drop_held(self) -> None:
         """Forget the frames of a step that is not whole yet."""
@@ -329,23 +369,23 @@ class Hop:
             self._result_room += missing
 
     async def _compute(
-        self, start: int, rows: list[bytes], want: list[bool], crops: int, types: Sequence[int] = ()
+        self, start: int, rows: list[bytes], want: list[bool], epoch: int, types: Sequence[int] = ()
     ) -> None:
-        """New rows from position `start`; void when the session has been cropped since the `crops`-th time."""
+        """New rows from position `start`; void when the session has left their epoch."""
         self._check_length(start + len(rows))
         if self._rows.is_last:
             self._make_room(self._record.size_bytes + sum(want) * self._rows.result_bytes)
         shop, model = self._shop, self._shop.engine.model
         cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
-        if not await self._billing.book(cost, lambda: crops != self._inbox.crops):
+        if not await self._billing.book(cost, lambda: epoch != self._inbox.epoch):
             return  # cropped while it waited for a voucher
         async with self._moving:
-            if crops != self._inbox.crops:
+            if epoch != self._inbox.epoch:
                 self._billing.refund(cost)
                 return
             try:
                 segment = self._rows.segment(self._cache, start, rows, want, types)
-                result = await shop.engine.forward(segment)
+                result = await shop.engine.forward(segment, self.client)
                 outputs = self._rows.outputs(result, want)
             except TallystickError:
                 self._billing.refund(cost)
@@ -363,13 +403,16 @@ class Hop:
         if not self._downstream.is_end:
             await self._downstream.pass_on(positions)
         elif self._rows.is_last:
-            outputs, want = self._record.outputs(positions)
-            for frame in result_frames(self._rows.result_dtype, positions.first, outputs, want):
+            for frame in self._results(positions):
                 await self._control.send(frame)
+
+    def _results(self, positions: Positions) -> Iterator[Frame]:
+        outputs, want = self._record.outputs(positions)
+        return result_frames(self._rows.result_dtype, positions.first, outputs, want, self._inbox.epoch)
 
     # -- receipts
 
-    async def _on_receipt(self, channel: Channel, frame: Frame) -> None:
+    async def _on_receipt(self, channel: Channel | None, frame: Frame) -> None:
         """The previous hop's receipt: it signed what it sent, or we do not sign what we got."""
         if not self._inbox.is_push(channel):
             raise Unauthorized("receipts come from the previous hop")
@@ -399,8 +442,11 @@ class Hop:
             self._windows.signed(standing, index, shop.journal.digest_of(standing))
             self._sealed[index] = sealed
             await asyncio.to_thread(shop.till.settle, self.client, int(shop.clock()))
-            await self._control.send(Frame(Kind.RECEIPT, {"receipt": sealed}))
+            await self._control.send(self._receipt_frame(sealed))
             await self._downstream.pass_receipt(sealed)
+
+    def _receipt_frame(self, sealed: bytes) -> Frame:
+        return Frame(Kind.RECEIPT, {"receipt": sealed, "epoch": self._inbox.epoch})
 
     async def _on_flush(self, frame: Frame) -> None:
         self._windows.flush(frame.position)
@@ -409,11 +455,7 @@ class Hop:
     # -- the client's other commands
 
     async def _on_crop(self, frame: Frame) -> None:
-        """Forget positions from frame.position on; whoever gets rows from here hears of it in the order of the rows.
-
-        A hop that has fewer rows forgets none; it still waits for the hop before to say that it has heard.
-        """
-        await self._dialled.wait()
+        """Forget positions from frame.position on; whoever gets rows from here hears of it in the order of the rows."""
         async with self._moving:
             await self._rewind(frame, min(frame.position, len(self._record)))
 
@@ -433,10 +475,11 @@ class Hop:
             self._drop_held()
             if source is not None:
                 self._record.take(source._record, length, last)
-            await self._downstream.mark_crop(frame.position)
-            await self._inbox.cropped()
+            epoch = take(frame.body, "epoch", int)
+            await self._downstream.enter(epoch, frame.position)
+            self._inbox.enter(epoch)
             self._billing.wake()  # a step that waited for a voucher is void now
-            await self._done(frame)
+            await self._commands.done(frame)
 
     def _rewind_cache(self, length: int, source: Hop | None, last: int) -> None:
         """Raises CannotForget, and then has changed nothing."""
@@ -462,7 +505,6 @@ class Hop:
         same = source._windows.side == self._windows.side and source._open.top_k == self._open.top_k
         if self._one_shot or self._cache is None or source._cache is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
-        await self._dialled.wait()
         early, late = sorted((self, source), key=lambda hop: hop.id)
         async with early._moving, late._moving:
             if not 0 <= first <= last <= len(source._record) or first > len(self._record):
@@ -525,20 +567,15 @@ class Hop:
 
     async def _connect_next(self) -> None:
         """Dial the next hop and send it what it has not got, receipts included."""
-        link = await self._downstream.dial()
-        if link is not None:
-            async with self._moving, self._signing:
-                await self._downstream.join(link, self._sealed)
+        async with self._dialling:
+            link = await self._downstream.dial()
+            if link is not None:
+                async with self._moving, self._signing:
+                    await self._downstream.join(link, self._sealed)
 
     async def _disconnect(self) -> None:
         await self._downstream.close()
         self._inbox.close()
-
-
-def _command(frame: Frame) -> int:
-    """The number of a command whose end the client wants to hear of; 0 for none."""
-    number = frame.body.get("id", 0)
-    return number if type(number) is int and 0 <= number < 1 << 31 else 0
 
 
 def _address(frame: Frame, key: str) -> Address:

@@ -1,7 +1,7 @@
 """What a session still has to work on: rows from its client, rows and receipts from the hop before, in their order.
 
-A crop makes void what was sent before it. On the control connection that is everything queued so far; on a push
-connection the previous hop marks the place, and marks are counted against our own crops.
+Every item belongs to an epoch (docs/sessions.md). Those of an earlier epoch than the session's are void; those of a
+later one wait until the session has heard from its client what leads there.
 """
 
 from __future__ import annotations
@@ -10,70 +10,87 @@ import asyncio
 from collections.abc import Callable
 
 from tallystick_protocol.errors import BadFrame, ContextLengthExceeded, SessionUnknown
-from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.peer import Channel
 
 PUSHED_FRAMES = 8
+MAX_EPOCH = 1 << 31
 
 
 class Inbox:
     """The queue of one session and the push connection that feeds it."""
 
-    def __init__(self, control: Channel, max_rows: int, position: Callable[[], int]) -> None:
+    def __init__(self, max_rows: int, position: Callable[[], int], epoch: int) -> None:
         """max_rows: how many rows of the client may wait. position: rows that the session has computed."""
-        self.crops = 0
-        self._control = control
+        self.epoch = epoch
+        self._announced = epoch
         self._max_rows = max_rows
         self._position = position
-        self._queue: asyncio.Queue[tuple[Channel, Frame, int]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[Channel | None, Frame, int]] = asyncio.Queue()
         self._queued_rows = 0
         self._room = asyncio.Semaphore(PUSHED_FRAMES)
         self._push: Channel | None = None
-        self._marks = 0
-        self._moved = asyncio.Condition()
+        self._changed = asyncio.Event()
         self._taking: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    def announce(self, asked: int) -> int:
+        """The epoch that a command of the client's leads to: the one that it names, or (0) the next one.
+
+        The client's rows that come after it belong there. Raises BadFrame when it leads back.
+        """
+        epoch = asked or self._announced + 1
+        if not self.epoch < epoch < MAX_EPOCH or epoch < self._announced:
+            raise BadFrame(f"epoch {epoch} does not follow {self._announced}")
+        self._announced = epoch
+        return epoch
 
     def put(self, frame: Frame) -> None:
         """Rows from the client. Raises ContextLengthExceeded when more wait than the session was opened for."""
         if self._queued_rows + frame.num_rows > self._max_rows:
             raise ContextLengthExceeded("more rows are waiting than the session was opened for")
         self._queued_rows += frame.num_rows
-        self._queue.put_nowait((self._control, frame, self.crops))
+        self._queue.put_nowait((None, frame, self._announced))
 
-    async def next(self) -> tuple[Channel, Frame]:
-        """The next frame that is not void, and the connection that it came on."""
+    async def next(self) -> tuple[Channel | None, Frame]:
+        """The next frame that is not void, and the push connection that it came on; None for the client's."""
         while True:
-            channel, frame, crops = await self._queue.get()
-            if channel is self._control:
+            channel, frame, epoch = await self._queue.get()
+            while epoch > self.epoch and self._is_current(channel):
+                self._changed.clear()
+                await self._changed.wait()
+            if channel is None:
                 self._queued_rows -= frame.num_rows
             else:
                 self._room.release()
-            if crops == self.crops and (channel is self._control or channel is self._push):
+            if epoch == self.epoch and self._is_current(channel):
                 return channel, frame
 
-    def is_push(self, channel: Channel) -> bool:
+    def is_push(self, channel: Channel | None) -> bool:
         """Whether a connection is the one on which the previous hop pushes."""
-        return channel is self._push
+        return channel is not None and channel is self._push
 
     def drop_push(self) -> None:
         """The previous hop was replaced: what its connection brought no longer counts."""
         self._push = None
+        self._changed.set()
 
-    async def cropped(self) -> None:
-        """Everything that was sent before this moment is void."""
-        async with self._moved:
-            self.crops += 1
-            self._moved.notify_all()
+    def enter(self, epoch: int) -> None:
+        """Everything that was sent in an earlier epoch is void."""
+        self.epoch = epoch
+        self._changed.set()
 
-    async def serve_push(self, channel: Channel) -> None:
-        """Take rows and receipts from the previous hop until its connection ends or another one takes its place."""
+    async def serve_push(self, channel: Channel, epoch: int) -> None:
+        """Take rows and receipts from the previous hop until its connection ends or another one takes its place.
+
+        epoch: the one that the previous hop is in.
+        """
         self._push = channel
-        self._marks = self.crops
-        await channel.send(Frame(Kind.PUSH_OPENED, {"position": self._position()}))
+        self._changed.set()
+        await channel.send(Frame(Kind.PUSH_OPENED, {"position": self._position(), "epoch": self.epoch}))
         if self._closed:
             raise SessionUnknown("the session has ended")
-        taking = asyncio.create_task(self._take(channel))
+        taking = asyncio.create_task(self._take(channel, epoch))
         self._taking.add(taking)
         try:
             await asyncio.wait([taking])
@@ -86,20 +103,23 @@ class Inbox:
     def close(self) -> None:
         self._push = None
         self._closed = True
+        self._changed.set()
         for taking in self._taking:
             taking.cancel()
 
-    async def _take(self, channel: Channel) -> None:
+    def _is_current(self, channel: Channel | None) -> bool:
+        return channel is None or channel is self._push
+
+    async def _take(self, channel: Channel, epoch: int) -> None:
         while self._push is channel:
             frame = await channel.receive()
             if frame.kind not in (Kind.STEP, Kind.RECEIPT, Kind.CROP):
                 raise BadFrame(f"{frame.kind.name} does not belong on a push connection")
             if frame.kind is Kind.CROP:
-                async with self._moved:
-                    self._marks += 1
-                    await self._moved.wait_for(lambda: self.crops >= self._marks)
-                continue
-            if self._marks < self.crops:
-                continue  # sent before the previous hop had heard of the crop
-            await self._room.acquire()  # the hop before waits, not our memory
-            self._queue.put_nowait((channel, frame, self.crops))
+                marked = take(frame.body, "epoch", int)
+                if not epoch < marked < MAX_EPOCH:
+                    raise BadFrame(f"epoch {marked} does not follow {epoch}")
+                epoch = marked
+            elif epoch >= self.epoch:
+                await self._room.acquire()  # the hop before waits, not our memory
+                self._queue.put_nowait((channel, frame, epoch))

@@ -1,10 +1,9 @@
-"""Push connections to other nodes: dialled only to what a staked node has put on chain, opened with our signature."""
+"""Push connections to other nodes: dialled to what a staked node has signed or put on chain, opened by signature."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from tallystick_protocol.errors import TallystickError, Unreachable
@@ -12,18 +11,24 @@ from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.messages import PushOpen
 from tallystick_protocol.peer import Channel, Peers, expect
 from tallystick_protocol.signing import Domain, Key, seal
-from tallystick_protocol.types import ZERO32, Address, SessionId
+from tallystick_protocol.transport.contact import Contact
+from tallystick_protocol.types import Address, SessionId
 
 OPEN_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An open push connection and the position at which the next hop wants rows to begin."""
+    """An open push connection.
+
+    position: how many rows the next hop has in its epoch `theirs`. ours: the epoch that was named in dialling it.
+    """
 
     node: Address
     channel: Channel
     position: int
+    theirs: int
+    ours: int
 
     async def send(self, frame: Frame) -> None:
         """Raises Unreachable naming the hop."""
@@ -54,35 +59,28 @@ class Dialler:
         node: Address,
         key: Key,
         domain: Domain,
-        locate: Callable[[Address], tuple[str, ...]],
+        find: Callable[[Address], Awaitable[Contact]],
         clock: Callable[[], float],
     ) -> None:
-        """locate(node): the URLs at which a staked node serves, from the chain; blocking."""
+        """find(node): how a staked node is dialled, from its Reach and the chain; raises Unreachable."""
         self._peers = peers
         self._node = node
         self._key = key
         self._domain = domain
-        self._locate = locate
+        self._find = find
         self._clock = clock
 
-    async def dial(self, node: Address, session: SessionId, attempt: int) -> Link:
-        """A push connection to a hop that the client has opened. Raises Unreachable, or what the hop answers."""
-        urls = await asyncio.to_thread(self._locate, node)
-        last: TallystickError = Unreachable(f"the chain knows no address of {node}", hop=node)
-        for url in urls:
-            try:
-                return await self._open(url, node, session, attempt)
-            except Unreachable as error:
-                last = error
-        raise last
+    async def dial(self, node: Address, session: SessionId, attempt: int, epoch: int) -> Link:
+        """A push connection to a hop that the client has opened, for rows of an epoch.
 
-    async def _open(self, url: str, node: Address, session: SessionId, attempt: int) -> Link:
-        channel = await self._peers.connect(url, node)
-        push = PushOpen(node, session, attempt, self._node, ZERO32, secrets.token_bytes(32), int(self._clock()))
+        Raises Unreachable, or what the hop answers.
+        """
+        channel = await self._peers.connect(await self._find(node), node)
+        push = PushOpen(node, session, attempt, self._node, channel.spki, secrets.token_bytes(32), int(self._clock()))
         try:
-            await channel.send(Frame(Kind.PUSH_OPEN, {"push": seal(self._domain, push, self._key)}))
+            await channel.send(Frame(Kind.PUSH_OPEN, {"push": seal(self._domain, push, self._key), "epoch": epoch}))
             opened = await expect(channel, Kind.PUSH_OPENED, OPEN_TIMEOUT_S)
-            return Link(node, channel, take(opened.body, "position", int))
+            return Link(node, channel, take(opened.body, "position", int), take(opened.body, "epoch", int), epoch)
         except BaseException:
             await channel.close()
             raise

@@ -7,12 +7,16 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
+from tallystick_node.session.admission import Admission
+from tallystick_node.session.control import Control
 from tallystick_node.session.hop import Hop, Shop
+from tallystick_node.session.inbox import MAX_EPOCH
 from tallystick_node.session.rows import RowFormat
 from tallystick_protocol.errors import (
     BadMessage,
     BadSignature,
     ContextLengthExceeded,
+    Draining,
     Overloaded,
     Rejected,
     SessionExists,
@@ -21,16 +25,26 @@ from tallystick_protocol.errors import (
     UnknownModel,
     WrongLayers,
 )
-from tallystick_protocol.frames import MAX_TENSOR, Frame, Kind
-from tallystick_protocol.messages import CLOCK_SKEW_S, TOP_K_MAX, Offer, Opened, PushOpen, SessionOpen, session_id
+from tallystick_protocol.frames import MAX_TENSOR, Frame, Kind, take
+from tallystick_protocol.messages import (
+    CLOCK_SKEW_S,
+    TOP_K_MAX,
+    Offer,
+    Opened,
+    PushOpen,
+    Resume,
+    SessionOpen,
+    session_id,
+)
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import Key, digest, seal, unseal
-from tallystick_protocol.types import WINDOW, ZERO32, Digest, ModelId, SessionId, Wei
+from tallystick_protocol.types import WINDOW, Digest, ModelId, SessionId, Wei
 from tallystick_protocol.vouchers import charge
 
 log = logging.getLogger(__name__)
 
 NONCE_MEMORY_S = 24 * 3600
+DRAIN_POLL_S = 0.05
 
 
 @dataclass(slots=True)
@@ -42,18 +56,30 @@ class Counters:
     rows: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """cache_bytes: what all caches together may take. lease_s: how long a session waits for a client that lost its
+    connection."""
+
+    cache_bytes: int
+    max_sessions: int
+    lease_s: float
+
+
 class Sessions:
     """Opens sessions and finds them again."""
 
-    def __init__(self, shop: Shop, key: Key, offers: dict[Digest, Offer], cache_bytes: int, max_sessions: int) -> None:
-        """offers: the offers that still hold, by digest. cache_bytes: what all caches together may take."""
+    def __init__(self, shop: Shop, key: Key, offers: dict[Digest, Offer], limits: Limits) -> None:
+        """offers: the offers that still hold, by digest."""
         self._shop = shop
         self._key = key
         self._offers = offers
-        self._cache_bytes = cache_bytes
-        self._max_sessions = max_sessions
+        self._limits = limits
         self._hops: dict[SessionId, Hop] = {}
-        self._reserved: dict[SessionId, int] = {}
+        engine = shop.engine
+        self._admission = Admission(
+            engine.model, limits.cache_bytes, limits.max_sessions, lambda: engine.retry_after_s
+        )
         self.counters = Counters()
         self.draining = False
 
@@ -62,13 +88,17 @@ class Sessions:
 
     @property
     def reserved_bytes(self) -> int:
-        return sum(self._reserved.values())
+        return self._admission.reserved_bytes
 
-    async def serve_client(self, control: Channel, first: Frame) -> None:
+    async def serve_client(self, channel: Channel, first: Frame) -> None:
         """A connection whose first frame is OPEN: check it, answer OPENED, serve the session to its end."""
-        opened, session, open_digest = await asyncio.to_thread(self._check_open, first)
+        opened, session, open_digest = await asyncio.to_thread(self._check_open, first, channel.spki)
         await asyncio.to_thread(self._check_money, opened)
-        hop = self._admit(opened, session, control)
+        epoch = take(first.body, "epoch", int, 0)
+        if not 0 <= epoch < MAX_EPOCH:
+            raise BadMessage("the epoch is out of range")
+        control = Control(self._limits.lease_s)
+        hop = self._admit(opened, session, control, epoch)
         try:
             if not await asyncio.to_thread(
                 self._shop.journal.admit, session, opened.attempt, opened.expires + NONCE_MEMORY_S, int(self._now())
@@ -76,19 +106,21 @@ class Sessions:
                 raise SessionExists("this session was opened here before; use a fresh nonce")
             account = self._shop.till.account(opened.client)
             offer = self._offers[Digest(opened.offer)]
-            answer = Opened(open_digest, ZERO32, offer.credit, opened.expires)
+            answer = Opened(open_digest, channel.spki, offer.credit, opened.expires)
             body = {
                 "opened": seal(self._shop.domain, answer, self._key),
                 "owed": str(account.owed),
                 "voucher": account.sealed,
+                "lease_s": self._limits.lease_s,
             }
-            await control.send(Frame(Kind.OPENED, body))
+            await control.attach(channel, [Frame(Kind.OPENED, body)])
             self.counters.opened += 1
             log.info("session %s opened by %s", session.hex()[:12], opened.client)
             await hop.run()
         finally:
+            control.end()
             self._hops.pop(session, None)
-            self._reserved.pop(session, None)
+            self._admission.close(session)
             self.counters.rows += hop.position
             log.info("session %s ended after %d rows", session.hex()[:12], hop.position)
 
@@ -100,12 +132,40 @@ class Sessions:
             raise SessionUnknown("no such session is open here")
         if push.node != self._shop.node or abs(push.issued - self._now()) > CLOCK_SKEW_S:
             raise Unauthorized("the push opening is for another node or another time")
+        if push.spki != channel.spki:
+            raise Unauthorized("the push opening is bound to another TLS key than the one of this connection")
         node = await asyncio.to_thread(self._shop.lookups.signer_of, signer)
         if node != push.previous or push.previous != hop.previous:
             raise Unauthorized("rows come from the hop that the client has named as the previous one")
-        await hop.serve_push(channel)
+        epoch = take(first.body, "epoch", int, 0)
+        if not 0 <= epoch < MAX_EPOCH:
+            raise BadMessage("the epoch is out of range")
+        await hop.serve_push(channel, epoch)
 
-    def _check_open(self, frame: Frame) -> tuple[SessionOpen, SessionId, Digest]:
+    async def resume(self, channel: Channel, first: Frame) -> None:
+        """A connection whose first frame is RESUME: the client of an open session goes on over another connection."""
+        claim, signer = unseal(self._shop.domain, Resume, sealed_field(first, "resume"))
+        hop = self._hops.get(SessionId(claim.session))
+        if hop is None:
+            raise SessionUnknown("no such session is open here")
+        if claim.node != self._shop.node or abs(claim.issued - self._now()) > CLOCK_SKEW_S:
+            raise Unauthorized("the claim is for another node or another time")
+        if claim.spki != channel.spki:
+            raise Unauthorized("the claim is bound to another TLS key than the one of this connection")
+        receipts, results = take(first.body, "receipts", int), take(first.body, "results", int)
+        hop.claim(signer, claim.number)
+        await hop.resume(channel, receipts, results)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Open no more sessions, tell the clients of those that are open to move on, and give them time for it."""
+        self.draining = True
+        notice = Draining("this node stops soon: put another one in its place", node=self._shop.node)
+        await asyncio.gather(*(hop.warn(notice) for hop in list(self._hops.values())))
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._hops and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+
+    def _check_open(self, frame: Frame, spki: Digest) -> tuple[SessionOpen, SessionId, Digest]:
         """Everything about an opening that can be checked without taking anything."""
         shop = self._shop
         opened, signer = unseal(shop.domain, SessionOpen, sealed_field(frame, "open"))
@@ -113,6 +173,8 @@ class Sessions:
             raise BadSignature("the opening is not signed by its client")
         if opened.node != shop.node:
             raise Rejected("the opening names another node", node=shop.node)
+        if opened.spki != spki:
+            raise Rejected("the opening is bound to another TLS key than the one of this connection")
         now = self._now()
         if not opened.issued - CLOCK_SKEW_S <= now <= opened.expires or opened.expires > opened.issued + NONCE_MEMORY_S:
             raise Rejected("the opening is stale, or this machine's clock and yours differ", time=int(now))
@@ -143,26 +205,22 @@ class Sessions:
         owed = Wei(shop.till.account(opened.client).owed + first)
         shop.till.check_funds(opened.client, first, shop.lookups.funds(opened.client, owed))
 
-    def _admit(self, opened: SessionOpen, session: SessionId, control: Channel) -> Hop:
+    def _admit(self, opened: SessionOpen, session: SessionId, control: Control, epoch: int) -> Hop:
         """Take a place and cache bytes for a session, or raise Overloaded, SessionExists."""
         if session in self._hops:
             raise SessionExists("this session is open here already")
-        manifest = self._shop.engine.model.manifest
-        needed = opened.max_length * (self._shop.engine.row_bytes + manifest.width * 4)
-        full = self.reserved_bytes + needed > self._cache_bytes or len(self._hops) >= self._max_sessions
-        if full or self.draining:
+        if self.draining:
             self.counters.refused += 1
-            raise Overloaded("no room for another session now", retry_after_s=1 if not self.draining else 60)
-        hop = Hop(self._shop, opened, session, control, self._hops.get, partial(self._take_more, session))
+            raise Overloaded("this node stops soon", retry_after_s=60)
+        try:
+            self._admission.open(session, opened.max_length, len(self._hops))
+        except Overloaded:
+            self.counters.refused += 1
+            raise
+        reserve = partial(self._admission.take_more, session)
+        hop = Hop(self._shop, opened, session, control, epoch, self._hops.get, reserve)
         self._hops[session] = hop
-        self._reserved[session] = needed
         return hop
-
-    def _take_more(self, session: SessionId, num_bytes: int) -> None:
-        """Reserve further bytes for an open session. Raises Overloaded."""
-        if self.reserved_bytes + num_bytes > self._cache_bytes:
-            raise Overloaded("no room for more in this session now", retry_after_s=1)
-        self._reserved[session] += num_bytes
 
     def _now(self) -> float:
         return self._shop.clock()

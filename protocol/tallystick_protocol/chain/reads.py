@@ -16,8 +16,8 @@ from web3.exceptions import Web3Exception
 from tallystick_protocol.chain.book import AddressBook
 from tallystick_protocol.chain.reverts import explain
 from tallystick_protocol.errors import BadMessage, ChainError, UnknownModel
-from tallystick_protocol.messages import Endpoint, decode_endpoints
 from tallystick_protocol.signing import keccak
+from tallystick_protocol.transport.contact import Contact, decode_endpoint
 from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Serving:
     span: Span
     operator: Address
     price: Wei
-    endpoints: tuple[Endpoint, ...]
+    contact: Contact
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +158,11 @@ class Chain:
         found = [self._serving(Address(node), log) for node, log in latest.items()]
         return [entry for entry in found if entry is not None and entry.record.model == model]
 
-    def locate(self, node: Address) -> tuple[str, ...]:
-        """The URLs that a staked node has put on chain, in order of preference."""
+    def locate(self, node: Address) -> Contact | None:
+        """How to dial a staked node, as it has put it on chain."""
         logs = self._logs(self.staking, "Serving", {"node": node})
         entry = self._serving(node, logs[-1]) if logs else None
-        return tuple(endpoint.url for endpoint in entry.endpoints) if entry else ()
+        return entry.contact if entry else None
 
     def weight(self, model: ModelId) -> Wei:
         """The active stake behind a model, as the contract sums it."""
@@ -200,10 +200,10 @@ class Chain:
         if record.span is None or record.active == 0:
             return None
         try:
-            endpoints = decode_endpoints(bytes(log["endpoint"]))
+            contact = decode_endpoint(node, bytes(log["endpoint"]))
         except BadMessage:
             return None
-        return Serving(record, record.span, Address(log["operator"]), Wei(log["price"]), endpoints)
+        return Serving(record, record.span, Address(log["operator"]), Wei(log["price"]), contact)
 
     def _logs(self, contract: Any, event: str, filters: dict[str, Any] | None) -> list[dict[str, Any]]:
         first = min(deployed.deploy_block for deployed in self.book.contracts.values())

@@ -13,8 +13,8 @@ from web3.logs import DISCARD
 from tallystick_protocol.chain.book import LOCAL_CHAINS
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.errors import ChainError, ConfigError
-from tallystick_protocol.messages import Endpoint, encode_endpoints
 from tallystick_protocol.signing import Key
+from tallystick_protocol.transport.contact import Contact, encode_endpoint
 from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 from tallystick_protocol.vouchers import Bind
 
@@ -95,8 +95,8 @@ class Wallet:
         consent = signer.sign_struct(self.chain.book.staking_domain, Bind(self.address, deadline))
         self.send("binding the hot key", self.chain.staking.functions.bind(signer.address, deadline, consent))
 
-    def serve(self, model: ModelId, span: Span, price: Wei, endpoints: tuple[Endpoint, ...], operator: Address) -> None:
-        data = encode_endpoints(endpoints)
+    def serve(self, model: ModelId, span: Span, price: Wei, contact: Contact, operator: Address) -> None:
+        data = encode_endpoint(contact)
         call = self.chain.staking.functions.serve(model, span.start, span.end, price, data, operator)
         self.send("registering the span", call)
 

@@ -6,7 +6,8 @@ those only when they hash to the CID.
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -14,21 +15,29 @@ import aiohttp
 from tallystick_protocol.content.cid import PROBE, Cid
 from tallystick_protocol.content.dag_pb import MAX_BLOCK_BYTES
 from tallystick_protocol.errors import BadBlock, BlockMissing, ConfigError, SourceFailed
+from tallystick_protocol.transport.pins import any_key_context
 
 RAW: Final = "application/vnd.ipld.raw"
 _HEADERS: Final = {"Accept": RAW, "Accept-Encoding": "identity"}
 _READ_BYTES: Final = 64 * 1024
 _SOCK_CONNECT_S: Final = 10.0
+_NAME: Final = re.compile(r"[A-Za-z0-9.-]{1,253}")
 
 
 def check_base_url(text: str) -> str:
-    """A gateway's address without a trailing slash. Raises ConfigError unless it is plain http(s)://host[:port][/path]."""
+    """A gateway's address without a trailing slash. Raises ConfigError unless it is plain http(s)://host[:port][/path].
+
+    A node that speaks TLS is https://<40 hex>.node@host:port: its key is not pinned, for blocks are checked by hash.
+    """
     url = urlsplit(text)
     try:
         plain = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         plain = False
-    if not plain or url.query or url.fragment or url.username is not None or any(c <= " " for c in text):
+    if url.username is not None:
+        plain = plain and url.scheme == "https" and url.password is None and not url.path.strip("/")
+        plain = plain and _NAME.fullmatch(url.username) is not None
+    if not plain or url.query or url.fragment or any(c <= " " for c in text):
         raise ConfigError(f"{text!a} is not a gateway: write it as http://host:port")
     return text.rstrip("/")
 
@@ -55,7 +64,7 @@ async def get_block(session: aiohttp.ClientSession, base_url: str, cid: Cid, max
     the block; SourceFailed for everything else that is not an answer.
     """
     try:
-        block = await _get(session, f"{base_url}/ipfs/{cid}", min(max_bytes, MAX_BLOCK_BYTES))
+        block = await _get(session, base_url, f"/ipfs/{cid}", min(max_bytes, MAX_BLOCK_BYTES))
     except _NotHere:
         raise BlockMissing(cid, [base_url]) from None
     # A megabyte takes under a millisecond with SHA extensions and five without: not worth a thread.
@@ -66,14 +75,20 @@ async def get_block(session: aiohttp.ClientSession, base_url: str, cid: Cid, max
 async def probe(session: aiohttp.ClientSession, base_url: str) -> None:
     """Raises SourceFailed unless a trustless gateway answers there."""
     try:
-        await _get(session, f"{base_url}/ipfs/{PROBE}", max_bytes=0)
+        await _get(session, base_url, f"/ipfs/{PROBE}", max_bytes=0)
     except (_NotHere, BadBlock) as error:
         raise SourceFailed(f"{base_url} is no trustless gateway: its probe is not empty") from error
 
 
-async def _get(session: aiohttp.ClientSession, url: str, max_bytes: int) -> bytes:
+async def _get(session: aiohttp.ClientSession, base_url: str, path: str, max_bytes: int) -> bytes:
+    parts = urlsplit(base_url)
+    tls: dict[str, Any] = {}
+    if parts.username is not None:
+        base_url = base_url.replace(f"{parts.username}@", "", 1)
+        tls = {"ssl": any_key_context(), "server_hostname": parts.username}
+    asked = session.get(base_url + path, params={"format": "raw"}, headers=_HEADERS, allow_redirects=False, **tls)
     try:
-        async with session.get(url, params={"format": "raw"}, headers=_HEADERS, allow_redirects=False) as response:
+        async with asked as response:
             _check_head(response, max_bytes)
             return await _read_body(response, max_bytes)
     except (TimeoutError, aiohttp.ClientError, OSError) as error:

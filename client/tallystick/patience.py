@@ -1,0 +1,31 @@
+"""How long is too long: a limit learnt from what was usual at this very peer."""
+
+from __future__ import annotations
+
+from collections import deque
+
+KEPT = 64
+ENOUGH = 8
+
+
+class Patience:
+    """Durations of one kind, and the one that cannot be explained by them any more.
+
+    The limit is `factor` times the longest of the last 64, but no less than `floor_s`; before there are eight of them
+    it is no less than `prior_s`.
+    """
+
+    def __init__(self, floor_s: float, prior_s: float, factor: float = 4.0) -> None:
+        self._floor_s = floor_s
+        self._prior_s = prior_s
+        self._factor = factor
+        self._seen: deque[float] = deque(maxlen=KEPT)
+
+    def note(self, seconds: float) -> None:
+        """Something took this long and came to a good end."""
+        self._seen.append(seconds)
+
+    @property
+    def limit_s(self) -> float:
+        least = self._floor_s if len(self._seen) >= ENOUGH else self._prior_s
+        return max(least, self._factor * max(self._seen, default=0.0))
