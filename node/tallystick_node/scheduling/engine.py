@@ -24,6 +24,7 @@ from tallystick_model.span import SpanModel
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
+from tallystick_node.session.admission import row_bytes
 from tallystick_protocol.errors import Overloaded, TallystickError, Unreachable
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,11 @@ class Engine:
     def retry_after_s(self) -> int:
         """When somebody who is refused for lack of room may try again: when what waits now has been computed."""
         return min(max(ceil(self.load.backlog_s), 1), MAX_RETRY_S)
+
+    @property
+    def row_bytes(self) -> int:
+        """Cache bytes that one position of a session takes."""
+        return row_bytes(self.model)
 
     async def forward(self, segment: Segment, payer: str = "", wait_s: float = inf) -> Any:
         """The segment's result: (rows, width) float32, or (wanted rows, vocabulary) logits from the last span.
