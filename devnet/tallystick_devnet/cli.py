@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--nodes", type=int, help="spread over the spans; default: two for each")
     up.add_argument("--folder", type=Path, default=Path(".devnet"), help="keys, logs and state; must not exist yet")
     up.add_argument("--rpc-port", type=int, default=8545)
+    up.add_argument("--tls", action="store_true", help="nodes speak TLS, as they would beyond this machine")
     up.set_defaults(command=_up)
     return parser
 
@@ -89,7 +90,7 @@ def _up(options: argparse.Namespace) -> int:
     if folder.exists():
         raise TallystickError(f"{folder} exists: a devnet starts from nothing; remove it, or choose another --folder")
     folder.mkdir(parents=True)
-    with LocalNet(folder, say, options.rpc_port) as net:
+    with LocalNet(folder, say, options.rpc_port, options.tls) as net:
         model, manifest = net.publish(
             options.model or default_model(), numerics=options.numerics, quantize=options.quantize
         )

@@ -57,10 +57,14 @@ class LocalNode:
 class LocalNet:
     """Use as a context manager: everything it has started is stopped at the end."""
 
-    def __init__(self, folder: Path, say: Callable[[str], None] = lambda _: None, rpc_port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, say: Callable[[str], None] = lambda _: None, rpc_port: int = 0, tls: bool = False
+    ) -> None:
+        """tls: nodes speak TLS as they would beyond this machine."""
         self.folder = folder
         self._say = say
         self._rpc_port = rpc_port
+        self._tls = tls
         self._store = LocalStore(folder / "content")
         self._content = _ContentThread(self._store)
         self._nursery = Nursery(folder / "nursery.log")
@@ -165,7 +169,7 @@ class LocalNet:
             "--model", "0x" + model.hex(), "--span", f"{node.span.start}:{node.span.end}", "--sources", self.source,
             "--hot-key", str(node.folder / "hot.json"), "--cold-key", str(node.folder / "cold.json"),
             "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
-            "--lease-s", LEASE_S, *settings,
+            "--lease-s", LEASE_S, *(["--tls", "on"] if self._tls else []), *settings,
         ]  # fmt: skip
         log = node.folder / f"log.{len(list(node.folder.glob('log.*')))}"
         node.process = self._nursery.start(node.name, arguments, log, _ENVIRONMENT)

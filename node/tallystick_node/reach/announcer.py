@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 ASKED = 5
 """Other nodes that are asked to dial."""
 
+TRY_AGAIN_S = 120.0
+"""Until somebody answers who could dial."""
+
 ANSWER_BYTES = 1024
 ANSWER_TIMEOUT_S = CONNECT_TIMEOUT_S + 3.0
 Others = Callable[[], Awaitable[list[Contact]]]
@@ -52,6 +55,7 @@ class Announcer:
         self._relayed: dict[Address, Addr] = {}
         self._seq = 0
         self._changed = asyncio.Event()
+        self._tried = False
         self.sealed: bytes | None = None
 
     def relayed(self, relay: Address, addr: Addr | None) -> None:
@@ -84,8 +88,10 @@ class Announcer:
         reach, sealed = self._sign(addrs)
         others = await self._find_others()
         answers = [answer for answer in await asyncio.gather(*(self._ask(other, sealed) for other in others)) if answer]
+        self._tried = bool(answers)
         if not answers:
-            log.warning("nobody else answers, so nobody has tried this node's address: %s", reach.contact.url)
+            level = logging.WARNING if self.sealed is None else logging.DEBUG
+            log.log(level, "nobody else answers, so nobody has tried this address: %s", reach.contact.url)
         else:
             tried = {at for answer in answers for at, works in enumerate(answer) if works is True}
             works = tuple(addr for at, addr in enumerate(addrs) if at in tried)
@@ -105,7 +111,8 @@ class Announcer:
     async def keep(self, rotate_after_s: float) -> None:
         """Renew the record at a third of its life and when an address changes; rotate the key when it is old."""
         while True:
-            wait_s = min(REACH_LIFETIME_S / 3, max(1.0, rotate_after_s - self._keys.age_s))
+            renew_s = REACH_LIFETIME_S / 3 if self._tried else TRY_AGAIN_S
+            wait_s = min(renew_s, max(1.0, rotate_after_s - self._keys.age_s))
             try:
                 async with asyncio.timeout(wait_s):
                     await self._changed.wait()
@@ -114,7 +121,8 @@ class Announcer:
                     await asyncio.to_thread(self._keys.rotate)
             try:
                 contact = await self.announce()
-                log.info("reachable at %s", ", ".join(addr.authority for addr in contact.addrs))
+                if self._tried:
+                    log.info("reachable at %s", ", ".join(addr.authority for addr in contact.addrs))
             except ConfigError as error:
                 log.warning("%s", error)
                 await asyncio.sleep(random.uniform(5.0, 15.0))
