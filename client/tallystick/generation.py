@@ -122,7 +122,8 @@ class Stream:
         self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
-        steps = Steps(session, self._sampling, self._speculation, len(prompt) + self._max_tokens, manifest.vocab)
+        speculation = self._speculation if session.rewinds else Speculation()
+        steps = Steps(session, self._sampling, speculation, len(prompt) + self._max_tokens, manifest.vocab)
         try:
             await session.feed(prompt)
             while True:

@@ -113,6 +113,7 @@ class Remote:
         )
         self.standing = Standing()
         self.failure: TallystickError | None = None
+        self.rewinds = True
         self.told: list[TallystickError] = []
         self.base: Wei = Wei(0)
         self.rows_due = 0
@@ -172,6 +173,7 @@ class Remote:
             remote = cls(candidate, opening, channel, domain, key.address)
             owed = Wei(int(take(answer.body, "owed", str)[:78]))
             voucher = take(answer.body, "voucher", bytes)
+            remote.rewinds = take(answer.body, "rewinds", bool, True)
             remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit))
             remote._key = key
             remote._dial = partial(peers.connect, candidate.url, candidate.node)

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 
+from tallystick.admission import has_class
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.openings import Openings
@@ -92,6 +93,11 @@ class Session:
     def nodes(self) -> set[Address]:
         """Nodes that take part in the route."""
         return {candidate.node for candidate in self.route}
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether every hop can take rows back and compute them again to the same bits."""
+        return all(hop.rewinds and has_class(hop.candidate) for hop in self.hops)
 
     @property
     def has_audits(self) -> bool:

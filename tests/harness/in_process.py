@@ -41,7 +41,7 @@ class InProcess:
     async def result(self, position: int) -> bytes:
         return self._rows[position]
 
-    async def crop(self, length: int) -> None:
+    async def drop(self, length: int) -> None:
         self.taken_back.append((length, len(self.ids)))
         self._forget(length)
         del self.ids[length:], self._rows[length:]

@@ -37,7 +37,7 @@ class Log(Protocol):
 
     async def result(self, position: int) -> bytes: ...
 
-    async def crop(self, length: int) -> None: ...
+    async def drop(self, length: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Steps:
         accepted = len(tokens) - 1
         waited = time.monotonic() - began
         if accepted < len(drafts):
-            await session.crop(first + accepted)
+            await session.drop(first + accepted)
         self._account(accepted, tokens[0], waited)
         self._drafts = []
         return tokens
@@ -125,7 +125,7 @@ class Steps:
     async def stop(self, ids: list[int]) -> None:
         """The answer is complete: forget rows behind it."""
         if len(self._session.ids) > len(ids):
-            await self._session.crop(len(ids))
+            await self._session.drop(len(ids))
 
     async def _propose(self, ids: list[int], k: int) -> list[int]:
         """What the drafter proposes, as far as the model knows it."""

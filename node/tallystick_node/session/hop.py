@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tallystick_model.canonical.cache import KvCache
-from tallystick_model.stock import CannotForget
+from tallystick_model.stock import CannotForget, StockCache
 from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
 from tallystick_node.session.admission import row_bytes
@@ -146,6 +146,11 @@ class Hop:
     @property
     def position(self) -> int:
         return len(self._record)
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether rows can be taken back one by one: not out of a recurrent state, nor of a sequence taken at once."""
+        return not self._one_shot and not (isinstance(self._cache, StockCache) and self._cache.recurrent)
 
     @property
     def size_bytes(self) -> int:

@@ -112,6 +112,7 @@ class Sessions:
                 "owed": str(account.owed),
                 "voucher": account.sealed,
                 "lease_s": self._limits.lease_s,
+                "rewinds": hop.rewinds,
             }
             await control.attach(channel, [Frame(Kind.OPENED, body)])
             self.counters.opened += 1
