@@ -12,6 +12,7 @@ from tallystick.patience import Patience
 from tallystick_protocol.errors import Departed, InternalError, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.peer import Channel, expect
+from tallystick_protocol.types import Digest
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,14 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Comeback:
-    """How a cut connection is replaced. dial: a new connection. claim: the RESUME frame.
+    """How a cut connection is replaced. dial: a new connection. claim(spki): the RESUME frame, bound to the
+    key of that connection.
 
     rejoin: sends again what the node lacks; gets the RESUMED frame. insist_s: for how long to try.
     """
 
     dial: Callable[[], Awaitable[Channel]]
-    claim: Callable[[], Frame]
+    claim: Callable[[Digest], Frame]
     rejoin: Callable[[Frame], Awaitable[None]]
     insist_s: Callable[[], float]
 
@@ -216,7 +218,7 @@ class Line:
         async with asyncio.timeout(RESUME_TIMEOUT_S):
             channel = await comeback.dial()
         try:
-            await channel.send(comeback.claim())
+            await channel.send(comeback.claim(channel.spki))
             resumed = await expect(channel, Kind.RESUMED, RESUME_TIMEOUT_S)
             old, self._channel = self._channel, channel
             self._heard_at, self._pinged_at = time.monotonic(), 0.0

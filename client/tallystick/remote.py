@@ -176,7 +176,7 @@ class Remote:
             remote.rewinds = take(answer.body, "rewinds", bool, True)
             remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit))
             remote._key = key
-            remote._dial = partial(peers.connect, candidate.url, candidate.node)
+            remote._dial = partial(peers.connect, candidate.door, candidate.node)
             remote._leave = partial(purse.leave, candidate.node)
             remote._promised = partial(purse.promised, candidate.node)
             return remote
@@ -284,10 +284,10 @@ class Remote:
 
     # -- coming back
 
-    def _claim(self) -> Frame:
+    def _claim(self, spki: Digest) -> Frame:
         assert self._key is not None
         self._claims += 1
-        claim = Resume(self.node, self.session, self._claims, ZERO32, int(time.time()))
+        claim = Resume(self.node, self.session, self._claims, spki, int(time.time()))
         body = {
             "resume": seal(self._domain, claim, self._key),
             "receipts": len(self.standing.receipts),
