@@ -243,7 +243,7 @@ class AsyncClient(Tasks):
                 raise ConfigError(f"{manifest.name} is bidirectional: it takes a text whole; use `run`")
             self._check_length(manifest, max_length, 0)
             sides = Sides(memory=_memory_rows(manifest, memory))
-            survey, route = await self.plan(record, manifest, stack, verify)
+            survey, route = await self.plan(record, manifest, stack, verify, new=max_length)
             setting = self._setting(record, manifest, stack, survey, max_length, dense, sides)
             await self._prepay([setting.need(candidate, count) for candidate in route])
             opened: list[Session] = []
@@ -293,10 +293,15 @@ class AsyncClient(Tasks):
         record = await self.network.find(text)
         return record, await self.network.manifest(record)
 
-    async def open_session(self, record: ModelRecord, manifest: Manifest, max_length: int, verdict: Verdict) -> Session:
-        """Plan a route and open it for rows of top-k logits, with an auditor per hop if the policy is `full`."""
-        stack = manifest.stack_of(Span(0, 1))
-        survey, route = await self.plan(record, manifest, stack, verdict.policy)
+    async def open_session(
+        self, record: ModelRecord, manifest: Manifest, max_length: int, verdict: Verdict, prompt: int = 0
+    ) -> Session:
+        """Plan a route and open it for rows of top-k logits, with an auditor per hop if the policy is `full`.
+
+        prompt: how many of the positions are known from the beginning.
+        """
+        stack, new = manifest.stack_of(Span(0, 1)), max(max_length - prompt, 1)
+        survey, route = await self.plan(record, manifest, stack, verdict.policy, prompt, new)
         return await self._open(self._setting(record, manifest, stack, survey, max_length), route, verdict)
 
     async def plan(
@@ -380,6 +385,8 @@ class AsyncClient(Tasks):
             on_waiting=lambda error: self.settings.notify(
                 f"waiting up to {self.settings.wait_s:g} s for a node: {error.message}"
             ),
+            work=self._workload(manifest, 0, max_length),
+            reputation=self.reputation,
         )
 
     async def _prepay(self, needs: list[Need]) -> None:

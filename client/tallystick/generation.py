@@ -118,7 +118,8 @@ class Stream:
             raise ConfigError("the prompt is empty or holds ids beyond the vocabulary")
         client._check_length(manifest, len(prompt), self._max_tokens)
         verdict = Verdict(self._verify)
-        session = await client.open_session(record, manifest, len(prompt) + self._max_tokens, verdict)
+        length = len(prompt) + self._max_tokens
+        session = await client.open_session(record, manifest, length, verdict, len(prompt))
         self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)

@@ -64,7 +64,8 @@ class Openings:
     def stand_ins(self, index: int) -> list[Candidate]:
         """Who could take hop `index`'s place, the best one first."""
         session = self._session
-        return stand_ins(session.setting.candidates, session.route[index], {*session.unfit, *session.nodes})
+        setting = session.setting
+        return stand_ins(setting.candidates, session.route[index], {*session.unfit, *session.nodes}, setting.work)
 
     async def substitute(self, index: int, error: TallystickError) -> None:
         """Put another node of the span into the route; wait for one as long as the setting says. Raises NoRoute."""

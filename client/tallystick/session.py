@@ -21,6 +21,7 @@ from tallystick.remote import Hearing, Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.monitor import Monitor
 from tallystick.setting import Setting
 from tallystick.verdict import Verdict
 from tallystick.watch import LOOK_EVERY_S, Watch
@@ -63,6 +64,7 @@ class Session:
         self.epoch = 0
         self.witnesses: set[Remote] = set()
         self.watch = Watch(self)
+        self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self._is_rewinding = False
         self._work = asyncio.Event()
         self._news = asyncio.Event()
@@ -147,6 +149,9 @@ class Session:
         start = len(self.ids)
         self.ids += ids
         self._want += [i == len(ids) - 1 for i in range(len(ids))] if want is None else list(want)
+        if (switch := self.monitor.look(start, self.setting.max_length - start, self.unfit)) is not None:
+            self.repair.migrate(switch.index, switch.candidate, "slow")
+        self.monitor.fed(start, len(self.ids))
         self.watch.fed(start, len(self.ids))
         await self.send_ids(start)
 
@@ -367,6 +372,8 @@ class Session:
             await remote.close()
         await asyncio.gather(*self._retiring)
         self.openings.release()
+        left = {old for old, _, why in self.verdict.replaced if why in ("draining", "slow", "overloaded")}
+        self.monitor.close(self.lost - left, served=self.is_open)
 
     # -- what arrives
 
@@ -386,6 +393,7 @@ class Session:
             kept = min(remote.kept_of(take(frame.body, "epoch", int, 0)), len(self.ids))
             self._results.take(remote.node, frame, lambda at: at < kept and self._want[at])
             self.watch.answered(frame.position)
+            self.monitor.arrived(frame.position)
 
     async def _tend(self) -> None:
         """Check receipts as they come, in order of hops and windows; pay; compare audits."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from tallystick.payments import Need, Purse
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.cost import Workload
+from tallystick.routing.reputation import Reputation
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
@@ -44,7 +46,8 @@ class Setting:
     """What a session needs of its client. stack: the layers from token ids to a result. top_k 0: dense rows.
 
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
-    on_waiting: called with the error that will be raised when nobody comes.
+    on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
+    reputation: learns what its nodes deliver.
     """
 
     peers: Peers
@@ -61,6 +64,8 @@ class Setting:
     wait_s: float = 0.0
     look_again: Callable[[], Awaitable[list[Candidate]]] = _nobody
     on_waiting: Callable[[NoRoute], None] = lambda _: None
+    work: Workload = field(default_factory=lambda: Workload(0))
+    reputation: Reputation = field(default_factory=Reputation)
 
     @property
     def one_shot(self) -> bool:

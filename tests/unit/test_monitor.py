@@ -35,8 +35,9 @@ class Served:
     def __init__(self, hops: list[Candidate], others: list[Candidate]) -> None:
         self.clock = Clock()
         self.reputation = Reputation(clock=lambda: 1e9)
-        self.hops = hops
-        self.monitor = Monitor(self.reputation, hops, [*hops, *others], WORK, self.clock)
+        self.hops = list(hops)
+        self.route = list(hops)
+        self.monitor = Monitor(self.reputation, self.route, [*hops, *others], WORK, self.clock)
         self.position = 64
         self.monitor.fed(0, 64)
         self.clock.now += 1
@@ -44,7 +45,7 @@ class Served:
 
     def steps(self, count: int, seconds: float) -> None:
         for _ in range(count):
-            self.monitor.fed(self.position, 1)
+            self.monitor.fed(self.position, self.position + 1)
             self.clock.now += seconds
             self.monitor.arrived(self.position)
             self.position += 1
@@ -91,7 +92,8 @@ def test_after_a_change_it_is_measured_anew_and_what_was_seen_is_kept() -> None:
     served.steps(STEPS, served.usual_s + 0.1)
     switch = served.monitor.should_switch(served.position, 1000)
     assert switch is not None
-    served.monitor.changed(switch.index, switch.candidate)
+    served.route[switch.index] = switch.candidate
+    served.steps(1, served.usual_s)
     assert served.monitor.should_switch(served.position, 1000) is None
     left = served.hops[switch.index]
     assert served.reputation.expect(left.node, left.claimed, 4).layer_s > 5 * left.claimed.layer_s
@@ -105,7 +107,7 @@ def test_two_like_nodes_are_not_exchanged_to_and_fro() -> None:
     for turn in range(30):
         served.steps(STEPS, served.usual_s * (1.05 if turn % 2 else 0.95))
         if (switch := served.monitor.should_switch(served.position, 10_000)) is not None:
-            served.monitor.changed(switch.index, switch.candidate)
+            served.route[switch.index] = switch.candidate
             changes += 1
     assert changes == 0
 
@@ -131,7 +133,7 @@ def test_a_session_of_few_steps_says_nothing_of_speed() -> None:
 def test_steps_of_which_nothing_came_or_that_were_fed_together_are_not_timed() -> None:
     served = Served([A, B], [node("c", 0, 4)])
     for _ in range(STEPS):
-        served.monitor.fed(served.position, 4)  # drafts
+        served.monitor.fed(served.position, served.position + 4)  # drafts
         served.clock.now += 9
         served.monitor.arrived(served.position + 3)
         served.monitor.arrived(served.position)
@@ -143,3 +145,16 @@ def test_a_price_counts() -> None:
     served = Served([A, replace(B)], [offered])
     served.steps(STEPS, served.usual_s + 0.1)
     assert served.monitor.should_switch(served.position, 1000) is None
+
+
+def test_it_is_looked_at_now_and_then_and_as_much_is_expected_as_came() -> None:
+    served = Served([A, B], [node("c", 0, 4)])
+    seen = []
+    for _ in range(3 * STEPS):
+        served.steps(1, served.usual_s + 0.1)
+        seen.append(served.monitor.look(served.position, 10_000))
+    assert [number for number, switch in enumerate(seen, 1) if switch] == [STEPS, 2 * STEPS, 3 * STEPS]
+    gains = [switch.gain_s for switch in seen if switch]
+    assert gains[0] < gains[1] < gains[2]
+    served.steps(STEPS, served.usual_s + 0.1)
+    assert served.monitor.look(served.position, 2) is None

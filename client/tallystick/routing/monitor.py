@@ -38,51 +38,54 @@ class Switch:
 
 
 class Monitor:
-    """One session's steps. Call `fed` and `arrived` for each decode step, `changed` when a hop was replaced."""
+    """One session's steps. `fed` and `arrived` time them; who serves is read off the route, which others change."""
 
     def __init__(
         self,
         reputation: Reputation,
-        hops: Sequence[Candidate],
+        route: Sequence[Candidate],
         candidates: Sequence[Candidate],
         work: Workload,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """work: as the route was planned for; its row_bytes and weights are used."""
+        """route, candidates: the session's own lists, as they change. work: as the route was planned for."""
         self._reputation = reputation
-        self._hops = list(hops)
-        self._candidates = list(candidates)
+        self._route, self._candidates = route, candidates
+        self._hops = list(route)
         self._work = work
         self._clock = clock
-        self._fed: dict[int, float] = {}
+        self._fed: tuple[int, float] | None = None
         self._steps: deque[float] = deque(maxlen=STEPS)
         self._own: dict[int, deque[float]] = {}
+        self._count = self._looked = 0
         self._closed = False
 
-    def fed(self, first: int, count: int) -> None:
-        """Rows [first, first + count) were sent. Steps of one row are timed; a prompt's chunks say little of them."""
-        if count == 1:
-            self._fed = {first: self._clock()}
-        else:
-            self._fed = {}
+    def fed(self, first: int, last: int) -> None:
+        """Rows [first, last) were sent. Steps of one row are timed; a prompt's chunks say little of them."""
+        if [hop.node for hop in self._hops] != [hop.node for hop in self._route]:
+            self._book()
+            self._hops = list(self._route)
+            self._steps.clear()
+            self._own.clear()
+        self._fed = (first, self._clock()) if last - first == 1 else None
 
     def arrived(self, position: int) -> None:
         """The result of a position is there."""
-        began = self._fed.pop(position, None)
-        if began is not None:
-            self._steps.append(self._clock() - began)
+        if self._fed is not None and self._fed[0] == position:
+            self._steps.append(self._clock() - self._fed[1])
+            self._fed = None
+            self._count += 1
 
     def hop_took(self, index: int, seconds: float) -> None:
         """What a hop took by itself in one step, where that can be measured."""
         self._own.setdefault(index, deque(maxlen=STEPS)).append(seconds)
 
-    def changed(self, index: int, candidate: Candidate) -> None:
-        """Another node has taken the place of hop `index`: what was measured of the route before is booked."""
-        self._book()
-        self._hops[index] = candidate
-        self._steps.clear()
-        self._own.clear()
-        self._fed.clear()
+    def look(self, position: int, room: int, avoid: Collection[Address] = ()) -> Switch | None:
+        """`should_switch`, now and then. room: positions that are left; as many tokens are expected as came already."""
+        if self._count % STEPS or self._count == self._looked:
+            return None
+        self._looked = self._count
+        return self.should_switch(position, min(room, self._count), avoid)
 
     def should_switch(self, position: int, remaining: int, avoid: Collection[Address] = ()) -> Switch | None:
         """The change of nodes that gains most, if one pays. Call between two tokens.
@@ -112,13 +115,16 @@ class Monitor:
         rows = units * (bounded(candidate.expected.prefill_s) + unit_price_s(candidate, once))
         return SWITCH_S + position * (rows + self._work.row_bytes / BYTES_PER_S)
 
-    def close(self, lost: Collection[Address] = ()) -> None:
-        """The session has ended: what it showed of its nodes goes into the reputation. lost: nodes that failed it."""
+    def close(self, lost: Collection[Address] = (), served: bool = True) -> None:
+        """The session has ended: what it showed of its nodes goes into the reputation.
+
+        lost: nodes that failed it. served: whether it was ever open.
+        """
         if self._closed:
             return
         self._closed = True
         self._book()
-        for hop in self._hops:
+        for hop in self._hops if served else ():
             self._reputation.served(hop.node)
         for node in lost:
             self._reputation.lost(node)
