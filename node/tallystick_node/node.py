@@ -25,6 +25,7 @@ from tallystick_node.session.hop import Shop
 from tallystick_node.session.links import Dialler
 from tallystick_node.session.registry import Limits, Sessions
 from tallystick_node.stake import Lookups, Redeemer, Registration, enroll, register
+from tallystick_node.status import pace
 from tallystick_node.till import Till
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
@@ -173,7 +174,7 @@ class Node:
             self._offers.clear()
             self._renew_offer(shop, manifest)
             blocks = _block_answers(loading.store)
-            app = create_app(sessions, lambda: self._info(sessions), lambda: self._ready, blocks, presence.desk)
+            app = create_app(sessions, lambda: self._info(sessions, shop), lambda: self._ready, blocks, presence.desk)
             listener = Listener(app, presence.keys)
             redeemer = Redeemer(Wallet(chain, self.keys.cold or self.keys.hot), self.keys.node, till)
             check = self_check(loading, loaded)
@@ -313,7 +314,7 @@ class Node:
             except ChainError as error:
                 log.warning("vouchers stay unredeemed for now: %s", error)
 
-    def _info(self, sessions: Sessions) -> dict[str, Any]:
+    def _info(self, sessions: Sessions, shop: Shop) -> dict[str, Any]:
         """The signed offer, and what nobody signs: load, clock, version."""
         return {
             "offer": self._current.hex(),
@@ -323,7 +324,7 @@ class Node:
                 "sessions": len(sessions),
                 "reserved_bytes": sessions.reserved_bytes,
                 "draining": sessions.draining,
-                "rows_per_s": self._rows_per_s and round(self._rows_per_s, 2),
+                **pace(shop, self._rows_per_s),
             },
         }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from tallystick_node.session.distances import Distances
 from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.messages import PushOpen
@@ -69,13 +71,17 @@ class Dialler:
         self._domain = domain
         self._find = find
         self._clock = clock
+        self.distances = Distances()
 
     async def dial(self, node: Address, session: SessionId, attempt: int, epoch: int) -> Link:
         """A push connection to a hop that the client has opened, for rows of an epoch.
 
         Raises Unreachable, or what the hop answers.
         """
-        channel = await self._peers.connect(await self._find(node), node)
+        contact = await self._find(node)
+        began = time.monotonic()
+        channel = await self._peers.connect(contact, node)
+        self.distances.note(node, time.monotonic() - began, channel.spki)
         push = PushOpen(node, session, attempt, self._node, channel.spki, secrets.token_bytes(32), int(self._clock()))
         try:
             await channel.send(Frame(Kind.PUSH_OPEN, {"push": seal(self._domain, push, self._key), "epoch": epoch}))

@@ -1,0 +1,24 @@
+"""What a node says of itself beside its signed offer, for clients that plan routes. Nobody signs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tallystick_node.session.hop import Shop
+
+
+def pace(shop: Shop, rows_per_s: float | None) -> dict[str, Any]:
+    """How fast it is, and how far from the nodes that it has dialled (docs/routing.md).
+
+    rows_per_s: through the span, measured before serving. step_ms: a forward at present; backlog_ms: how long what
+    waits will take; batch: sessions in a forward; waiting_rows: not computed yet. links_ms: by node.
+    """
+    load = shop.engine.load
+    return {
+        "rows_per_s": rows_per_s and round(rows_per_s, 2),
+        "step_ms": round(load.step_s * 1e3, 3) if load.rows_per_s else None,
+        "backlog_ms": round(load.backlog_s * 1e3, 3),
+        "batch": round(load.batch, 2),
+        "waiting_rows": load.waiting_rows,
+        "links_ms": shop.dialler.distances.told(),
+    }
