@@ -130,10 +130,40 @@ const ids = weights.map(({ root }, i) => {
   return { manifest, weights: root, layers, id: keccak256(coder.encode(["bytes32", "bytes32", "uint16"], [manifest, root, layers])) };
 });
 
+// Messages that no contract reads: ethers says what Python has to compute.
+const OFFCHAIN = {
+  PushOpen: "address node,bytes32 session,uint32 attempt,address previous,bytes32 spki,bytes32 nonce,uint64 issued",
+  Resume: "address node,bytes32 session,uint32 number,bytes32 spki,uint64 issued",
+  RelayRegister: "address relay,bytes32 spki,address node,bytes32 nonce,uint64 issued",
+};
+const offchain = Object.entries(OFFCHAIN).map(([primary, members]) => {
+  TYPES[primary] = members;
+  return struct(primary, "staking", message(primary, "one"));
+});
+const REACH = {
+  Reach: "address node,uint64 seq,uint64 expires,bytes32[] spki,Addr[] addrs",
+  Addr: "string kind,string host,uint16 port,string sni,address via",
+};
+const reachTypes = Object.fromEntries(
+  Object.entries(REACH).map(([name, members]) => [name, members.split(",").map((member) => member.split(" ")).map(([type, name]) => ({ type, name }))]),
+);
+const addr = (kind, host, port, sni = "", via = address("00")) => ({ kind, host, port: String(port), sni, via });
+const reaches = [
+  { spki: [word("current"), word("next")], addrs: [addr("tcp", "203.0.113.5", 9000), addr("relay", "relay.example", 443, "", signerOf("relay"))] },
+  { spki: [word("only")], addrs: [] },
+  { spki: [word("only")], addrs: [addr("tcp", "2001:db8::5", 65535, "name.example"), addr("punch", "ü", 0)] },
+].map((rest, i) => {
+  const value = { node: signerOf("node"), seq: String(1_700_000_000 + i), expires: "1700086400", ...rest };
+  const { separator: _, ...fields } = domains.staking;
+  return { message: value, digest: TypedDataEncoder.hash(fields, reachTypes, value) };
+});
+
 const text = `${JSON.stringify(
   {
     domains,
     structs,
+    offchain,
+    reach: reaches,
     models: { id: ids, weights },
     signatures: [...signatures(structs[0], "client"), ...signatures(structs[1], "hot key")],
   },

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from tallystick.routing.candidates import Candidate
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.manifest import Canary, FileRef, Manifest, Piece, PieceKind, Pooling, TensorSpec
-from tallystick_protocol.messages import Offer, Opened, PushOpen, SessionOpen
+from tallystick_protocol.messages import Offer, Opened, PushOpen, RelayRegister, SessionOpen
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import Key, checksum_address, escrow_domain, keccak, staking_domain
 from tallystick_protocol.types import ZERO32, ZERO_ADDRESS, Address, Digest, ModelId, SessionId, Wei
@@ -161,6 +161,7 @@ def structs() -> list[Any]:
         opening,
         Opened(digest("open"), ZERO32, 10**6, 1_700_003_600),
         push,
+        RelayRegister(address("relay"), digest("spki"), node, digest("nonce"), 1_700_000_000),
     ]
 
 

@@ -14,7 +14,7 @@ from eth_account.messages import encode_typed_data
 
 from harness import samples
 from tallystick_protocol.errors import BadMessage, BadSignature, ConfigError
-from tallystick_protocol.messages import Offer, Opened, SessionOpen
+from tallystick_protocol.messages import Offer, Opened, PushOpen, RelayRegister, Resume, SessionOpen
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import (
     Domain,
@@ -33,7 +33,9 @@ from tallystick_protocol.types import Address, Digest
 from tallystick_protocol.vouchers import Bind, Voucher
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "eip712.json").read_text())
-CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (Voucher, Bind, Receipt, Offer, SessionOpen, Opened)}
+ON_CHAIN = (Voucher, Bind, Receipt, Offer, SessionOpen, Opened)
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (*ON_CHAIN, PushOpen, Resume, RelayRegister)}
+STRUCTS = [*VECTORS["structs"], *VECTORS["offchain"]]
 DOMAINS = {
     name: Domain(d["name"], d["version"], int(d["chainId"]), Address(d["verifyingContract"]))
     for name, d in VECTORS["domains"].items()
@@ -84,7 +86,7 @@ def typed_data(domain: Domain, value: Any) -> dict[str, Any]:
 
 
 def test_the_vectors_cover_every_struct_that_contracts_or_documents_name() -> None:
-    assert {case["primary"] for case in VECTORS["structs"]} == set(CLASSES)
+    assert {case["primary"] for case in STRUCTS} == set(CLASSES)
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -92,7 +94,7 @@ def test_domain_separators_are_those_of_the_vectors(name: str) -> None:
     assert "0x" + DOMAINS[name].separator.hex() == VECTORS["domains"][name]["separator"]
 
 
-@pytest.mark.parametrize("case", VECTORS["structs"], ids=lambda case: case["primary"])
+@pytest.mark.parametrize("case", STRUCTS, ids=lambda case: case["primary"])
 def test_digests_are_those_of_the_vectors(case: dict[str, Any]) -> None:
     cls, value = CLASSES[case["primary"]], from_vector(case)
     assert case["type"] == cls.TYPE
