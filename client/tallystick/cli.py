@@ -20,6 +20,7 @@ from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
+from tallystick.routing import cli as routing
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
     tasks.add(commands, _client)
 
+    routing.add(commands, _client)
+
     network = commands.add_parser("network", help="which nodes serve which layers")
     network.add_argument("--model", default="")
     network.add_argument("--json", action="store_true")
@@ -111,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify-model", help="fetch a model and check every byte of it")
     verify.add_argument("cid", help="the CID of its manifest")
     verify.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
-    verify.add_argument("--deep", action="store_true", help="also run its canary, layer by layer (takes torch)")
+    verify.add_argument(
+        "--deep", action="store_true",
+        help="also run its canary, layer by layer (takes torch): hashes say that the bytes are the publisher's, this"
+        " says that the layers compute what the publisher's did, and in their order",
+    )  # fmt: skip
     verify.add_argument("--json", action="store_true", help="one JSON object")
     verify.set_defaults(command=_verify_model)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 if TYPE_CHECKING:  # the client and its command line load without tallystick_model
     from tallystick_model.publishing.progress import Progress
@@ -20,12 +21,12 @@ class ProgressBar:
 
     def __init__(self, console: Console | None = None) -> None:
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console or Console(stderr=True),
         )
         self._tasks: dict[str, TaskID] = {}

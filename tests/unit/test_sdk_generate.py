@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TextIteratorStreamer
+from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
 
 from harness import checkpoints
 from harness.sdk_backend import SpansBackend, served_llama
@@ -88,6 +89,15 @@ def test_streamers_and_stopping_criteria_are_heard(pair: Any) -> None:
     )
     assert found.shape[1] == 30
     assert "".join(streamer).split() == [str(int(one)) for one in found[0, 25:]]
+
+
+def test_stop_strings_end_an_answer(pair: Any, tmp_path: Path) -> None:
+    checkpoints.add_companions(tmp_path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    _, whole = both(pair, do_sample=True)
+    word = next(text for text in map(tokenizer.decode, whole[0, 27:35]) if text.isascii() and text.isprintable())
+    expected, found = both(pair, do_sample=True, stop_strings=[word], tokenizer=tokenizer)
+    assert torch.equal(expected, found) and found.shape[1] < whole.shape[1]
 
 
 def naive_contrastive(model: Any, ids: torch.Tensor, alpha: float, k: int, steps: int) -> torch.Tensor:

@@ -22,8 +22,8 @@ from tallystick.verdict import Verdict
 from tallystick_model.config import build_config
 from tallystick_protocol.errors import ConfigError, CorruptResult
 
-_INERT = frozenset({"cache_position", "return_dict", "num_items_in_batch"})
-"""Arguments of forward that change nothing here, or concern the loss alone."""
+_INERT = frozenset({"cache_position", "return_dict", "num_items_in_batch", "tokenizer"})
+"""Arguments of forward that change nothing here, or concern the loss or (`tokenizer`) stop strings alone."""
 
 
 class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
