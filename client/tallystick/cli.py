@@ -21,6 +21,7 @@ from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
 from tallystick.routing import cli as routing
+from tallystick.routing import cli as routing
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
     embed.set_defaults(command=_embed)
 
     tasks.add(commands, _client)
+
+    routing.add(commands, _client)
 
     routing.add(commands, _client)
 
