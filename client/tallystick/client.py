@@ -15,7 +15,7 @@ import numpy as np
 
 from tallystick.admission import find_route, note_stock
 from tallystick.decoding import Decoder
-from tallystick.generation import Answer, Stream
+from tallystick.generation import Answer, Mode, Stream
 from tallystick.lanes import Workshop
 from tallystick.network import Network, Survey
 from tallystick.passes import Passes
@@ -135,6 +135,7 @@ class AsyncClient(Tasks):
         verify: Policy = "audit",
         ignore_eos: bool = False,
         speculate: str | Drafter = "off",
+        mode: Mode = "pipeline",
     ) -> Stream:
         """Generate as an async iterator of `Token` and `Retracted`; afterwards `.answer` holds the Answer.
 
@@ -142,12 +143,14 @@ class AsyncClient(Tasks):
         verify: "off", "audit" (a random span of some sessions) or "full" (every span, on other nodes).
         speculate: "off"; "lookup" drafts what followed earlier in the text; "auto" likewise, where it saves much time
         and costs few rows; or a `Drafter`, for example a `DraftModel`. The tokens are the same, wrong drafts are paid.
+        mode: "pipeline"; "ring" lets the last hop choose the tokens, too, which saves a transit; "auto" is "ring" where
+        nothing is drafted.
         Raises NoRoute, NoAuditor, UnknownModel, ConfigError, ChainError, InsufficientFunds, Unreachable.
         """
         _check_policy(verify)
         if type(max_tokens) is not int or not 0 < max_tokens <= 1 << 20:
             raise ConfigError(f"max_tokens={max_tokens!r} is not a positive number")
-        return Stream(self, prompt, model, max_tokens, sampling or Sampling(), verify, ignore_eos, speculate)
+        return Stream(self, prompt, model, max_tokens, sampling or Sampling(), verify, ignore_eos, speculate, mode)
 
     async def embed(self, text: str, *, model: str = "", verify: Policy = "audit") -> Embedding:
         """A sentence's embedding, pooled as the model's own files say. Raises as `stream`."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tallystick.repair import RolledBack
+from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
 from tallystick.session import Session
 from tallystick.speculation.drafters import Drafter
@@ -20,6 +21,8 @@ from tallystick_protocol.sampling import Sampling
 
 if TYPE_CHECKING:
     from tallystick.client import AsyncClient
+
+Mode = Literal["pipeline", "ring", "auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Stream:
         verify: Policy,
         ignore_eos: bool,
         speculate: str | Drafter,
+        mode: Mode,
     ) -> None:
         self._client = client
         self._prompt = prompt
@@ -84,6 +88,11 @@ class Stream:
         self._verify: Policy = verify
         self._ignore_eos = ignore_eos
         self._speculation = Speculation.of(speculate, sampling)
+        self._mode = mode
+        if mode not in ("pipeline", "ring", "auto"):
+            raise ConfigError(f"mode={mode!r} is not pipeline, ring or auto")
+        if mode == "ring" and self._speculation.drafter is not None:
+            raise ConfigError("in a ring the last hop chooses the tokens, one by one: take speculate='off'")
         self._answer: Answer | None = None
         self._session: Session | None = None
         self._events: AsyncGenerator[Token | Retracted, None] = self._run()
@@ -123,10 +132,9 @@ class Stream:
         self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
-        speculation = self._speculation if session.rewinds else Speculation()
-        steps = Steps(session, self._sampling, speculation, len(prompt) + self._max_tokens, manifest.vocab)
+        steps = self._steps(session, len(prompt) + self._max_tokens, state.ends)
         try:
-            await session.feed(prompt)
+            await steps.start(prompt)
             while True:
                 try:
                     while not state.done:
@@ -149,6 +157,7 @@ class Stream:
             finished = False
             raise
         finally:
+            await steps.close()
             await session.close()
             client.ban(verdict)
         if finished:
@@ -166,6 +175,14 @@ class Stream:
             )
 
 
+    def _steps(self, session: Session, last: int, ends: set[int]) -> Steps | Ring:
+        """Who decides the tokens. last: how many positions there may be."""
+        speculation = self._speculation if session.rewinds else Speculation()
+        if self._mode == "ring" or (self._mode == "auto" and speculation.drafter is None):
+            return Ring(session, self._sampling, ends, last)
+        return Steps(session, self._sampling, speculation, last, session.setting.manifest.vocab)
+
+
 class _Generation:
     """The tokens decided so far."""
 
@@ -175,15 +192,15 @@ class _Generation:
         self.ids: list[int] = []
         self._limit = limit
         eos = manifest.generation.get("eos", [])
-        self._eos = set() if ignore_eos or not isinstance(eos, list) else set(eos)
+        self.ends: set[int] = set() if ignore_eos or not isinstance(eos, list) else set(eos)
 
     @property
     def done(self) -> bool:
-        return len(self.ids) >= self._limit or bool(self.ids and self.ids[-1] in self._eos)
+        return len(self.ids) >= self._limit or bool(self.ids and self.ids[-1] in self.ends)
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self.ids and self.ids[-1] in self._eos else "length"
+        return "stop" if self.ids and self.ids[-1] in self.ends else "length"
 
     @property
     def known(self) -> list[int]:

@@ -242,9 +242,16 @@ class Remote:
             self._flush = frame
         await self.line.send(frame)
 
-    async def send_rows(self, ids: list[bytes], position: int, want: list[bool], types: bytes = b"") -> None:
-        """Token ids from `position` on; `want`: whose results are wanted; `types`: their token types, if any."""
-        body = {"want": pack_flags(want), **({"types": types} if types else {})}
+    async def send_rows(
+        self, ids: list[bytes], position: int, want: list[bool], types: bytes = b"", confirm: bool = False
+    ) -> None:
+        """Token ids from `position` on; `want`: whose results are wanted; `types`: their token types, if any.
+
+        confirm: those that the node has already are not answered again.
+        """
+        body: dict[str, bytes | bool] = {"want": pack_flags(want)}
+        body |= {"types": types} if types else {}
+        body |= {"confirm": True} if confirm else {}
         await self.send(rows_frame(Kind.STEP, DType.IDS, ids, position, body))
 
     async def give_memory(self, states: Sequence[bytes]) -> None:

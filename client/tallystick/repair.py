@@ -94,7 +94,12 @@ class Repair:
 
     async def _lose(self, index: int, failure: TallystickError) -> None:
         """A hop is gone. Whoever stands in for one without a class computes other bits: all begins anew then."""
-        if has_class(self._session.hops[index].candidate):
+        wrong = failure.fields.get("wrong_from")
+        known = len(self._session.ids)
+        if type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # rows that the ring was fed with a false token
+            self._session.hops[index].failure = None
+            await self._expel(index, wrong // WINDOW * WINDOW, failure)
+        elif has_class(self._session.hops[index].candidate):
             await self._replace(index, failure)
         else:
             await self._expel(index, 0, failure)

@@ -20,6 +20,7 @@ from tallystick.openings import Openings
 from tallystick.remote import Hearing, Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
+from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.monitor import Monitor
 from tallystick.setting import Setting
@@ -64,12 +65,13 @@ class Session:
         self.epoch = 0
         self.witnesses: set[Remote] = set()
         self.watch = Watch(self)
+        self.ring: Ring | None = None
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self._is_rewinding = False
         self._work = asyncio.Event()
         self._news = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
-        self._retiring: set[asyncio.Task[None]] = set()
+        self.farewells = Farewells(self)
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
 
     @property
@@ -155,6 +157,17 @@ class Session:
         self.watch.fed(start, len(self.ids))
         await self.send_ids(start)
 
+    async def confirm(self, ids: list[int]) -> None:
+        """Append token ids that the ring has brought to the first hop already, or should have; all results wanted."""
+        start = len(self.ids)
+        self.ids += ids
+        self._want += [True] * len(ids)
+        self.watch.fed(start, len(self.ids))
+        try:
+            await self.hops[0].send_rows(self.input_rows(start, len(self.ids)), start, self._want[start:], confirm=True)
+        except Unreachable:
+            return  # as in `send_ids`
+
     async def send_ids(self, start: int) -> None:
         try:
             await self.resend(self.hops[0], start)
@@ -167,20 +180,6 @@ class Session:
             last = len(self.ids) if self.one_shot else min(first + STEP_ROWS, len(self.ids))
             await self.send_ids_to(remote, first, last)
             first = last
-
-    def retire(self, hop: Remote) -> None:
-        """Let a hop go that another one has replaced in order."""
-        self.pending.pop(hop, None)
-        self.note_payment(hop)
-        self._retiring.add(task := asyncio.create_task(self._farewell(hop)))
-        task.add_done_callback(self._retiring.discard)
-
-    async def _farewell(self, hop: Remote) -> None:
-        try:
-            await hop.command(Frame(Kind.CLOSE), FAREWELL_S)
-        except TallystickError as error:
-            log.info("%s was left without a farewell (%s)", hop.node, error)
-        await hop.close()
 
     async def send_ids_to(self, remote: Remote, first: int, last: int) -> None:
         """Send the token ids of positions [first, last) to a hop that takes ids. Raises Unreachable."""
@@ -370,7 +369,7 @@ class Session:
         for remote in self.everybody():
             self.note_payment(remote)
             await remote.close()
-        await asyncio.gather(*self._retiring)
+        await self.farewells.settle()
         self.openings.release()
         left = {old for old, _, why in self.verdict.replaced if why in ("draining", "slow", "overloaded")}
         self.monitor.close(self.lost - left, served=self.is_open)
@@ -390,8 +389,12 @@ class Session:
 
     def _on_result(self, remote: Remote, frame: Frame) -> None:
         if remote is self.hops[-1]:
-            kept = min(remote.kept_of(take(frame.body, "epoch", int, 0)), len(self.ids))
-            self._results.take(remote.node, frame, lambda at: at < kept and self._want[at])
+            known = len(self.ids)
+            ahead = 0 if self.ring is None else self.ring.until
+            kept = min(remote.kept_of(take(frame.body, "epoch", int, 0)), max(known, ahead))
+            self._results.take(remote.node, frame, lambda at: at < kept and (at >= known or self._want[at]))
+            if self.ring is not None:
+                self.ring.check(remote.node, frame)
             self.watch.answered(frame.position)
             self.monitor.arrived(frame.position)
 

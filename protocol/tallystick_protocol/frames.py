@@ -65,6 +65,7 @@ class Kind(IntEnum):
     REGISTER = 25
     REGISTERED = 26
     CALL = 27
+    RING = 28
 
 
 class DType(IntEnum):

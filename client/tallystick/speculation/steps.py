@@ -127,6 +127,9 @@ class Steps:
         if len(self._session.ids) > len(ids):
             await self._session.drop(len(ids))
 
+    async def close(self) -> None:
+        """Nothing goes on beside."""
+
     async def _propose(self, ids: list[int], k: int) -> list[int]:
         """What the drafter proposes, as far as the model knows it."""
         assert self._drafter is not None

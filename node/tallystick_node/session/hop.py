@@ -27,6 +27,7 @@ from tallystick_node.session.links import Dialler
 from tallystick_node.session.memory import Memory
 from tallystick_node.session.passes import Passes
 from tallystick_node.session.record import Record
+from tallystick_node.session.ring import Order, Receiver, Sender
 from tallystick_node.session.rows import RowFormat
 from tallystick_node.session.windows import Terms, Windows
 from tallystick_node.stake import Lookups
@@ -136,12 +137,18 @@ class Hop:
         self._dialling = asyncio.Lock()
         self._sealed: dict[int, bytes] = {}
         self._drop_held()
+        self._ring, self._fed_by = Sender(shop.dialler, session, opened.attempt), Receiver()
         self._heard_at = time.monotonic()
         self._claims = 0
 
     @property
     def previous(self) -> Address:
         return self._windows.terms.previous
+
+    @property
+    def feeders(self) -> set[Address]:
+        """Nodes that may push rows: the previous hop, or to the first one the end of the ring."""
+        return {self.previous} if self.previous != ZERO_ADDRESS else {self._fed_by.node or ZERO_ADDRESS}
 
     @property
     def position(self) -> int:
@@ -269,6 +276,7 @@ class Hop:
             Kind.FORWARD: self._passes.forward,
             Kind.BACKWARD: self._passes.backward,
             Kind.REPLAY: self._on_replay,
+            Kind.RING: self._on_ring,
             Kind.CLOSE: self._on_close,
         }
         while True:
@@ -302,8 +310,12 @@ class Hop:
     # -- rows
 
     async def _on_step(self, channel: Channel | None, frame: Frame) -> None:
-        if (channel is None) != (self.previous == ZERO_ADDRESS):
+        is_first = self.previous == ZERO_ADDRESS
+        by_ring = is_first and channel is not None
+        if channel is None and not is_first:
             raise Unauthorized("rows come from the hop that the session names as the previous one")
+        if by_ring and not self._fed_by.admits(frame, self.position):
+            return
         rows = self._rows.parse(frame)
         want = self._flags(frame)
         types = self._rows.token_types(frame)
@@ -315,13 +327,18 @@ class Hop:
         async with self._moving:
             if epoch != self._inbox.epoch:
                 return  # void since then
+            if is_first and not by_ring:
+                self._fed_by.confirm(self._record, frame.position, rows)
+                self._sign.set()
             known = self._record.new_rows(frame.position, rows)
-            if known:
+            if known and not take(frame.body, "confirm", bool, False):
                 repeated = Positions(frame.position, frame.position + known)
                 _, before = self._record.outputs(repeated)
                 if any(asked and not had for asked, had in zip(want, before, strict=False)):
                     raise BadPosition("results are wanted of rows that were computed without: crop and send them again")
                 await self._deliver(repeated)
+        if by_ring:
+            self._fed_by.fed(frame.position)
         if known < len(rows):
             await self._compute(frame.position + known, rows[known:], want[known:], epoch)
 
@@ -400,16 +417,21 @@ class Hop:
                 raise
             self._record.append(rows, outputs, want)
             self._computed += len(rows)
-            await self._deliver(Positions(start, len(self._record)))
+            chosen = await self._ring.turn(len(self._record) - 1, outputs[-1])
+            await self._deliver(Positions(start, len(self._record)), chosen)
         self._sign.set()
 
-    async def _deliver(self, positions: Positions) -> None:
-        """Send output rows on: to the next hop, or from the model's end to the client."""
+    async def _deliver(self, positions: Positions, chosen: int | None = None) -> None:
+        """Send output rows on: to the next hop, or from the model's end to the client.
+
+        chosen: the token that the ring has chosen from the last one.
+        """
         if not self._downstream.is_end:
             await self._downstream.pass_on(positions)
         elif self._rows.is_last:
             for frame in self._results(positions):
-                await self._control.send(frame)
+                body = frame.body if chosen is None else {**frame.body, "chosen": chosen}
+                await self._control.send(replace(frame, body=body))
 
     def _results(self, positions: Positions) -> Iterator[Frame]:
         outputs, want = self._record.outputs(positions)
@@ -441,6 +463,8 @@ class Hop:
     async def _sign_due(self) -> None:
         shop = self._shop
         while (receipt := self._windows.next_unsigned(int(shop.clock()))) is not None:
+            if not self._fed_by.may_sign(receipt.last):
+                return
             index = 0 if self._one_shot else window_of(receipt.first)
             sealed = await asyncio.to_thread(shop.journal.sign, receipt)
             standing, _ = unseal(shop.domain, Receipt, sealed)  # the journal may have had it, with its old time
@@ -478,6 +502,8 @@ class Hop:
             self._windows.crop()
             self._sealed = {k: v for k, v in self._sealed.items() if k < self._record.num_complete}
             self._drop_held()
+            self._ring.disarm()
+            self._fed_by.crop(length)
             if source is not None:
                 self._record.take(source._record, length, last)
             epoch = take(frame.body, "epoch", int)
@@ -562,6 +588,19 @@ class Hop:
         self._record.outputs(positions)
         await self._downstream.replay(positions, _address(frame, "to"), session, self._sealed)
 
+    async def _on_ring(self, frame: Frame) -> None:
+        """The client has the last hop choose tokens (`first`), and the first one take them from there (`from`)."""
+        if self._one_shot or not self._open.top_k:
+            raise BadFrame("a ring is for sessions of causal models whose results are top-k rows")
+        if "from" in frame.body:
+            if self.previous != ZERO_ADDRESS:
+                raise BadFrame("only the first hop takes ids from the ring")
+            self._fed_by.open(frame)
+        if "first" in frame.body:
+            if not (self._rows.is_last and self._downstream.is_end):
+                raise BadFrame("only the last hop chooses tokens")
+            self._ring.arm(Order.parse(frame), self._inbox.epoch)
+
     async def _on_close(self, _: Frame) -> None:
         """Sign what is left. When this is done, every voucher sent before it has been taken."""
         self._windows.flush(len(self._record))
@@ -580,6 +619,7 @@ class Hop:
 
     async def _disconnect(self) -> None:
         await self._downstream.close()
+        self._ring.disarm()
         self._inbox.close()
 
 

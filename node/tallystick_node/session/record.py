@@ -61,6 +61,10 @@ class Record:
                 raise BadPosition(f"position {position + offset} was computed on other bytes", expected=len(self))
         return known
 
+    def input_leaf(self, position: int) -> Digest:
+        """The hash of the row that came in at a position."""
+        return self._inputs[position]
+
     def append(self, inputs: Sequence[bytes], outputs: Sequence[bytes], want: Sequence[bool]) -> None:
         """Rows that were computed; an output nobody wanted is empty."""
         self._inputs += [leaf(row) for row in inputs]

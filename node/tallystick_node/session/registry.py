@@ -136,7 +136,7 @@ class Sessions:
         if push.spki != channel.spki:
             raise Unauthorized("the push opening is bound to another TLS key than the one of this connection")
         node = await asyncio.to_thread(self._shop.lookups.signer_of, signer)
-        if node != push.previous or push.previous != hop.previous:
+        if node != push.previous or push.previous not in hop.feeders:
             raise Unauthorized("rows come from the hop that the client has named as the previous one")
         epoch = take(first.body, "epoch", int, 0)
         if not 0 <= epoch < MAX_EPOCH:
