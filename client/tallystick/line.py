@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from tallystick.patience import Patience
@@ -55,7 +56,11 @@ class Comeback:
 
 
 class Line:
-    """One session at one node. While its connection is being replaced, frames without a number are dropped."""
+    """One session at one node.
+
+    While there is no connection, frames are dropped: `rejoin` sends again what the node lacks. While it does so, other
+    frames wait, so that nothing is sent in between and nothing is forgotten.
+    """
 
     def __init__(self, node: str, channel: Channel) -> None:
         self.node = node
@@ -66,12 +71,13 @@ class Line:
         self._last_number = 0
         self._reader: asyncio.Task[None] | None = None
         self._away = False
+        self._rejoined: asyncio.Event | None = None
         self._failure: TallystickError | None = None
         self._fail: Callable[[TallystickError], None] = lambda _: None
         self._comeback: Comeback | None = None
         self._patience = Patience(PONG_FLOOR_S, PONG_PRIOR_S)
         self._heard_at = time.monotonic()
-        self._pinged_at = 0.0
+        self._asked_at: float | None = None
 
     def listen(
         self,
@@ -114,7 +120,10 @@ class Line:
     async def send(self, frame: Frame) -> None:
         """Raises Unreachable, and remembers it."""
         if self._away and asyncio.current_task() is not self._reader:
-            return  # what the node lacks is sent again when it is back
+            if self._rejoined is not None:
+                await self._rejoined.wait()
+            if self._away:
+                return  # what the node lacks is sent again when it is back
         try:
             await self._channel.send(frame)
         except Unreachable as error:
@@ -166,28 +175,25 @@ class Line:
         now = time.monotonic()
         if self._away or self._failure is not None:
             return
-        if self._pinged_at > self._heard_at:
-            waited = now - self._pinged_at
+        if self._asked_at is not None:
+            waited = now - max(self._asked_at, self._heard_at)
             if waited > self._patience.limit_s:
                 self._give_up(Unreachable(f"{self.node} gave no sign of life for {waited:.1f} s", hop=self.node))
-            return
-        if now - self._heard_at > QUIET_S:
-            self._pinged_at = now
-            try:
-                await self.send(Frame(Kind.PING, {"n": self._last_number}))
-            except Unreachable:
-                return
+        elif now - self._heard_at > QUIET_S or not self._patience.is_informed:
+            await self.ping()
 
     async def ping(self) -> None:
-        """Ask where the node stands."""
-        if self._pinged_at <= self._heard_at:
-            self._pinged_at = time.monotonic()
-            await self.send(Frame(Kind.PING, {"n": self._last_number}))
+        """Ask where the node stands, unless it has been asked and has not answered yet."""
+        if self._asked_at is None and self._failure is None:
+            self._asked_at = time.monotonic()
+            with suppress(Unreachable):  # the reader finds out
+                await self.send(Frame(Kind.PING, {"n": self._last_number}))
 
     def _take_pong(self, frame: Frame) -> None:
         now = time.monotonic()
-        if self._pinged_at:
-            self._patience.note(now - self._pinged_at)
+        if self._asked_at is not None:
+            self._patience.note(now - self._asked_at)
+            self._asked_at = None
         self.pong = Pong(take(frame.body, "at", int), take(frame.body, "unpaid", bool, False), now)
 
     # -- coming back
@@ -221,14 +227,19 @@ class Line:
             await channel.send(comeback.claim(channel.spki))
             resumed = await expect(channel, Kind.RESUMED, RESUME_TIMEOUT_S)
             old, self._channel = self._channel, channel
-            self._heard_at, self._pinged_at = time.monotonic(), 0.0
-            for number in sorted(self._pending):
-                await channel.send(self._pending[number].frame)
+            self._heard_at, self._asked_at = time.monotonic(), None
+            self._rejoined = asyncio.Event()
+            for pending in [self._pending[number] for number in sorted(self._pending)]:
+                await channel.send(pending.frame)
             await comeback.rejoin(resumed)
             self._away = False
         except BaseException:
             await channel.close()
             raise
+        finally:
+            if self._rejoined is not None:
+                self._rejoined.set()
+                self._rejoined = None
         await old.close()
 
     # -- the end

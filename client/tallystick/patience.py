@@ -26,6 +26,11 @@ class Patience:
         self._seen.append(seconds)
 
     @property
+    def is_informed(self) -> bool:
+        """Whether enough of them were seen for the floor to count."""
+        return len(self._seen) >= ENOUGH
+
+    @property
     def limit_s(self) -> float:
-        least = self._floor_s if len(self._seen) >= ENOUGH else self._prior_s
+        least = self._floor_s if self.is_informed else self._prior_s
         return max(least, self._factor * max(self._seen, default=0.0))

@@ -108,9 +108,7 @@ class Repair:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
         session = self._session
         lost = session.hops[index]
-        session.note_payment(lost)
-        await lost.close()
-        session.pending.pop(lost, None)
+        session.farewells.drop(lost)
         await self.call_off()
         await session.openings.substitute(index, failure)
         session.attempt += 1
@@ -177,7 +175,7 @@ class Repair:
             await self.tell_neighbour(index - 1, {"next": remote.node})
         else:
             await session.resend(remote, migration.fed)
-        session.retire(old)
+        session.farewells.part(old, index)
         await self._change_neighbours()
         return True
 

@@ -16,6 +16,7 @@ from functools import partial
 from tallystick.admission import has_class
 from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
+from tallystick.farewells import Farewells
 from tallystick.openings import Openings
 from tallystick.remote import Hearing, Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
-FAREWELL_S = 5.0
 
 
 class Session:
@@ -407,7 +407,7 @@ class Session:
                 continue
             for index, hop in enumerate(self.hops):
                 try:
-                    self._check_hop(index, hop)
+                    self.check_hop(index, hop)
                     await self._pay_hop(index, hop)
                 except TallystickError as error:
                     hop.failure = hop.failure or error
@@ -416,7 +416,7 @@ class Session:
                 await self._tend_audit(audit)
             self._news.set()
 
-    def _check_hop(self, index: int, hop: Remote) -> None:
+    def check_hop(self, index: int, hop: Remote) -> None:
         """Check every pending receipt that can be: in order of windows, after the hop before."""
         pending = self.pending.get(hop, {})
         while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
@@ -434,7 +434,7 @@ class Session:
             del pending[window]
             self.check_receipt(hop, receipt, window)
             check_input(receipt, upstream, self.input_rows(receipt.first, receipt.last))
-            if hop is self.hops[-1]:
+            if index == len(self.hops) - 1:
                 check_output(receipt, self._result_rows(receipt))
             hop.owe(receipt, window)
             self.verdict.receipts += 1
@@ -512,7 +512,8 @@ class Session:
                 self._work.set()
             await self.watch.look()
 
-    def note_payment(self, remote: Remote) -> None:
+    def note_payment(self, remote: Remote, length: int | None = None) -> None:
+        """A hop's session has ended: what was paid, withheld, and may be claimed. length: rows it got, if not all."""
         paid, due = remote.rows_paid, remote.rows_due
         for book, rows in ((self.verdict.paid, paid), (self.verdict.withheld, due - paid)):
             wei = charge(
@@ -521,7 +522,7 @@ class Session:
             if wei or book is self.verdict.paid:
                 book[remote.node] = Wei(book.get(remote.node, Wei(0)) + wei)
         if remote.node not in {accusation.node for accusation in self.verdict.accusations}:
-            fed = remote.rows_fed(len(self.ids)) - paid
+            fed = remote.rows_fed(len(self.ids) if length is None else length) - paid
             units = remote.candidate.span.units(remote.opening.num_layers)
             self.setting.purse.expect(remote.node, Wei(max(fed, 0) * units * remote.candidate.offer.price))
 

@@ -26,6 +26,9 @@ T = TypeVar("T")
 INFO_BYTES = 64 * 1024
 CONNECT_TIMEOUT_S = 5.0
 HEARTBEAT_S = 10.0
+CLOSE_TIMEOUT_S = 1.0
+"""How long a peer has to answer that it closes, too."""
+
 
 
 class Channel(Protocol):
@@ -130,8 +133,9 @@ class Peers:
         """A channel to a node. Raises Unreachable."""
 
         async def dial(url: str, tls: dict[str, Any]) -> WebSocketChannel:
+            waits = aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S)
             socket = await self._client().ws_connect(
-                url + path, max_msg_size=MAX_FRAME, compress=0, heartbeat=HEARTBEAT_S, autoping=True, **tls
+                url + path, max_msg_size=MAX_FRAME, compress=0, heartbeat=HEARTBEAT_S, timeout=waits, **tls
             )
             return WebSocketChannel(socket, peer, shown_key(socket.get_extra_info("ssl_object")))
 
