@@ -89,8 +89,8 @@ def _flags(options: argparse.Namespace, settings: type[BaseSettings]) -> dict[st
 
 
 def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
-    from tallystick_node.engine import Engine
     from tallystick_node.node import Node
+    from tallystick_node.scheduling.engine import Engine
 
     config = _settings(options)
     _log_to_stderr(config.log_level)

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 
 from tallystick_model.parallel import ParallelSpan
-from tallystick_node.engine import Engine
 from tallystick_node.loading import Loading
+from tallystick_node.scheduling.engine import Engine
 from tallystick_node.session.registry import Sessions
 from tallystick_protocol.errors import ChainError, ConfigError, ContentError, CorruptResult, InternalError
 from tallystick_protocol.types import Digest, Span

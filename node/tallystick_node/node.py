@@ -13,13 +13,13 @@ from typing import Any
 
 from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.config import NodeConfig
-from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
 from tallystick_node.listener import Listener, bind
 from tallystick_node.loading import Loading, self_check
 from tallystick_node.locks import lock_state
 from tallystick_node.moving import drain, look_around, relocation_in, watch_class, watch_ranks
 from tallystick_node.reach.presence import Presence
+from tallystick_node.scheduling.engine import Engine
 from tallystick_node.server import create_app
 from tallystick_node.session.hop import Shop
 from tallystick_node.session.links import Dialler
@@ -43,7 +43,7 @@ from tallystick_protocol.vouchers import charge
 log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
-MakeEngine = Callable[[Any], Engine]
+MakeEngine = Callable[[Any, int], Engine]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Node:
     """One node process."""
 
     def __init__(self, config: NodeConfig, keys: Keys, make_engine: MakeEngine = Engine, joins: bool = False) -> None:
-        """make_engine(span model): the engine; tests pass a faulty one. joins: stake and register with the cold key."""
+        """make_engine(span model, rows of a forward): tests pass a faulty one. joins: stake and register with the cold key."""
         self.config = config
         self.keys = keys
         self._make_engine = make_engine
@@ -137,7 +137,7 @@ class Node:
             loaded = await loading.load(span)
             manifest = loaded.manifest
             stack.callback(close_model, loaded.model)
-            engine = self._make_engine(loaded.model)
+            engine = self._make_engine(loaded.model, config.step_rows)
             stack.callback(engine.close)
             self._span = span
             if self._joins:

@@ -14,15 +14,15 @@ import torch
 from tallystick_model.canonical.kernels import CanonicalLinear
 from tallystick_model.span import SpanModel
 from tallystick_node.cli import main
-from tallystick_node.engine import Engine
+from tallystick_node.scheduling.engine import Engine
 
 
 class NoisyEngine(Engine):
     """An engine over a span whose first linear layer has one wrong row."""
 
-    def __init__(self, model: SpanModel) -> None:
+    def __init__(self, model: SpanModel, step_rows: int) -> None:
         spoil(model)
-        super().__init__(model)
+        super().__init__(model, step_rows)
 
 
 def spoil(model: SpanModel, row: int = 0, scale: float = 0.01) -> None:

@@ -21,10 +21,10 @@ import torch
 
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
+from tallystick_model.stock import StockCache
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
-from tallystick_node.session.admission import row_bytes
 from tallystick_protocol.errors import Overloaded, TallystickError, Unreachable
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,9 @@ STEP_ROWS, STEP_ROWS_ACCELERATOR = 96, 256
 """Rows of a forward: a client's frame of 64 and 32 steps. Measured: docs/sessions.md."""
 
 MAX_RETRY_S = 60
+
+STEP_WAIT_S = 120.0
+"""Rows that could not be begun for so long are refused: the client goes elsewhere."""
 
 
 class Withdrawn(Exception):
@@ -84,12 +87,7 @@ class Engine:
         """When somebody who is refused for lack of room may try again: when what waits now has been computed."""
         return min(max(ceil(self.load.backlog_s), 1), MAX_RETRY_S)
 
-    @property
-    def row_bytes(self) -> int:
-        """Cache bytes that one position of a session takes."""
-        return row_bytes(self.model)
-
-    async def forward(self, segment: Segment, payer: str = "", wait_s: float = inf) -> Any:
+    async def forward(self, segment: Segment, payer: str = "", wait_s: float = STEP_WAIT_S) -> Any:
         """The segment's result: (rows, width) float32, or (wanted rows, vocabulary) logits from the last span.
 
         payer: who the rows are fair to; wait_s: for how long they are wanted. Long segments are computed in pieces;
@@ -108,13 +106,17 @@ class Engine:
         result: T = await self._submit(work, payer, rows or self.step_rows, False, inf)
         return result
 
-    def withdraw(self, cache: Cache | None) -> None:
-        """Nobody wants the rows any more that wait for this cache: their `forward` raises Withdrawn.
+    def withdraw(self, cache: Cache | None, position: int = 0) -> None:
+        """Nobody wants the rows any more that wait for this cache and begin at `position` or behind it.
 
-        Unless it is too late: a forward in flight ends, and if it was the last one for these rows, they are returned.
+        Their `forward` raises Withdrawn, unless it is too late: a forward in flight ends, and if it was the last one
+        for these rows, they are returned. Where rows could not be taken back, nothing is withdrawn.
         """
+        if cache is None or (isinstance(cache, StockCache) and cache.recurrent):
+            return
         for task in self._waiting.values():
-            if cache is not None and isinstance(task.task, Segment) and task.task.cache is cache:
+            segment = task.task
+            if isinstance(segment, Segment) and segment.cache is cache and segment.first >= position:
                 task.withdrawn = True
 
     def close(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 from tallystick_model.canonical.cache import KvCache
 from tallystick_model.stock import CannotForget, StockCache
-from tallystick_node.engine import Engine
 from tallystick_node.journal import Journal
+from tallystick_node.scheduling.engine import Engine, Withdrawn
 from tallystick_node.session.admission import row_bytes
 from tallystick_node.session.billing import Billing
 from tallystick_node.session.control import Commands, Control, told
@@ -112,7 +112,9 @@ class Hop:
         self._computed = self._forks = 0
         self._one_shot = not manifest.is_causal(model.span)
         self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
-        self._passes = Passes(shop.engine, shop.price, opened.max_length, self._billing, control.send, reserve)
+        self._passes = Passes(
+            shop.engine, self.client, shop.price, opened.max_length, self._billing, control.send, reserve
+        )
         self._record = Record(self._one_shot)
         terms = Terms(
             shop.node,
@@ -248,6 +250,7 @@ class Hop:
         if frame.kind in (Kind.CROP, Kind.FORK):
             epoch = self._inbox.announce(take(frame.body, "epoch", int, 0))
             frame = replace(frame, body={**frame.body, "epoch": epoch})
+            self._shop.engine.withdraw(self._cache, frame.position)
         await self._commands.put(frame)
 
     async def _watch(self) -> None:
@@ -409,11 +412,13 @@ class Hop:
                 segment = self._rows.segment(self._cache, start, rows, want, types)
                 result = await shop.engine.forward(segment, self.client)
                 outputs = self._rows.outputs(result, want)
-            except TallystickError:
+            except (TallystickError, Withdrawn) as error:
                 self._billing.refund(cost)
                 if self._cache is not None and self._cache.length > start:
                     with suppress(CannotForget):  # then the model refuses what goes on from elsewhere than its state
                         self._cache.crop(start)  # its rows were computed, but are not fit to be signed
+                if isinstance(error, Withdrawn):
+                    return
                 raise
             self._record.append(rows, outputs, want)
             self._computed += len(rows)

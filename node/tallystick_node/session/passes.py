@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tallystick_model.gradients import Adapter, Hidden, SpanGradients
-from tallystick_node.engine import Engine
+from tallystick_node.scheduling.engine import Engine
 from tallystick_node.session.billing import Billing
 from tallystick_protocol.errors import BadFrame, BadTensor, ContextLengthExceeded
 from tallystick_protocol.frames import DType, Frame, take
@@ -25,7 +25,7 @@ from tallystick_protocol.passes import (
     Collector,
     tensor_frames,
 )
-from tallystick_protocol.types import Wei
+from tallystick_protocol.types import Address, Wei
 from tallystick_protocol.vouchers import charge
 
 _HIDDEN: tuple[Hidden, ...] = ("none", "last", "all")
@@ -37,6 +37,7 @@ class Passes:
     def __init__(
         self,
         engine: Engine,
+        client: Address,
         price: Wei,
         max_length: int,
         billing: Billing,
@@ -45,6 +46,7 @@ class Passes:
     ) -> None:
         """max_length: the session's; rows of a pass at most. send: to the client. reserve: bytes, or Overloaded."""
         self._engine = engine
+        self._client = client
         self._price = price
         self._max_rows = min(max_length, MAX_ROWS)
         self._billing = billing
@@ -72,7 +74,7 @@ class Passes:
         rows, adapters = _rows(tensors), _adapters(tensors)
         await self._charge(len(rows))
         span = self.span
-        passed = await self._engine.run(lambda: span.forward(rows, adapters, keep, hidden))
+        passed = await self._engine.run(lambda: span.forward(rows, adapters, keep, hidden), self._client, len(rows))
         answer = {"rows": passed.rows}
         if len(passed.hidden):
             answer["hidden"] = passed.hidden.flatten(0, 1)
@@ -86,7 +88,10 @@ class Passes:
         rows, adapters, grad = _rows(tensors), _adapters(tensors), _floats(tensors["grad"])
         await self._charge(BACKWARD_ROWS * len(rows))
         span = self.span
-        found = await self._engine.run(lambda: span.backward(rows, adapters, grad, keep))
+        rows_charged = BACKWARD_ROWS * len(rows)
+        found = await self._engine.run(
+            lambda: span.backward(rows, adapters, grad, keep), self._client, rows_charged
+        )
         answer = {} if found.rows is None else {"rows": found.rows}
         for name, adapter in found.adapters.items():
             answer |= {name + A_SUFFIX: adapter.a, name + B_SUFFIX: adapter.b}
