@@ -12,7 +12,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from harness import checkpoints
 from harness.checkpoints import Session, published
-from harness.gguf_files import llama_gguf
+from tallystick_devnet.bench.gguf_file import llama_gguf
 from tallystick_protocol.errors import ManifestError
 
 QUANTISED = gguf.GGMLQuantizationType.Q8_0

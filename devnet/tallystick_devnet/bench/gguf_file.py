@@ -1,4 +1,4 @@
-"""A small Llama as a GGUF file, written with the gguf package from a checkpoint folder."""
+"""A Llama as a GGUF file, written with the gguf package from a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def llama_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType) -> Pat
     writer.add_vocab_size(config["vocab_size"])
     writer.add_string("general.license", "cc0-1.0")
     words = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+    words += [f"<unused {at}>" for at in range(len(words), config["vocab_size"])]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3 if word in ("<s>", "</s>") else 1 for word in words])
