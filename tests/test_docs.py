@@ -23,6 +23,7 @@ from harness import samples
 from tallystick.verdict import Verdict
 from tallystick_devnet.processes import Process, start
 from tallystick_node.config import ENV_PREFIX, NodeConfig
+from tallystick_node.scheduling.load import Meter
 from tallystick_node.server import _metrics, create_app
 from tallystick_protocol import errors
 from tallystick_protocol.frames import MAX_BODY, MAX_TENSOR, DType, Kind, rows_frame
@@ -173,6 +174,9 @@ class _Nobody:
 
     counters = SimpleNamespace(opened=0, refused=0, rows=0)
     reserved_bytes = 0
+    cache_usage = 0.0
+    meter = Meter()
+    load = meter.load(0, 0)
     draining = False
 
     def __len__(self) -> int:

@@ -78,7 +78,7 @@ class Node:
     """One node process."""
 
     def __init__(self, config: NodeConfig, keys: Keys, make_engine: MakeEngine = Engine, joins: bool = False) -> None:
-        """make_engine(span model, rows of a forward): tests pass a faulty one. joins: stake and register with the cold key."""
+        """make_engine(span model, rows of a forward): tests pass a faulty one. joins: with the cold key, on chain."""
         self.config = config
         self.keys = keys
         self._make_engine = make_engine

@@ -81,9 +81,14 @@ def _metrics(sessions: Sessions) -> CollectorRegistry:
     registry = CollectorRegistry()
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "num_requests_running": ("sessions open", lambda: len(sessions)),
+        "num_requests_waiting": ("steps not computed yet", lambda: sessions.load.waiting_jobs),
+        "kv_cache_usage_perc": ("share of the budget that caches take, kept rows included", lambda: sessions.cache_usage),
         "kv_cache_reserved_bytes": ("cache bytes reserved", lambda: sessions.reserved_bytes),
         "sessions_opened_total": ("sessions opened", lambda: sessions.counters.opened),
         "sessions_refused_total": ("sessions refused for lack of room", lambda: sessions.counters.refused),
+        "iterations_total": ("forwards", lambda: sessions.meter.forwards),
+        "iteration_tokens_total": ("rows computed in forwards", lambda: sessions.meter.rows),
+        "iteration_seconds_total": ("time spent in forwards", lambda: sessions.meter.busy_s),
         "rows_total": ("rows computed in sessions that have ended", lambda: sessions.counters.rows),
     }
     for name, (text, value) in gauges.items():

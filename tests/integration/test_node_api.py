@@ -1048,6 +1048,11 @@ async def test_metrics_have_the_documented_names_and_no_secrets(running: Running
     names = {line.split()[0].partition("{")[0] for line in text.splitlines() if line.startswith("tallystick_")}
     assert names == {
         "tallystick_num_requests_running",
+        "tallystick_num_requests_waiting",
+        "tallystick_kv_cache_usage_perc",
+        "tallystick_iterations_total",
+        "tallystick_iteration_tokens_total",
+        "tallystick_iteration_seconds_total",
         "tallystick_kv_cache_reserved_bytes",
         "tallystick_sessions_opened_total",
         "tallystick_sessions_refused_total",

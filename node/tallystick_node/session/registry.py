@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
+from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.session.admission import Admission
 from tallystick_node.session.control import Control
 from tallystick_node.session.hop import Hop, Shop
@@ -89,6 +90,19 @@ class Sessions:
     @property
     def reserved_bytes(self) -> int:
         return self._admission.reserved_bytes
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of `cache_bytes` that is taken, on the fullest device."""
+        return self._admission.usage
+
+    @property
+    def load(self) -> Load:
+        return self._shop.engine.load
+
+    @property
+    def meter(self) -> Meter:
+        return self._shop.engine.meter
 
     async def serve_client(self, channel: Channel, first: Frame) -> None:
         """A connection whose first frame is OPEN: check it, answer OPENED, serve the session to its end."""
