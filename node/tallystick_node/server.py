@@ -82,7 +82,7 @@ def _metrics(sessions: Sessions) -> CollectorRegistry:
     gauges: dict[str, tuple[str, Callable[[], float]]] = {
         "num_requests_running": ("sessions open", lambda: len(sessions)),
         "num_requests_waiting": ("steps not computed yet", lambda: sessions.load.waiting_jobs),
-        "kv_cache_usage_perc": ("share of the budget that caches take, kept rows included", lambda: sessions.cache_usage),
+        "kv_cache_usage_perc": ("share of the budget that is taken, kept rows too", lambda: sessions.cache_usage),
         "kv_cache_reserved_bytes": ("cache bytes reserved", lambda: sessions.reserved_bytes),
         "sessions_opened_total": ("sessions opened", lambda: sessions.counters.opened),
         "sessions_refused_total": ("sessions refused for lack of room", lambda: sessions.counters.refused),
