@@ -162,15 +162,19 @@ class LocalNet:
             weights=Weights(seconds_per_wei=1e-9),
         )
 
-    def _start(self, node: LocalNode, model: ModelId, command: Sequence[str], settings: Sequence[str]) -> LocalNode:
-        arguments = [
-            *command, "run", "--join",
+    def arguments(self, node: LocalNode, model: ModelId, settings: Sequence[str] = ()) -> list[str]:
+        """What `tallystick-node` is called with for a node of this network."""
+        return [
+            "run", "--join",
             "--rpc", self.chain.rpc, "--book", str(self.chain.book), "--state", str(node.folder / "state"),
             "--model", "0x" + model.hex(), "--span", f"{node.span.start}:{node.span.end}", "--sources", self.source,
             "--hot-key", str(node.folder / "hot.json"), "--cold-key", str(node.folder / "cold.json"),
             "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
             "--lease-s", LEASE_S, *(["--tls", "on"] if self._tls else []), *settings,
         ]  # fmt: skip
+
+    def _start(self, node: LocalNode, model: ModelId, command: Sequence[str], settings: Sequence[str]) -> LocalNode:
+        arguments = [*command, *self.arguments(node, model, settings)]
         log = node.folder / f"log.{len(list(node.folder.glob('log.*')))}"
         node.process = self._nursery.start(node.name, arguments, log, _ENVIRONMENT)
         self.nodes.append(node)

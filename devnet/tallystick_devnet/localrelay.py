@@ -12,20 +12,31 @@ from tallystick_devnet.processes import Process, start
 from tallystick_protocol.keystore import create_keystore
 from tallystick_protocol.types import Address, Wei
 
+READY = r"relaying as (\S+)"
 READY_TIMEOUT_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LocalRelay:
     """name: what nodes have in their setting `relays`."""
 
     address: Address
-    name: str
+    command: list[str]
+    folder: Path
     process: Process
+    name: str = ""
+
+    def restart(self) -> None:
+        """Start it again, with the key, the state and the port it had."""
+        port = self.name.rpartition(":")[2]
+        self.process = _start([*self.command, "--port", port], self.folder)
+        self.name = self.process.wait_for(READY, READY_TIMEOUT_S)
 
 
-def start_relay(chain: LocalChain, folder: Path, password: str, settings: Sequence[str] = ()) -> LocalRelay:
-    """Start a relay on 127.0.0.1 with a key of its own, and wait until it serves. Raises ProcessFailed."""
+def start_relay(
+    chain: LocalChain, folder: Path, password: str, settings: Sequence[str] = (), host: str = "127.0.0.1"
+) -> LocalRelay:
+    """Start a relay with a key of its own on a free port, and wait until it serves. Raises ProcessFailed."""
     folder.mkdir(parents=True)
     (folder / "password").touch(mode=0o600)
     (folder / "password").write_text(password + "\n")
@@ -33,12 +44,17 @@ def start_relay(chain: LocalChain, folder: Path, password: str, settings: Sequen
     chain.give(address, tokens=Wei(0))
     command = [
         sys.executable, "-m", "tallystick_node.cli", "relay", "--rpc", chain.rpc, "--book", str(chain.book),
-        "--state", str(folder / "state"), "--host", "127.0.0.1", "--port", "0", "--key", str(folder / "key.json"),
+        "--state", str(folder / "state"), "--host", host, "--key", str(folder / "key.json"),
         "--password-file", str(folder / "password"), *settings,
     ]  # fmt: skip
-    process = start(folder.name, command, folder / "log")
+    relay = LocalRelay(address, command, folder, _start([*command, "--port", "0"], folder))
     try:
-        return LocalRelay(address, process.wait_for(r"relaying as (\S+)", READY_TIMEOUT_S), process)
+        relay.name = relay.process.wait_for(READY, READY_TIMEOUT_S)
     except BaseException:
-        process.stop()
+        relay.process.stop()
         raise
+    return relay
+
+
+def _start(command: Sequence[str], folder: Path) -> Process:
+    return start(folder.name, command, folder / f"log.{len(list(folder.glob('log.*')))}")

@@ -947,13 +947,15 @@ NOT_HERE = Cid.of_raw(b"nobody has this")
 
 
 async def test_only_what_is_listed_exists(field: Field) -> None:
-    app = create_app(cast(Any, SimpleNamespace()), dict, lambda: True, cast(Any, None))
+    app = create_app(cast(Any, SimpleNamespace()), dict, lambda: True, cast(Any, None), cast(Any, None))
     found = {(route.path, frozenset(getattr(route, "methods", None) or ["WEBSOCKET"])) for route in app.routes}  # type: ignore[attr-defined]
     assert found == {
         ("/health", frozenset({"GET"})),
         ("/ready", frozenset({"GET"})),
         ("/metrics", frozenset({"GET"})),
         ("/v1/info", frozenset({"GET"})),
+        ("/v1/reach/{node}", frozenset({"GET"})),
+        ("/v1/reach", frozenset({"POST"})),
         ("/ipfs/{cid}", frozenset({"GET", "HEAD"})),
         ("/v1/sessions", frozenset({"WEBSOCKET"})),
     }
