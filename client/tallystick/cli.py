@@ -21,7 +21,6 @@ from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import cut, register, serve_content
 from tallystick.routing import cli as routing
-from tallystick.routing import cli as routing
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
@@ -34,6 +33,7 @@ from tallystick_protocol.keystore import open_keystore, read_password
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key, address_bytes, checksum_address
 from tallystick_protocol.types import Address, Wei
+from tallystick_protocol.wire import WIRES
 
 ENVIRONMENT = {
     "TALLYSTICK_RPC": "JSON-RPC of the chain",
@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--password-file", type=Path, default=os.environ.get("TALLYSTICK_PASSWORD_FILE"))
     parser.add_argument("--source", action="append", default=[], help="a gateway to fetch content from")
     parser.add_argument(
+        "--wire", choices=WIRES, default="f32",
+        help="how hidden rows travel between nodes; bf16 and int8 save bytes and change answers a little",
+    )  # fmt: skip
+    parser.add_argument(
         "--admit-stock", action="store_true",
         help='with --verify off, use nodes of no numeric class for layers that nobody else serves; nothing is checked',
     )  # fmt: skip
@@ -99,8 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     embed.set_defaults(command=_embed)
 
     tasks.add(commands, _client)
-
-    routing.add(commands, _client)
 
     routing.add(commands, _client)
 
@@ -164,6 +166,7 @@ def _key(options: argparse.Namespace) -> Key:
 def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
         rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
+        wire=options.wire,
         notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
     )  # fmt: skip
     return AsyncClient(_key(options), settings)

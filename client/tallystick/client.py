@@ -41,6 +41,7 @@ from tallystick_protocol.peer import Peers
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, Digest, Span, Wei
+from tallystick_protocol.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Settings:
     """Where a client finds its world. numeric_class: insist on one class.
 
     admit_stock: with verify="off", use nodes of no numeric class for layers that nobody else serves (`admission`).
+    wire: how hidden rows travel between hops: "f32", or rounded to "bf16" or "int8", which changes answers a little.
     wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
     """
 
@@ -88,6 +90,7 @@ class Settings:
     admit_stock: bool = False
     audit_probability: float = AUDIT_PROBABILITY
     weights: Weights = field(default_factory=Weights)
+    wire: Wire = "f32"
     wait_s: float = 30.0
     notify: Callable[[str], None] = log.warning
 
@@ -383,6 +386,7 @@ class AsyncClient(Tasks):
             top_k=0 if dense else min(TOP_K, manifest.vocab),
             on_replaced=lambda: self.network.forget(record),
             sides=sides or Sides(),
+            wire=self.settings.wire,
             wait_s=self.settings.wait_s,
             look_again=look_again,
             on_waiting=lambda error: self.settings.notify(

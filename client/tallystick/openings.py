@@ -118,6 +118,7 @@ class Openings:
             max_length=session.setting.max_length,
             top_k=session.setting.top_k,
             epoch=session.epoch,
+            wire=session.setting.wire,
         )
 
     async def connect(self, candidate: Candidate, opening: Opening) -> Remote:

@@ -29,6 +29,7 @@ from tallystick_protocol.receipts import Receipt, pack_flags
 from tallystick_protocol.signing import Domain, Key, digest, seal, unseal
 from tallystick_protocol.types import WINDOW, ZERO32, Address, Digest, ModelId, SessionId, Wei
 from tallystick_protocol.vouchers import charge
+from tallystick_protocol.wire import Wire
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Opening:
     max_length: int
     top_k: int
     epoch: int = 0
+    wire: Wire = "f32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ class Remote:
                 issued=now,
                 expires=now + OPEN_LIFETIME_S,
             )
-            await channel.send(Frame(Kind.OPEN, {"open": seal(domain, asked, key), "epoch": opening.epoch}))
+            await channel.send(Frame(Kind.OPEN, {"open": seal(domain, asked, key), "epoch": opening.epoch, "wire": opening.wire}))
             answer = await expect(channel, Kind.OPENED, OPEN_TIMEOUT_S)
             opened, signer = unseal(domain, Opened, sealed_field(answer, "opened"))
             if signer != candidate.signer or opened.open != digest(domain, asked) or opened.spki != channel.spki:

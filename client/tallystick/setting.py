@@ -16,6 +16,7 @@ from tallystick_protocol.receipts import Context, rows_root
 from tallystick_protocol.signing import Domain, Key
 from tallystick_protocol.types import Digest, Span, Wei
 from tallystick_protocol.vouchers import charge
+from tallystick_protocol.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ async def _nobody() -> list[Candidate]:
 class Setting:
     """What a session needs of its client. stack: the layers from token ids to a result. top_k 0: dense rows.
 
+    wire: how hidden rows travel between hops (`tallystick_protocol.wire`).
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
     reputation: learns what its nodes deliver.
@@ -61,6 +63,7 @@ class Setting:
     top_k: int
     on_replaced: Callable[[], None]
     sides: Sides = field(default_factory=Sides)
+    wire: Wire = "f32"
     wait_s: float = 0.0
     look_again: Callable[[], Awaitable[list[Candidate]]] = _nobody
     on_waiting: Callable[[NoRoute], None] = lambda _: None
@@ -80,4 +83,4 @@ class Setting:
     def context(self, span: Span, want: tuple[bool, ...]) -> Context:
         """What a receipt of `span` must say about a window."""
         types = self.sides.types_root if span.start == self.stack.start else None
-        return Context(self.manifest.numerics, "f32", self.top_k, want, types, self.sides.memory_root)
+        return Context(self.manifest.numerics, self.wire, self.top_k, want, types, self.sides.memory_root)

@@ -69,15 +69,17 @@ class Kind(IntEnum):
 
 
 class DType(IntEnum):
-    """What the tensor's values are: u32 token ids, f32 values, or (u32 id, f32 value) pairs."""
+    """What the tensor's values are: u32 token ids, f32 values, (u32 id, f32 value) pairs, rounded rows (`wire`)."""
 
     NONE = 0
     IDS = 1
     F32 = 2
     TOP_K = 3
+    BF16 = 4
+    INT8 = 5
 
 
-VALUE_BYTES = {DType.NONE: 0, DType.IDS: 4, DType.F32: 4, DType.TOP_K: 8}
+VALUE_BYTES = {DType.NONE: 0, DType.IDS: 4, DType.F32: 4, DType.TOP_K: 8, DType.BF16: 2, DType.INT8: 1}
 
 
 @dataclass(frozen=True, slots=True)

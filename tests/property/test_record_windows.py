@@ -23,7 +23,7 @@ CHUNKS = st.one_of(st.integers(1, 5), st.sampled_from([1, 31, 32, 33, 64]))
 
 def terms(previous: Address) -> Terms:
     session = SessionId(samples.digest("session"))
-    return Terms(NODE, samples.MODEL, samples.digest("class"), session, 3, Span(2, 4), previous, 8, "fp32")
+    return Terms(NODE, samples.MODEL, samples.digest("class"), session, 3, Span(2, 4), previous, 8, "fp32", "f32")
 
 
 class Machine(RuleBasedStateMachine):

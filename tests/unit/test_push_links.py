@@ -15,7 +15,7 @@ from tallystick_node.session.downstream import Downstream
 from tallystick_node.session.links import Dialler
 from tallystick_node.session.record import Record
 from tallystick_protocol.errors import TallystickError, Unreachable
-from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.frames import DType, Frame, Kind
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.transport.contact import Addr, Contact
 from tallystick_protocol.types import Address, Positions, SessionId
@@ -79,7 +79,7 @@ async def connected(told: list[TallystickError]) -> AsyncIterator[tuple[NextHop,
         assert link is not None
         await downstream.join(link, {})
 
-    downstream = Downstream(dialler, SESSION, 0, NEXT, record, 0, tell, reconnect)
+    downstream = Downstream(dialler, SESSION, 0, NEXT, record, DType.F32, 0, tell, reconnect)
     try:
         link = await downstream.dial()
         assert link is not None

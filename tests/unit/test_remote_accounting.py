@@ -129,7 +129,7 @@ def test_what_is_due_is_what_a_node_computed_over_any_history(seed: int) -> None
     coins = random.Random(seed)
     record, hop = Record(one_shot=False), remote()
     session = SessionId(samples.digest("session"))
-    terms = NodeTerms(NODE, samples.MODEL, samples.digest("c"), session, 0, Span(0, 2), ZERO_ADDRESS, 8, "fp32")
+    terms = NodeTerms(NODE, samples.MODEL, samples.digest("c"), session, 0, Span(0, 2), ZERO_ADDRESS, 8, "fp32", "f32")
     windows, computed = Windows(terms, record), 0
 
     def sign(most: int) -> None:

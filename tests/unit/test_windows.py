@@ -18,7 +18,7 @@ UPSTREAM = samples.address("upstream")
 def hop(previous: Address = ZERO_ADDRESS, one_shot: bool = False) -> tuple[Record, Windows]:
     record = Record(one_shot)
     session = SessionId(samples.digest("session"))
-    terms = Terms(samples.address("n"), samples.MODEL, samples.digest("c"), session, 0, Span(2, 4), previous, 8, "fp32")
+    terms = Terms(samples.address("n"), samples.MODEL, samples.digest("c"), session, 0, Span(2, 4), previous, 8, "fp32", "f32")
     return record, Windows(terms, record)
 
 

@@ -6,11 +6,14 @@ import asyncio
 import random
 import statistics
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from tallystick.generation import Token
 from tallystick_devnet.bench.network import BenchNet, Timed, timed, together
 from tallystick_devnet.bench.reference import Reference
+from tallystick_protocol.wire import WIRES
 
 Figures = dict[str, float | None]
 ONE_WAY_S = (0.005, 0.02, 0.05)
@@ -194,6 +197,30 @@ async def where_it_goes(bench: Bench) -> Figures:
     return figures
 
 
+async def rounded(bench: Bench) -> Figures:
+    """What rounding of the rows between hops saves and changes: bytes per row and hop, the same largest logit, and the
+    largest difference of a logit next to the standard deviation of all."""
+    net, figures = bench.net, Figures()
+    prompt = bench.prompt(4 * bench.plan.prompt)
+    logits: dict[str, np.ndarray] = {}
+    for wire in WIRES:
+        async with net.client(net.cover(4)) as client:
+            client.settings = replace(client.settings, wire=wire)
+            await asyncio.to_thread(net.wires.count)
+            async with client.decoder(net.id, max_length=len(prompt), dense=True, verify="off") as decoder:
+                await decoder.feed(prompt, want="all")
+                logits[wire] = np.stack([np.asarray(await decoder.row(at)) for at in range(len(prompt))])
+                await decoder.finish()
+            passed = await asyncio.to_thread(net.wires.count)
+        middle = net.nodes.index(net.cover(4)[1])
+        figures[f"wire_{wire}_bytes_per_row"] = passed[middle][0] / len(prompt)
+        if wire != "f32":
+            exact = logits["f32"]
+            figures[f"wire_{wire}_same_token"] = float((logits[wire].argmax(1) == exact.argmax(1)).mean())
+            figures[f"wire_{wire}_worst_logit"] = float(np.abs(logits[wire] - exact).max() / exact.std())
+    return figures
+
+
 async def _median_step(run: Callable[[], Awaitable[Timed]], plan: Plan) -> float:
     steps = []
     for _ in range(max(plan.pairs // 2, 1)):
@@ -215,4 +242,5 @@ SECTIONS: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
     "delays": far_away,
     "failover": failover,
     "profile": where_it_goes,
+    "wire": rounded,
 }

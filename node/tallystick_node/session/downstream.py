@@ -30,11 +30,14 @@ class Downstream:
         attempt: int,
         following: Address,
         record: Record,
+        dtype: DType,
         epoch: int,
         tell: Callable[[TallystickError], Awaitable[None]],
         reconnect: Callable[[], Awaitable[None]],
     ) -> None:
         """following: the next hop's node, or the zero address at the end of a route. tell: the client what is lost.
+
+        dtype: of rows on the wire.
 
         reconnect: dials and joins again, when the link to the next hop has ended by itself.
         """
@@ -47,6 +50,7 @@ class Downstream:
         self._session = session
         self._attempt = attempt
         self._record = record
+        self._dtype = dtype
         self._tell = tell
         self._link: Link | None = None
         self._side: dict[SessionId, Link] = {}
@@ -173,7 +177,7 @@ class Downstream:
 
     async def _send(self, link: Link, positions: Positions) -> None:
         outputs, want = self._record.outputs(positions)
-        for frame in step_frames(positions.first, outputs, want):
+        for frame in step_frames(self._dtype, positions.first, outputs, want):
             await self._give(link, frame)
 
     async def _give(self, link: Link, frame: Frame) -> None:
@@ -189,12 +193,12 @@ class Downstream:
         self._side = {session: other for session, other in self._side.items() if other is not link}
 
 
-def step_frames(first: int, rows: list[bytes], want: list[bool]) -> Iterator[Frame]:
+def step_frames(dtype: DType, first: int, rows: list[bytes], want: list[bool]) -> Iterator[Frame]:
     """Consecutive rows from position `first`, in frames that hold what a frame may."""
     limit = rows_per_frame(len(rows[0])) if rows else 1
     for begin in range(0, len(rows), limit):
         body = {"want": pack_flags(want[begin : begin + limit]), "more": begin + limit < len(rows)}
-        yield rows_frame(Kind.STEP, DType.F32, rows[begin : begin + limit], first + begin, body)
+        yield rows_frame(Kind.STEP, dtype, rows[begin : begin + limit], first + begin, body)
 
 
 def result_frames(dtype: DType, first: int, rows: list[bytes], want: list[bool], epoch: int) -> Iterator[Frame]:

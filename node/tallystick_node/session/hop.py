@@ -49,6 +49,7 @@ from tallystick_protocol.receipts import Receipt, rows_root, unpack_flags
 from tallystick_protocol.signing import Domain, address_bytes, checksum_address, unseal
 from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
 from tallystick_protocol.vouchers import charge
+from tallystick_protocol.wire import DTYPES, Wire
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Hop:
         session: SessionId,
         control: Control,
         epoch: int,
+        wire: Wire,
         find: Callable[[SessionId], Hop | None],
         reserve: Callable[[int], None],
     ) -> None:
@@ -96,14 +98,14 @@ class Hop:
 
         reserve: takes so many more bytes, or raises Overloaded.
         """
-        model = shop.engine.model
+        model = self._model = shop.engine.part(opened.span)
         manifest = model.manifest
         self.id = session
         self.client = opened.client
         self._shop = shop
         self._open = opened
         self._control = control
-        self._rows = RowFormat(manifest, model.span, opened.top_k)
+        self._rows = RowFormat(manifest, model.span, opened.top_k, wire)
         self._find, self._reserve = find, reserve
         self._result_room = 4 * manifest.width * opened.max_length  # what the opening has reserved for kept rows
         self._memory = Memory(manifest, row_bytes(model), reserve) if manifest.is_decoder(model.span) else None
@@ -113,7 +115,7 @@ class Hop:
         self._one_shot = not manifest.is_causal(model.span)
         self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
         self._passes = Passes(
-            shop.engine, self.client, shop.price, opened.max_length, self._billing, control.send, reserve
+            shop.engine, opened.span, self.client, shop.price, opened.max_length, self._billing, control.send, reserve
         )
         self._record = Record(self._one_shot)
         terms = Terms(
@@ -126,6 +128,7 @@ class Hop:
             opened.previous,
             opened.top_k,
             manifest.numerics,
+            wire,
         )
         self._windows = Windows(terms, self._record)
         self._inbox = Inbox(opened.max_length, lambda: self.position, epoch)
@@ -134,8 +137,9 @@ class Hop:
         self._sign = asyncio.Event()
         self._signing = asyncio.Lock()
         self._downstream = Downstream(
-            shop.dialler, session, opened.attempt, opened.next, self._record, epoch, self._tell, self._connect_next
-        )
+            shop.dialler, session, opened.attempt, opened.next, self._record, DTYPES[wire], epoch, self._tell,
+            self._connect_next,
+        )  # fmt: skip
         self._dialling = asyncio.Lock()
         self._sealed: dict[int, bytes] = {}
         self._drop_held()
@@ -400,7 +404,7 @@ class Hop:
         self._check_length(start + len(rows))
         if self._rows.is_last:
             self._make_room(self._record.size_bytes + sum(want) * self._rows.result_bytes)
-        shop, model = self._shop, self._shop.engine.model
+        shop, model = self._shop, self._model
         cost = charge(model.span, model.manifest.layers, shop.price, len(rows))
         if not await self._billing.book(cost, lambda: epoch != self._inbox.epoch):
             return  # cropped while it waited for a voucher
@@ -410,7 +414,7 @@ class Hop:
                 return
             try:
                 segment = self._rows.segment(self._cache, start, rows, want, types)
-                result = await shop.engine.forward(segment, self.client)
+                result = await shop.engine.forward(segment, self.client, model=model)
                 outputs = self._rows.outputs(result, want)
             except (TallystickError, Withdrawn) as error:
                 self._billing.refund(cost)
@@ -452,7 +456,7 @@ class Hop:
         node = await asyncio.to_thread(self._shop.lookups.signer_of, signer)
         if node != self.previous or receipt.node != self.previous:
             raise BadSignature("the receipt is not signed by the previous hop", hop=self.previous)
-        if receipt.model != self._shop.model or receipt.end != self._shop.engine.model.span.start:
+        if receipt.model != self._shop.model or receipt.end != self._model.span.start:
             raise BadSignature("the receipt is for another model or other layers", hop=self.previous)
         self._check_length(receipt.last)
         self._windows.hear(receipt, 0 if self._one_shot else window_of(receipt.first))
@@ -538,7 +542,8 @@ class Hop:
             raise SessionUnknown("no other session of yours with that id is open here")
         if self._forks >= FREE_FORKS + FORKS_PER_ROW * self._computed:
             raise Rejected("more forks than this session has computed rows for: each is signed, none is paid")
-        same = source._windows.side == self._windows.side and source._open.top_k == self._open.top_k
+        same = source._windows.side == self._windows.side and source._rows.form == self._rows.form
+        same = same and source._model.span == self._model.span
         if self._one_shot or self._cache is None or source._cache is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
         early, late = sorted((self, source), key=lambda hop: hop.id)
@@ -559,7 +564,7 @@ class Hop:
         self._memory.take(frame)
         if not take(frame.body, "more", bool, False):
             states, root = self._memory.whole()
-            self._cache = self._shop.engine.model.new_cache(self._open.max_length, states)
+            self._cache = self._model.new_cache(self._open.max_length, states)
             self._windows.side = replace(self._windows.side, memory=root)
             self._remembers.set()
 

@@ -24,7 +24,6 @@ from tallystick_protocol.errors import (
     SessionUnknown,
     Unauthorized,
     UnknownModel,
-    WrongLayers,
 )
 from tallystick_protocol.frames import MAX_TENSOR, Frame, Kind, take
 from tallystick_protocol.messages import (
@@ -41,6 +40,7 @@ from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import Key, digest, seal, unseal
 from tallystick_protocol.types import WINDOW, Digest, ModelId, SessionId, Wei
 from tallystick_protocol.vouchers import charge
+from tallystick_protocol.wire import Wire, wire_of
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Sessions:
         if not 0 <= epoch < MAX_EPOCH:
             raise BadMessage("the epoch is out of range")
         control = Control(self._limits.lease_s)
-        hop = self._admit(opened, session, control, epoch)
+        hop = self._admit(opened, session, control, epoch, wire_of(first.body.get("wire", "f32")))
         try:
             if not await asyncio.to_thread(
                 self._shop.journal.admit, session, opened.attempt, opened.expires + NONCE_MEMORY_S, int(self._now())
@@ -195,9 +195,7 @@ class Sessions:
             raise Rejected("the opening is stale, or this machine's clock and yours differ", time=int(now))
         if opened.model != shop.model:
             raise UnknownModel(f"this node serves model 0x{shop.model.hex()}")
-        model = shop.engine.model
-        if (opened.start, opened.end) != (model.span.start, model.span.end):
-            raise WrongLayers(f"this node serves layers {model.span}", start=model.span.start, end=model.span.end)
+        model = shop.engine.part(opened.span)
         offer = self._offers.get(Digest(opened.offer))
         if offer is None or offer.expires < now:
             raise Rejected("that offer does not hold; ask /v1/info for the current one")
@@ -216,11 +214,11 @@ class Sessions:
     def _check_money(self, opened: SessionOpen) -> None:
         """A place and a cache are for who can pay a first window, earlier debt included. Raises InsufficientFunds."""
         shop, model = self._shop, self._shop.engine.model
-        first = charge(model.span, model.manifest.layers, shop.price, min(WINDOW, opened.max_length))
+        first = charge(opened.span, model.manifest.layers, shop.price, min(WINDOW, opened.max_length))
         owed = Wei(shop.till.account(opened.client).owed + first)
         shop.till.check_funds(opened.client, first, shop.lookups.funds(opened.client, owed))
 
-    def _admit(self, opened: SessionOpen, session: SessionId, control: Control, epoch: int) -> Hop:
+    def _admit(self, opened: SessionOpen, session: SessionId, control: Control, epoch: int, wire: Wire) -> Hop:
         """Take a place and cache bytes for a session, or raise Overloaded, SessionExists."""
         if session in self._hops:
             raise SessionExists("this session is open here already")
@@ -228,12 +226,13 @@ class Sessions:
             self.counters.refused += 1
             raise Overloaded("this node stops soon", retry_after_s=60)
         try:
-            self._admission.open(session, opened.max_length, len(self._hops))
+            part = self._shop.engine.part(opened.span)
+            self._admission.open(session, opened.max_length, len(self._hops), part)
         except Overloaded:
             self.counters.refused += 1
             raise
         reserve = partial(self._admission.take_more, session)
-        hop = Hop(self._shop, opened, session, control, epoch, self._hops.get, reserve)
+        hop = Hop(self._shop, opened, session, control, epoch, wire, self._hops.get, reserve)
         self._hops[session] = hop
         return hop
 

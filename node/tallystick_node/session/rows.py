@@ -14,6 +14,7 @@ from tallystick_protocol.errors import BadTensor, CorruptResult
 from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Span
+from tallystick_protocol.wire import DTYPES, Wire, decode, encode, values_per_row
 
 SMALLEST_NORMAL = np.float32(1.1754944e-38)
 
@@ -21,8 +22,12 @@ SMALLEST_NORMAL = np.float32(1.1754944e-38)
 class RowFormat:
     """What rows of one session look like at one span: token ids or hidden states in, hidden states or results out."""
 
-    def __init__(self, manifest: Manifest, span: Span, k: int) -> None:
-        """k: the largest logits of a position that the client wants; 0 for all of them, in the order of their ids."""
+    def __init__(self, manifest: Manifest, span: Span, k: int, wire: Wire = "f32") -> None:
+        """k: the largest logits of a position that the client wants; 0 for all of them, in the order of their ids.
+
+        wire: how hidden rows travel between hops; what leaves the model's end is f32.
+        """
+        self.wire: Wire = wire
         self._manifest = manifest
         self._span = span
         self._k = min(k, manifest.vocab)
@@ -30,6 +35,11 @@ class RowFormat:
         self.is_last = manifest.is_result(span)
         self._output = manifest.output_of(span)
         self._one_shot = not manifest.is_causal(span)
+
+    @property
+    def form(self) -> tuple[int, Wire]:
+        """What rows of two sessions must have in common to stand for each other."""
+        return self._k, self.wire
 
     @property
     def result_dtype(self) -> DType:
@@ -46,8 +56,8 @@ class RowFormat:
 
     def parse(self, frame: Frame) -> list[bytes]:
         """The rows of a STEP. Raises BadTensor: wrong dtype or width, ids beyond the vocabulary, rows out of range."""
-        expected = DType.IDS if self.is_first else DType.F32
-        width = 1 if self.is_first else self._manifest.width
+        expected = DType.IDS if self.is_first else DTYPES[self.wire]
+        width = 1 if self.is_first else values_per_row(self.wire, self._manifest.width)
         if frame.dtype is not expected or frame.shape[2] != width or frame.num_rows < 1:
             raise BadTensor(
                 f"span {self._span} takes {expected.name} rows of {width} values,"
@@ -59,7 +69,7 @@ class RowFormat:
             if int(ids.max()) >= self._manifest.vocab:
                 raise BadTensor(f"token id {int(ids.max())} is beyond the vocabulary of {self._manifest.vocab}")
         else:
-            rows = np.frombuffer(frame.tensor, dtype="<f4").reshape(-1, width)
+            rows = decode(frame.tensor, self.wire, self._manifest.width)
             check_rows(rows, self._manifest, self._span.start, BadTensor)
         return frame.rows()
 
@@ -76,11 +86,11 @@ class RowFormat:
         self, cache: Any, start: int, rows: Sequence[bytes], want: Sequence[bool], token_types: Sequence[int] = ()
     ) -> Segment:
         """Rows as the span takes them: ids (n,) int64 or hidden states (n, width) float32."""
-        data = bytearray(b"".join(rows))
+        data = b"".join(rows)
         if self.is_first:
-            payload = torch.frombuffer(data, dtype=torch.int32).to(torch.int64)
+            payload = torch.from_numpy(np.frombuffer(data, dtype="<u4").astype(np.int64))
         else:
-            payload = torch.frombuffer(data, dtype=torch.float32).view(len(rows), self._manifest.width)
+            payload = torch.from_numpy(decode(bytearray(data), self.wire, self._manifest.width))
         wanted = [index for index, asked in enumerate(want) if asked] if self._output != "hidden" else []
         types = torch.tensor(token_types, dtype=torch.int64) if token_types else None
         return Segment(cache, start, payload, wanted, types)
@@ -93,7 +103,9 @@ class RowFormat:
         if self._output == "hidden":
             rows = result.numpy()
             check_rows(rows, self._manifest, self._span.end, CorruptResult)
-            return [row.tobytes() if asked or not self.is_last else b"" for row, asked in zip(rows, want, strict=True)]
+            if not self.is_last:
+                return encode(rows, self.wire)
+            return [row.tobytes() if asked else b"" for row, asked in zip(rows, want, strict=True)]
         if not any(want):
             return [b""] * len(want)
         lines = iter(self._results(result))

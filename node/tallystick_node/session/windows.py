@@ -12,6 +12,7 @@ from tallystick_node.session.record import Record
 from tallystick_protocol.errors import LinkMismatch
 from tallystick_protocol.receipts import Context, Receipt
 from tallystick_protocol.types import ZERO32, ZERO_ADDRESS, Address, Digest, ModelId, SessionId, Span
+from tallystick_protocol.wire import Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,7 @@ class Terms:
     previous: Address
     top_k: int
     numerics: str
+    wire: Wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ class Windows:
                 )
         terms = self.terms
         context = Context(
-            terms.numerics, "f32", terms.top_k, claim.want, self.side.token_types, self.side.memory
+            terms.numerics, terms.wire, terms.top_k, claim.want, self.side.token_types, self.side.memory
         )
         return Receipt(
             node=terms.node,
