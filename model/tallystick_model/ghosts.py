@@ -14,6 +14,7 @@ from tallystick_model.anatomy import Anatomy, LayerShape, module_weights
 from tallystick_model.devices import CPU, Placement, moved
 from tallystick_model.probe import Blank
 from tallystick_model.skeleton import Skeleton, set_weight
+from tallystick_model.streams import Stream
 from tallystick_protocol.types import Span
 
 
@@ -30,10 +31,14 @@ class Passage:
     batch, num_rows: of the rows that travel. received: the streams that enter the span (None where ids do).
     stop: leave after the last layer of the stack; other spans leave anyway.
     entered: the streams that entered the span's first layer. placement: where the layers are.
+    span: the layers that this forward computes, of those that are here.
     """
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, anatomy: Anatomy, span: Span) -> None:
         self.placement = placement
+        self.span = span
+        self._anatomy = anatomy
+        self._crossings = self._crossings_of(span)
         self.spread = placement.distinct != (CPU,)
         self.batch = 1
         self.num_rows = 0
@@ -43,10 +48,27 @@ class Passage:
         self._turn = 0
         self._leaving: dict[int, torch.Tensor] = {}
 
-    def begin(self, layer: int) -> None:
-        """Before every forward: the first layer of the stack is the next to be called."""
+    def begin(self, layer: int, span: Span) -> None:
+        """Before every forward over `span`: the first layer of the stack is the next to be called."""
         self._turn = layer
         self._leaving = {}
+        if span != self.span:
+            self.span, self._crossings = span, self._crossings_of(span)
+
+    @property
+    def entering(self) -> list[Stream]:
+        """What crosses the boundary before the span."""
+        return self._crossings[0]
+
+    @property
+    def leaving(self) -> list[Stream]:
+        """What crosses the boundary behind it; nothing where the stack ends there."""
+        return self._crossings[1]
+
+    def _crossings_of(self, span: Span) -> tuple[list[Stream], list[Stream]]:
+        stack = self._anatomy.layers[span.start].stack
+        ends = span.end == self._anatomy.stack_span(stack).end
+        return self._anatomy.crossing(span.start, stack), [] if ends else self._anatomy.crossing(span.end, stack)
 
     def next_layer(self) -> int:
         self._turn += 1
@@ -55,7 +77,7 @@ class Passage:
 
 def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span, placement: Placement) -> Passage:
     """Cut the span out of a skeleton, in place: what is elsewhere, and what nobody asks for, answers blanks."""
-    passage = Passage(placement)
+    passage = Passage(placement, anatomy, span)
     stack = anatomy.layers[span.start].stack
     absent = set(anatomy.unused)
     if span.start > anatomy.stack_span(stack).start:
@@ -67,27 +89,24 @@ def splice(skeleton: Skeleton, anatomy: Anatomy, span: Span, placement: Placemen
             continue  # it runs without its weights, and what it hands on is used
         _blank_out(skeleton.model.get_submodule(name), anatomy.blanks[stack].get(name), anatomy, passage)
     for layer in skeleton.stack(stack):
-        layer.forward = _Turn(layer.forward, anatomy, span, passage)
+        layer.forward = _Turn(layer.forward, anatomy, passage)
     return passage
 
 
 class _Turn:
     """A layer's forward: its own in the span; before and behind it the hidden state is handed on."""
 
-    def __init__(self, forward: Callable[..., Any], anatomy: Anatomy, span: Span, passage: Passage) -> None:
-        self._forward, self._span, self._passage = forward, span, passage
+    def __init__(self, forward: Callable[..., Any], anatomy: Anatomy, passage: Passage) -> None:
+        self._forward, self._passage = forward, passage
         self._layers = anatomy.layers
-        self._stack = anatomy.stack_span(anatomy.layers[span.start].stack)
-        number = anatomy.layers[span.start].stack
-        self._entering = anatomy.crossing(span.start, number)
-        self._leaving = anatomy.crossing(span.end, number) if span.end < self._stack.end else []
+        self._stack = anatomy.stack_span(anatomy.layers[passage.span.start].stack)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        index = self._passage.next_layer()
+        index, span = self._passage.next_layer(), self._passage.span
         shape = self._layers[index]
-        if index < self._span.start:
+        if index < span.start:
             return self._hand_on(shape, args, kwargs)
-        if index >= self._span.end:
+        if index >= span.end:
             self._take_leave(index, args, kwargs)
             return self._hand_on(shape, args, kwargs)
         args, kwargs = self._enter(index, args, kwargs)
@@ -107,8 +126,8 @@ class _Turn:
 
     def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's arguments, with what was received in its place."""
-        passage, first = self._passage, index == self._span.start
-        for number, stream in enumerate(self._entering):
+        passage, first = self._passage, index == self._passage.span.start
+        for number, stream in enumerate(passage.entering):
             place = stream.uses.get(index)
             if passage.received is None or place is None or (number == 0 and not first):
                 continue
@@ -121,15 +140,15 @@ class _Turn:
     def _take_leave(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Collect the streams that leave; go when all are there."""
         passage, found = self._passage, self._passage._leaving
-        for number, stream in enumerate(self._leaving):
-            if number in found or (number == 0 and index != self._span.end):
+        for number, stream in enumerate(passage.leaving):
+            if number in found or (number == 0 and index != passage.span.end):
                 continue
-            before = next((at for at, other in enumerate(self._entering) if other is stream and number), None)
+            before = next((at for at, other in enumerate(passage.entering) if other is stream and number), None)
             if before is not None and passage.received is not None:
                 found[number] = passage.received[before]
             elif index in stream.uses:
                 found[number] = stream.uses[index].get(args, kwargs)
-        if len(found) == len(self._leaving):
+        if len(found) == len(passage.leaving):
             raise Leave([found[number] for number in range(len(found))])
 
 

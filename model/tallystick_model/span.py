@@ -286,7 +286,7 @@ class SpanModel:
         if passage.spread:
             inputs, passage.received = moved((inputs, passage.received), passage.placement.first)
         passage.num_rows, passage.entered = num_rows, []
-        passage.begin(self._stack.start)
+        passage.begin(self._stack.start, self.span)
         if not isinstance(cache, StockCache):
             return self._runner(**inputs)
         cache.begin()

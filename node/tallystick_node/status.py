@@ -11,7 +11,8 @@ def pace(shop: Shop, rows_per_s: float | None) -> dict[str, Any]:
     """How fast it is, and how far from the nodes that it has dialled (docs/routing.md).
 
     rows_per_s: through the span, measured before serving. step_ms: a forward at present; backlog_ms: how long what
-    waits will take; batch: sessions in a forward; waiting_rows: not computed yet. links_ms: by node.
+    waits will take; batch: sessions in a forward; waiting_rows: not computed yet. parts: whether
+    sessions over some of its layers are served. links_ms: by node.
     """
     load = shop.engine.load
     return {
@@ -20,5 +21,6 @@ def pace(shop: Shop, rows_per_s: float | None) -> dict[str, Any]:
         "backlog_ms": round(load.backlog_s * 1e3, 3),
         "batch": round(load.batch, 2),
         "waiting_rows": load.waiting_rows,
+        "parts": shop.engine.serves_parts,
         "links_ms": shop.dialler.distances.told(),
     }

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tallystick_model.parts import part_of, parts_agree, wrong_layers
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
 from tallystick_model.stock import StockCache
@@ -26,6 +27,7 @@ from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
 from tallystick_protocol.errors import Overloaded, TallystickError, Unreachable
+from tallystick_protocol.types import Span
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ STEP_ROWS, STEP_ROWS_ACCELERATOR = 96, 256
 """Rows of a forward: a client's frame of 64 and 32 steps. Measured: docs/sessions.md."""
 
 MAX_RETRY_S = 60
+MAX_PARTS = 64
 
 STEP_WAIT_S = 120.0
 """Rows that could not be begun for so long are refused: the client goes elsewhere."""
@@ -49,6 +52,7 @@ class _Task(Job):
     """A session's rows, which may be packed with others', or other work, which goes alone."""
 
     task: Segment | Callable[[], Any]
+    model: SpanModel
     future: asyncio.Future[Any]
     done: int = 0
     parts: list[torch.Tensor] = field(default_factory=list)
@@ -72,6 +76,9 @@ class Engine:
         self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
         self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._waiting: dict[int, _Task] = {}
+        self.serves_parts = parts_agree(model)
+        self._parts: dict[Span, SpanModel] = {}
+        self._parts_lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
@@ -87,23 +94,39 @@ class Engine:
         """When somebody who is refused for lack of room may try again: when what waits now has been computed."""
         return min(max(ceil(self.load.backlog_s), 1), MAX_RETRY_S)
 
-    async def forward(self, segment: Segment, payer: str = "", wait_s: float = STEP_WAIT_S) -> Any:
+    def part(self, span: Span) -> SpanModel:
+        """The model over some of its layers. Raises WrongLayers."""
+        found = self.model if span == self.model.span else self._parts.get(span)
+        if found is None and not self.serves_parts:
+            raise wrong_layers(self.model, span)
+        if found is None:
+            found = part_of(self.model, span)
+            with self._parts_lock:
+                self._parts[span] = found
+                if len(self._parts) > MAX_PARTS:
+                    del self._parts[next(iter(self._parts))]
+        return found
+
+    async def forward(
+        self, segment: Segment, payer: str = "", wait_s: float = STEP_WAIT_S, model: SpanModel | None = None
+    ) -> Any:
         """The segment's result: (rows, width) float32, or (wanted rows, vocabulary) logits from the last span.
 
-        payer: who the rows are fair to; wait_s: for how long they are wanted. Long segments are computed in pieces;
+        payer: who the rows are fair to; wait_s: for how long they are wanted. model: the `part` that the session is
+        over; sessions over other layers take turns with it. Long segments are computed in pieces;
         what has been computed is in the cache, also when this raises. One segment of a cache at a time.
         Cancelling the caller drops what has not begun. Raises what `SpanModel.forward` does, Overloaded when wait_s
         has passed, Withdrawn.
         """
-        divisible = divides(self.model, segment)
-        return await self._submit(segment, payer, len(segment), divisible, wait_s)
+        model = model or self.model
+        return await self._submit(segment, payer, len(segment), divides(model, segment), wait_s, model)
 
     async def run(self, work: Callable[[], T], payer: str = "", rows: int = 0) -> T:
         """The result of other work with the model, on its thread. Cancelling drops it if it has not begun.
 
         rows: what it counts as; 0 for a whole forward.
         """
-        result: T = await self._submit(work, payer, rows or self.step_rows, False, inf)
+        result: T = await self._submit(work, payer, rows or self.step_rows, False, inf, self.model)
         return result
 
     def withdraw(self, cache: Cache | None, position: int = 0) -> None:
@@ -128,13 +151,19 @@ class Engine:
     # -- on the event loop
 
     async def _submit(
-        self, work: Segment | Callable[[], Any], payer: str, rows: int, divisible: bool, wait_s: float
+        self,
+        work: Segment | Callable[[], Any],
+        payer: str,
+        rows: int,
+        divisible: bool,
+        wait_s: float,
+        model: SpanModel,
     ) -> Any:
         if self._closed:
             raise _stopping()
         future = asyncio.get_running_loop().create_future()
         deadline = time.monotonic() + wait_s
-        task = _Task(payer, rows, divisible, deadline, task=work, future=future)
+        task = _Task(payer, rows, divisible, deadline, task=work, model=model, future=future)
         self._waiting[id(task)] = task
         self._incoming.put(task)
         try:
@@ -150,12 +179,9 @@ class Engine:
             turn = self._queue.pick(time.monotonic())
             answers: list[_Answer] = [(task, None, _refusal(task)) for task in turn.refused]
             segments = [(task, count) for task, count in turn.picked if isinstance(task.task, Segment)]
-            if self.model.packs:
-                answers += self._compute(segments) if segments else []
-            else:
-                for one in segments:
-                    _answer(answers)
-                    answers = self._compute([one])
+            for call in _calls(segments):
+                _answer(answers)
+                answers = self._compute(call)
             for task, count in turn.picked:
                 if not isinstance(task.task, Segment):
                     _answer(answers)
@@ -179,9 +205,10 @@ class Engine:
     def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
         """One forward; the answers to the jobs that are complete with it, or have failed."""
         began = time.perf_counter()
-        pieces = [piece_of(self.model, task.task, task.done, count) for task, count in batch]  # type: ignore[arg-type]
+        model = batch[0][0].model
+        pieces = [piece_of(model, task.task, task.done, count) for task, count in batch]  # type: ignore[arg-type]
         try:
-            results = self.model.forward(pieces)
+            results = model.forward(pieces)
         except Exception as error:
             if len(batch) > 1:  # one bad session must not fail its company
                 return [answer for one in batch for answer in self._compute([one])]
@@ -208,6 +235,15 @@ class Engine:
 
 def _stopping() -> Unreachable:
     return Unreachable("the node is stopping")
+
+
+def _calls(segments: Sequence[tuple[_Task, int]]) -> list[list[tuple[_Task, int]]]:
+    """Those that share calls: sessions over the same layers, of a model whose rows travel together."""
+    calls: dict[object, list[tuple[_Task, int]]] = {}
+    for one in segments:
+        model = one[0].model
+        calls.setdefault(model.span if model.packs else id(one[0]), []).append(one)
+    return list(calls.values())
 
 
 def _refusal(task: _Task) -> BaseException:

@@ -62,14 +62,15 @@ class Admission:
         """The share of the budget that is reserved or kept, on the device where it is largest."""
         return max(self._total.values(), default=0) / self._budget
 
-    def open(self, session: SessionId, max_length: int, num_open: int) -> None:
+    def open(self, session: SessionId, max_length: int, num_open: int, model: SpanModel | None = None) -> None:
         """Reserve what a session of so many positions may take. num_open: the sessions that there are.
 
+        model: the part of the node's that the session is over; None for all.
         Raises Overloaded when there is no place, or no room on some device.
         """
         if num_open >= self._max_sessions:
             raise self._full("no place for another session now")
-        self._reserve(session, session_bytes(self._model, max_length), "no room for another session now")
+        self._reserve(session, session_bytes(model or self._model, max_length), "no room for another session now")
 
     def take_more(self, session: SessionId, num_bytes: int) -> None:
         """Reserve more of the CPU's memory for an open session. Raises Overloaded."""

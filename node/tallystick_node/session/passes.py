@@ -14,7 +14,7 @@ import torch
 from tallystick_model.gradients import Adapter, Hidden, SpanGradients
 from tallystick_node.scheduling.engine import Engine
 from tallystick_node.session.billing import Billing
-from tallystick_protocol.errors import BadFrame, BadTensor, ContextLengthExceeded
+from tallystick_protocol.errors import BadFrame, BadTensor, ContextLengthExceeded, Rejected
 from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.passes import (
     A_SUFFIX,
@@ -25,7 +25,7 @@ from tallystick_protocol.passes import (
     Collector,
     tensor_frames,
 )
-from tallystick_protocol.types import Address, Wei
+from tallystick_protocol.types import Address, Span, Wei
 from tallystick_protocol.vouchers import charge
 
 _HIDDEN: tuple[Hidden, ...] = ("none", "last", "all")
@@ -37,6 +37,7 @@ class Passes:
     def __init__(
         self,
         engine: Engine,
+        asked: Span,
         client: Address,
         price: Wei,
         max_length: int,
@@ -44,8 +45,12 @@ class Passes:
         send: Callable[[Frame], Awaitable[None]],
         reserve: Callable[[int], None],
     ) -> None:
-        """max_length: the session's; rows of a pass at most. send: to the client. reserve: bytes, or Overloaded."""
+        """asked: the session's layers. max_length: the session's; rows of a pass at most. send: to the client.
+
+        reserve: bytes, or Overloaded.
+        """
         self._engine = engine
+        self._asked = asked
         self._client = client
         self._price = price
         self._max_rows = min(max_length, MAX_ROWS)
@@ -56,7 +61,9 @@ class Passes:
 
     @property
     def span(self) -> SpanGradients:
-        """Made when the first tensor comes. Raises Rejected for models whose gradients are not served."""
+        """Made when the first tensor comes. Raises Rejected for parts and for models whose gradients are not served."""
+        if self._asked != self._engine.model.span:
+            raise Rejected("passes run over a node's whole span: open the session for all its layers")
         if self._span is None:
             self._span = SpanGradients(self._engine.model)
         return self._span
