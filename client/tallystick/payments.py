@@ -39,6 +39,7 @@ class Purse:
         self._in_use: Counter[Address] = Counter()
         self._held: Counter[Address] = Counter()
         self._expected: dict[Address, Wei] = {}
+        self._interrupted: Counter[Address] = Counter()
         self._books = threading.Lock()  # for `_held`, which is changed on two threads
 
     @property
@@ -102,11 +103,12 @@ class Purse:
             log.info("funded %d channels with %d", len(deposits), total)
         return total
 
-    def recall(self, node: Address, owed: Wei, sealed: bytes, max_debt: Wei) -> Wei:
+    def recall(self, node: Address, owed: Wei, sealed: bytes, max_debt: Wei, window: int = 0) -> Wei:
         """Start from what a node says at `opened`; returns the total that earlier sessions have come to.
 
         A client that lost its state recovers it from its own last voucher. Earlier rows without a voucher (an
-        interrupted session) are accepted up to max_debt, and up to what this process knows to be open; but not while
+        interrupted session) are accepted up to max_debt and a window for each session that this process knows to have
+        been interrupted, and up to what it knows to be open; but not while
         another session is open at the node: what is owed for that one is promised there. Every recall is followed by
         one `leave`. Raises BadSignature, Rejected.
         """
@@ -118,10 +120,12 @@ class Purse:
             known = max(known, Wei(voucher.total))
         debt = Wei(owed - known)
         if not self._in_use[node]:
-            if debt > min(max_debt, self._expected.get(node, max_debt)):
+            limit = Wei(max_debt + window * self._interrupted[node])
+            if debt > min(limit, self._expected.get(node, limit)):
                 raise Rejected(f"{node} claims {debt} for earlier sessions, more than was ever at stake", hop=node)
             known = max(known, owed)
             self._expected[node] = Wei(0)
+            self._interrupted[node] = 0
         self._totals[node] = known
         self._in_use[node] += 1
         return known
@@ -129,6 +133,7 @@ class Purse:
     def expect(self, node: Address, debt: Wei) -> None:
         """A session ended with rows sent to the node and not paid: it may claim that much at the next opening."""
         self._expected[node] = Wei(self._expected.get(node, Wei(0)) + debt)
+        self._interrupted[node] += debt > 0
 
     def leave(self, node: Address) -> None:
         """A session at the node has ended."""

@@ -176,7 +176,9 @@ class Remote:
             owed = Wei(int(take(answer.body, "owed", str)[:78]))
             voucher = take(answer.body, "voucher", bytes)
             remote.rewinds = take(answer.body, "rewinds", bool, True)
-            remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit))
+            price = Wei(candidate.offer.price)
+            window = charge(candidate.span, opening.num_layers, price, WINDOW)
+            remote.base = purse.recall(candidate.node, owed, voucher, Wei(candidate.offer.credit), window)
             remote._key = key
             remote._dial = partial(peers.connect, candidate.door, candidate.node)
             remote._leave = partial(purse.leave, candidate.node)

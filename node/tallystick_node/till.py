@@ -19,6 +19,8 @@ from tallystick_protocol.signing import Domain, unseal
 from tallystick_protocol.types import Address, Wei
 from tallystick_protocol.vouchers import Voucher
 
+NOTHING = Wei(0)
+
 EXPOSED_FOR_S = 120.0
 """After this a funding transaction is confirmed or gone; what is owed by then is bounded by credit alone."""
 
@@ -96,10 +98,13 @@ class Till:
         found = Account(Wei(int(str(owed))), Wei(int(str(signed))), bytes(sealed))  # type: ignore[call-overload]
         return self._accounts.setdefault(client, found)
 
-    def has_credit(self, client: Address, cost: Wei) -> bool:
-        """May rows of this cost be computed before the next voucher? One step beyond credit needs an empty slate."""
+    def has_credit(self, client: Address, cost: Wei, more: Wei = NOTHING) -> bool:
+        """May rows of this cost be computed before the next voucher? One step beyond credit needs an empty slate.
+
+        more: what goes on top of the credit.
+        """
         unsigned = self.account(client).unsigned
-        return unsigned + cost <= self._credit or unsigned <= 0
+        return unsigned + cost <= self._credit + more or unsigned <= 0
 
     def check_funds(self, client: Address, cost: Wei, funds: Funds) -> None:
         """Raises InsufficientFunds when the channel does not cover what would be owed."""

@@ -26,14 +26,20 @@ class Billing:
         client: Address,
         escrow_domain: Domain,
         tell: Callable[[TallystickError], Awaitable[None]],
+        begun: Callable[[], Wei] = lambda: Wei(0),
     ) -> None:
-        """waiting: the sessions of each client that wait for a voucher. tell: says to the client what is missing."""
+        """waiting: the sessions of each client that wait for a voucher. tell: says to the client what is missing.
+
+        begun: what the windows that the client's sessions have begun may come to. It goes on top of the credit: nobody
+        pays for a window before it is complete, and sessions side by side would wait for each other.
+        """
         self._till = till
         self._lookups = lookups
         self._waiting = waiting
         self._client = client
         self._escrow_domain = escrow_domain
         self._tell = tell
+        self._begun = begun
         self._paid = asyncio.Event()
 
     @property
@@ -49,16 +55,19 @@ class Billing:
         """
         till = self._till
         while True:
-            if not till.has_credit(self._client, cost):
+            if not self._has_credit(cost):
                 await self._wait_for_voucher(cost, is_void)
             funds = await self._funds(Wei(till.account(self._client).owed + cost))
             if is_void():
                 return False
-            if till.has_credit(self._client, cost):
+            if self._has_credit(cost):
                 break
         till.check_funds(self._client, cost, funds)
         till.charge(self._client, cost)
         return True
+
+    def _has_credit(self, cost: Wei) -> bool:
+        return self._till.has_credit(self._client, cost, self._begun())
 
     def refund(self, cost: Wei) -> None:
         """A step that was charged and not computed."""
@@ -90,7 +99,7 @@ class Billing:
         try:
             await self._tell(due)
             async with asyncio.timeout(PAYMENT_TIMEOUT_S):
-                while not till.has_credit(self._client, cost) and not is_void():
+                while not self._has_credit(cost) and not is_void():
                     await self._paid.wait()
                     self._paid.clear()
         except TimeoutError:

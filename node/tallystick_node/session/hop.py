@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,17 @@ from tallystick_protocol.messages import SessionOpen
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.receipts import Receipt, rows_root, unpack_flags
 from tallystick_protocol.signing import Domain, address_bytes, checksum_address, unseal
-from tallystick_protocol.types import ZERO_ADDRESS, Address, Digest, ModelId, Positions, SessionId, Wei, window_of
+from tallystick_protocol.types import (
+    WINDOW,
+    ZERO_ADDRESS,
+    Address,
+    Digest,
+    ModelId,
+    Positions,
+    SessionId,
+    Wei,
+    window_of,
+)
 from tallystick_protocol.vouchers import charge
 from tallystick_protocol.wire import DTYPES, Wire
 
@@ -78,6 +89,7 @@ class Shop:
     lookups: Lookups
     clock: Callable[[], float]
     waiting: dict[Address, set[asyncio.Event]] = field(default_factory=dict)  # sessions that wait for a voucher
+    sessions: Counter[Address] = field(default_factory=Counter)  # open ones of each client
 
 
 class Hop:
@@ -113,7 +125,16 @@ class Hop:
         self._remembers = asyncio.Event()
         self._computed = self._forks = 0
         self._one_shot = not manifest.is_causal(model.span)
-        self._billing = Billing(shop.till, shop.lookups, shop.waiting, self.client, shop.escrow_domain, self._tell)
+        window = charge(model.span, manifest.layers, shop.price, WINDOW)
+        self._billing = Billing(
+            shop.till,
+            shop.lookups,
+            shop.waiting,
+            self.client,
+            shop.escrow_domain,
+            self._tell,
+            lambda: Wei(window * shop.sessions[opened.client]),
+        )
         self._passes = Passes(
             shop.engine, opened.span, self.client, shop.price, opened.max_length, self._billing, control.send, reserve
         )

@@ -135,6 +135,8 @@ class Sessions:
         finally:
             control.end()
             self._hops.pop(session, None)
+            self._shop.sessions[opened.client] -= 1
+            self._shop.sessions += Counter()  # without those that have none
             self._admission.close(session)
             self.counters.rows += hop.position
             log.info("session %s ended after %d rows", session.hex()[:12], hop.position)
@@ -234,6 +236,7 @@ class Sessions:
         reserve = partial(self._admission.take_more, session)
         hop = Hop(self._shop, opened, session, control, epoch, wire, self._hops.get, reserve)
         self._hops[session] = hop
+        self._shop.sessions[opened.client] += 1
         return hop
 
     def _now(self) -> float:
