@@ -136,7 +136,8 @@ class Sessions:
             control.end()
             self._hops.pop(session, None)
             self._shop.sessions[opened.client] -= 1
-            self._shop.sessions += Counter()  # without those that have none
+            if not self._shop.sessions[opened.client]:
+                del self._shop.sessions[opened.client]
             self._admission.close(session)
             self.counters.rows += hop.position
             log.info("session %s ended after %d rows", session.hex()[:12], hop.position)
