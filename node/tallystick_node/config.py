@@ -63,7 +63,9 @@ class NodeConfig(BaseSettings):
     operator: str = Field("", description="who runs this node, self-declared; empty: the node")
     stake: int = Field(10**21, ge=0, description="stake to have when joining")
     price: int = Field(10**12, ge=0, description="price per position and layer")
-    credit_positions: int = Field(256, ge=128, le=1 << 20, description="positions served before a voucher is due, and 32 a session")
+    credit_positions: int = Field(
+        256, ge=128, le=1 << 20, description="positions served before a voucher is due; 32 more for each open session"
+    )
     unconfirmed_pool: int = Field(10**16, ge=0, description="credit to all clients against unconfirmed funding")
     max_length: int = Field(4096, ge=32, le=1 << 22, description="positions of one session at most")
     memory: int = Field(0, ge=0, description="memory that weights and caches may take; 0: what is free, less a tenth")
