@@ -31,7 +31,7 @@ from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest, Piece
-from tallystick_protocol.peer import Peers
+from tallystick_protocol.transport.directory import Directory
 from tallystick_protocol.types import Address, Digest, ModelId, Span
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ class Loaded:
 class Loading:
     """What a node knows of its model before and while it serves it."""
 
-    def __init__(self, config: NodeConfig, chain: Chain, peers: Peers, model: ModelId, node: Address) -> None:
-        self._config, self._chain, self._peers = config, chain, peers
+    def __init__(self, config: NodeConfig, chain: Chain, directory: Directory, model: ModelId, node: Address) -> None:
+        self._config, self._chain, self._directory = config, chain, directory
         self._model, self._node = model, node
         state = config.state.expanduser()
         self._folder: Path = state / "pieces"
@@ -78,7 +78,7 @@ class Loading:
             room, mixed = await asyncio.to_thread(self._room, manifest), self._config.device != "auto"
             self._machine = await asyncio.to_thread(machine_for, manifest, memory, cache, room, mixed=mixed)
         machine, stacks = self._machine, stacks_of(manifest.layers, manifest.encoder_layers)
-        servers = await find_servers(self._chain, self._peers, self._model, self._node)
+        servers = await find_servers(self._chain, self._directory, self._model, self._node)
         supply = supply_of(servers, machine.rate)
         ranked = candidates(supply, stacks, machine)
         if at is not None:

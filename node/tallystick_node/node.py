@@ -105,7 +105,7 @@ class Node:
             presence = Presence(config, self.keys.node, self.keys.hot, chain, state, listening)
             stack.push_async_callback(presence.close)
             model_id = await asyncio.to_thread(find_model, chain, config.model)
-            loading = Loading(config, chain, presence.peers, model_id, self.keys.node)
+            loading = Loading(config, chain, presence.directory, model_id, self.keys.node)
             span: Span | None = await self._first_span(chain, loading, model_id)
             while span is not None:
                 span = await self._serve_span(span, chain, presence, loading, model_id, announce)

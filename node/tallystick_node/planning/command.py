@@ -11,6 +11,7 @@ from tallystick_node.planning.report import Plan
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.peer import Peers
+from tallystick_protocol.transport.directory import Directory
 from tallystick_protocol.types import ZERO_ADDRESS, Address
 
 
@@ -24,8 +25,9 @@ async def make_plan(config: NodeConfig) -> Plan:
     model = await asyncio.to_thread(find_model, chain, config.model)
     node = Address(config.node or ZERO_ADDRESS)
     peers = Peers()
+    directory = Directory(peers, chain.book.staking_domain, chain.node_of, chain.locate)
     try:
-        loading = Loading(config, chain, peers, model, node)
+        loading = Loading(config, chain, directory, model, node)
         record = await asyncio.to_thread(chain.node, node) if config.node else None
         at = record.span if record is not None and record.active and record.model == model else None
         return await loading.plan(at)

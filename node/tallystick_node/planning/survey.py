@@ -11,7 +11,7 @@ from statistics import median
 
 from tallystick_protocol.chain.reads import Chain, Serving
 from tallystick_protocol.errors import BadMessage, Unreachable
-from tallystick_protocol.peer import Peers
+from tallystick_protocol.transport.directory import Directory
 from tallystick_protocol.types import Address, ModelId, Span
 
 log = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ class Server:
     rows_per_s: float | None
 
 
-async def find_servers(chain: Chain, peers: Peers, model: ModelId, without: Address) -> list[Server]:
+async def find_servers(chain: Chain, directory: Directory, model: ModelId, without: Address) -> list[Server]:
     """Every other node of a model that answers and takes sessions."""
     serving = await asyncio.to_thread(chain.serving, model)
     gate = asyncio.Semaphore(ASKED_AT_ONCE)
-    found = await asyncio.gather(*(_ask(peers, entry, gate) for entry in serving if entry.record.node != without))
+    found = await asyncio.gather(*(_ask(directory, entry, gate) for entry in serving if entry.record.node != without))
     return [server for server in found if server is not None]
 
 
@@ -51,10 +51,10 @@ def supply_of(servers: Sequence[Server], ours: Callable[[Span], float]) -> dict[
     return supply
 
 
-async def _ask(peers: Peers, entry: Serving, gate: asyncio.Semaphore) -> Server | None:
+async def _ask(directory: Directory, entry: Serving, gate: asyncio.Semaphore) -> Server | None:
     try:
         async with gate:
-            status = (await peers.info(entry.contact)).get("status")
+            status = (await directory.info(entry.contact)).get("status")
     except (Unreachable, BadMessage) as error:
         log.debug("%s is not counted: %s", entry.record.node, error)
         return None

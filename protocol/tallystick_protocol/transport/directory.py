@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tallystick_protocol.errors import BadMessage, BadSignature, ChainError, Unreachable
 from tallystick_protocol.peer import Peers
@@ -100,6 +101,10 @@ class Directory:
         if first is None:
             raise Unreachable(f"the chain knows no address of {node}", hop=node)
         return await self.contact(first)
+
+    async def info(self, first: Contact) -> dict[str, Any]:
+        """`/v1/info` of a node that the chain describes. Raises Unreachable, BadMessage."""
+        return await self._peers.info(await self.contact(first))
 
     async def contact(self, first: Contact) -> Contact:
         """How to dial a node. first: what the chain says of it, or a setting.
