@@ -23,6 +23,7 @@ from harness import samples
 from tallystick.verdict import Verdict
 from tallystick_devnet.processes import Process, start
 from tallystick_node.config import ENV_PREFIX, NodeConfig
+from tallystick_node.relay.config import RELAY_PREFIX, RelayConfig
 from tallystick_node.scheduling.load import Meter
 from tallystick_node.server import _metrics, create_app
 from tallystick_protocol import errors
@@ -94,7 +95,7 @@ def test_the_vectors_of_the_page_are_right() -> None:
 
 
 def test_every_route_of_a_node_is_documented() -> None:
-    app = create_app(_nobody(), dict, bool, lambda _: None)  # type: ignore[arg-type, return-value]
+    app = create_app(_nobody(), dict, bool, lambda _: None, _nobody())  # type: ignore[arg-type, return-value]
     table = section(page("protocol.md"), "## 10. HTTP")
     assert not [route.path for route in app.routes if f" {route.path}`" not in table]  # type: ignore[attr-defined]
 
@@ -113,19 +114,27 @@ def test_every_field_of_a_verdict_is_documented() -> None:
 # -- docs/operating.md
 
 
-@pytest.mark.parametrize("name", NodeConfig.model_fields)
-def test_every_setting_is_documented_with_default_and_environment_name(name: str) -> None:
-    field = NodeConfig.model_fields[name]
+@pytest.mark.parametrize(
+    ("settings", "prefix", "where", "name"),
+    [
+        *((NodeConfig, ENV_PREFIX, "operating.md", name) for name in NodeConfig.model_fields),
+        *((RelayConfig, RELAY_PREFIX, "reachability.md", name) for name in RelayConfig.model_fields),
+    ],
+)
+def test_every_setting_is_documented_with_default_and_environment_name(
+    settings: type[NodeConfig] | type[RelayConfig], prefix: str, where: str, name: str
+) -> None:
+    field = settings.model_fields[name]
     default = str(field.get_default(call_default_factory=True, validated_data={}))
     shown = "required" if field.is_required() else "empty" if default in ("", "None") else default
-    assert f"| `{name}` | {shown} | `{ENV_PREFIX}{name.upper()}` |" in page("operating.md")
+    assert f"| `{name}` | {shown} | `{prefix}{name.upper()}` |" in page(where)
 
 
 @pytest.mark.parametrize(
     ("program", "parser", "known"),
     [
         ("tallystick", tallystick.cli._parser, set()),
-        ("tallystick-node", tallystick_node.cli._parser, set(NodeConfig.model_fields)),
+        ("tallystick-node", tallystick_node.cli._parser, {*NodeConfig.model_fields, *RelayConfig.model_fields}),
         ("tallystick-devnet", tallystick_devnet.cli._parser, set()),
     ],
 )
