@@ -43,6 +43,15 @@ def wanted_in(segment: Segment, part: Part) -> list[int]:
     return [row - part.first for row in rows if part.first <= row < part.last]
 
 
+def only_last(segments: Sequence[Segment], parts: list[Part], wanted: list[list[int]]) -> list[list[int]]:
+    """Of the wanted rows of each part those that are the last of their segment."""
+    ends = [len(segments[part.segment]) == part.last for part in parts]
+    return [
+        rows[-1:] if end and rows[-1:] == [len(part) - 1] else []
+        for rows, end, part in zip(wanted, ends, parts, strict=True)
+    ]
+
+
 def offset_rows(parts: list[Part], wanted: list[list[int]]) -> list[int]:
     flat, offset = [], 0
     for part, rows in zip(parts, wanted, strict=True):

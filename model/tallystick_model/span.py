@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,9 +18,10 @@ from tallystick_model.canonical.scopes import CanonicalOperators
 from tallystick_model.canonical.tiles import R
 from tallystick_model.devices import CPU, Placement, moved
 from tallystick_model.ghosts import Leave, Passage
+from tallystick_model.plans import Key, Plan, write_plans
 from tallystick_model.probe import ordinary_id
 from tallystick_model.replay import ReplayCache
-from tallystick_model.segments import Cache, Segment, cut, offset_rows, place, token_types_of, wanted_in
+from tallystick_model.segments import Cache, Segment, cut, offset_rows, only_last, place, token_types_of, wanted_in
 from tallystick_model.skeleton import Skeleton, arguments_of
 from tallystick_model.stock import StockCache
 from tallystick_model.streams import pack_rows, unpack_rows
@@ -36,6 +37,7 @@ class Spliced:
     """A skeleton with a span spliced in and its weights in place.
 
     rules: the canonical ones, if any; operators: the scope of those that the model's own forward calls.
+    plans: for spans of it, how their forwards were written down.
     """
 
     skeleton: Skeleton
@@ -43,6 +45,7 @@ class Spliced:
     passage: Passage
     rules: Canonical | None
     operators: CanonicalOperators | None
+    plans: dict[Span, dict[Key, Plan]] = field(default_factory=dict)
 
 
 class SpanModel:
@@ -66,6 +69,7 @@ class SpanModel:
         self._leaving = anatomy.crossing(span.end, self._stack_number)
         self._ordinary_id = ordinary_id(spliced.skeleton.config)
         self._packs = spliced.rules is not None and spliced.rules.packs
+        self._plans = spliced.plans.setdefault(span, {})
         shapes = {index: spliced.anatomy.layers[index].attention for index in range(span.start, span.end)}
         self._cache_shapes = {
             index: CacheShape(plan.groups, plan.key_dim, plan.value_dim) for index, plan in shapes.items() if plan
@@ -151,6 +155,19 @@ class SpanModel:
                     _roll_back(segment.cache, length)
             raise
 
+    def prepare(self) -> bool:
+        """Write the span's forward down as plans (`plans.py`): the same bits with fewer calls. Says whether it can be.
+
+        Computes a few hundred rows. Without plans the model's own forward goes on to run.
+        """
+        self._plans.clear()
+        if self._packs and not self._spliced.passage.spread:
+            with flushing_denormals(), torch.inference_mode():
+                found = write_plans(self)
+            self._plans.clear()
+            self._plans |= found
+        return bool(self._plans)
+
     def rows_between(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
         """The hidden rows that enter the span's first layer and those that leave its last one, before any head.
 
@@ -213,10 +230,8 @@ class SpanModel:
             for parts in self._calls(segments):
                 rowwise = output in ("logits", "scores", "label")
                 wanted = [wanted_in(segments[part.segment], part) for part in parts] if rowwise else None
-                if wanted is not None and output == "label":  # of the last row alone
-                    last = [len(segments[part.segment]) == part.last for part in parts]
-                    wanted = [rows[-1:] if end and rows[-1:] == [len(part) - 1] else []
-                              for rows, end, part in zip(wanted, last, parts, strict=True)]  # fmt: skip
+                if wanted is not None and output == "label":
+                    wanted = only_last(segments, parts, wanted)
                 done = self._call(segments, parts, wanted, stop)
                 if entered is not None:
                     seen = moved(self._spliced.passage.entered, CPU)  # behind ids, the hidden state alone
@@ -260,9 +275,13 @@ class SpanModel:
         if rules is not None and rules.packs:
             rules.batch.begin(place(segments, parts))
             rules.selection[:] = [torch.tensor(flat)] if flat else []
+        plan = None if stop else self._plans.get((passage.stop, *inputs))
         try:
-            with spliced.operators or nullcontext():
-                output = self.run_model(inputs, num_rows, cache)
+            if plan is not None:
+                output = plan.run([*inputs.values(), *(passage.received or ())], num_rows, len(flat))
+            else:
+                with spliced.operators or nullcontext():
+                    output = self.run_model(inputs, num_rows, cache)
         except Leave as leave:
             if wanted is not None:
                 return [torch.zeros(0, self._output_width()) for _ in parts]

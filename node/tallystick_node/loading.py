@@ -175,7 +175,9 @@ class Loading:
         config = self._config
         if config.tensor_parallel > 1:
             return load_parallel(manifest, span, open_piece, config.tensor_parallel, config.threads)
-        return load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
+        model = load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
+        model.prepare()
+        return model
 
     async def _pieces(self) -> Pieces:
         serving = await asyncio.to_thread(self._chain.serving, self._model)

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.masks import Mask, recognise
+from tallystick_model.canonical.recording import Traits, whole
 from tallystick_model.canonical.tiles import R, Scores, attend, folded
 
 NAME = "tallystick"
@@ -128,7 +129,21 @@ class TiledSeat:
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, arguments: dict[str, Any]
     ) -> torch.Tensor:
-        form = Scores(arguments.get("scaling"), arguments.get("softcap"), arguments.get("s_aux"))
+        form = arguments.get("scaling"), arguments.get("softcap"), arguments.get("s_aux")
+        out: torch.Tensor = self._attend(query, key, value, *form)
+        return out
+
+    @whole(Traits(effect=True))
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        form = Scores(scale, softcap, sinks)
         heads, groups, dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
         folds = folded(heads, groups, dim, value_dim, form)
         batch = self._batch

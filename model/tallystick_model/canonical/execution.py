@@ -17,6 +17,7 @@ from tallystick_model.canonical.attention import TiledSeat, attend_with, use_tal
 from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.experts import is_experts, pack_experts, use_tallystick_experts
 from tallystick_model.canonical.kernels import BlockwiseActivation, CanonicalLinear
+from tallystick_model.canonical.recording import Traits, whole
 from tallystick_model.canonical.scopes import CanonicalOperators, CanonicalScope
 from tallystick_model.skeleton import Skeleton, configs_of
 from tallystick_protocol.manifest import Numerics
@@ -107,9 +108,14 @@ class Selecting(nn.Module):
         self.__dict__["selection"] = selection
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        chosen: list[torch.Tensor] = self.__dict__["selection"]
-        out: torch.Tensor = self.inner(x[:, chosen[0]] if chosen else x)
+        out: torch.Tensor = self.inner(_chosen(self, x))
         return out
+
+
+@whole(Traits(varies=True))
+def _chosen(head: Selecting, x: torch.Tensor) -> torch.Tensor:
+    selection: list[torch.Tensor] = head.__dict__["selection"]
+    return x[:, selection[0]] if selection else x
 
 
 class RoundedEmbedding(nn.Module):

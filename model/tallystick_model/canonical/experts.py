@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from tallystick_model.canonical.kernels import CanonicalLinear
+from tallystick_model.canonical.recording import whole
 from tallystick_protocol.manifest import Numerics
 
 NAME = "tallystick"
@@ -60,6 +61,7 @@ def _packed(module: Any, name: str, numerics: Numerics) -> list[CanonicalLinear]
     ]  # fmt: skip
 
 
+@whole()
 def _experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> torch.Tensor:
     """hidden (n, width), experts (n, k) that each row goes to and their shares (n, k) -> (n, width)."""
     products: ExpertProducts = module.__dict__["tallystick_experts"]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
+from tallystick_model.canonical.recording import Traits, whole
 from tallystick_protocol.manifest import Numerics
 
 MAX_ROWS = 256
@@ -53,6 +55,16 @@ def flushing_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(before)
+
+
+def _direct_product(linear: CanonicalLinear, x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
+    """The packed product alone, where rows need be neither repeated nor cut."""
+    if not (linear.packed and x.is_contiguous() and MIN_ROWS <= x.numel() // linear.in_features <= MAX_ROWS):
+        return None
+    product, weight, bias = torch.ops.mkldnn._linear_pointwise.default, linear.weight, linear.bias
+    if linear.rounds:
+        return lambda x: product(x.bfloat16(), weight, bias, "none", [], "").float(), 1
+    return lambda x: product(x, weight, bias, "none", [], ""), 1
 
 
 class CanonicalLinear(nn.Module):
@@ -95,6 +107,7 @@ class CanonicalLinear(nn.Module):
         weight = weight.t().contiguous() if type(module) is Conv1D else weight
         return CanonicalLinear(weight, bias, numerics=numerics)
 
+    @whole(Traits(direct=_direct_product))
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
         if self.rounds:
@@ -132,6 +145,14 @@ def packed_operators_hold(numerics: Numerics = "fp32") -> bool:
         return False
 
 
+def _direct_function(function: Callable[..., Any], x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
+    """The function alone, where its argument is one block."""
+    if not x.is_contiguous() or x.numel() % LANES or x.numel() > BLOCK:
+        return None
+    return (function.forward if isinstance(function, nn.Module) else function), 1
+
+
+@whole(Traits(direct=_direct_function))
 def in_blocks(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """function(x) for an elementwise function, every element computed by the vectorised loop."""
     flat = x.reshape(-1)

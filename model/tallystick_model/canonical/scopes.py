@@ -6,6 +6,7 @@ module's, fp32 in every numerics.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,20 @@ _WHOLE = frozenset(
      "linear", "dropout", "expand_as", "view_as", "type_as", "repeat_interleave", "scaled_dot_product_attention"}
 )  # fmt: skip
 """Composite operators that are left whole: they hold nothing elementwise that is vectorised."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """An elementwise operator and its arguments behind the first; calls with the same ones are the same function."""
+
+    operator: Any
+    rest: tuple[Any, ...]
+    named: tuple[tuple[str, Any], ...]
+
+    def __call__(self, block: torch.Tensor) -> torch.Tensor:
+        out = self.operator(block.clone(), *self.rest, **dict(self.named))
+        first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return first
 
 
 class CanonicalOperators(TorchDispatchMode):
@@ -40,7 +55,7 @@ class CanonicalOperators(TorchDispatchMode):
         if name.rstrip("_") in BLOCKWISE:
             if not isinstance(args[0], torch.Tensor) or _has_tensor(args[1:]) or not args[0].is_floating_point():
                 return func(*args, **kwargs)
-            out = in_blocks(lambda block: _first(func(block.clone(), *args[1:], **kwargs)), args[0])
+            out = in_blocks(_Applied(func, tuple(args[1:]), tuple(kwargs.items())), args[0])
             return args[0].copy_(out) if name.endswith("_") else out
         if name in PRODUCTS and self._is_weight(args[PRODUCTS[name]]):
             return self._product(name, args)
@@ -93,8 +108,3 @@ def _decomposes(func: Any) -> bool:
 
 def _has_tensor(values: Any) -> bool:
     return any(isinstance(value, torch.Tensor) for value in values)
-
-
-def _first(out: Any) -> torch.Tensor:
-    first: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return first

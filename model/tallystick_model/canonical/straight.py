@@ -1,0 +1,335 @@
+"""A recording at one number of rows as a straight list of calls: the same operators on the same values, without those
+whose result is known, is there already, or is needed by nobody, and with every view taken in one cut.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_unflatten
+
+from tallystick_model.canonical.recording import Step, Value
+
+Registers = list[Any]
+Values = dict[int, torch.Tensor]
+
+
+@dataclass(slots=True)
+class Learnt:
+    """What one run told of every value.
+
+    forms: its shape, strides and dtype, as a tensor without memory; offsets: where it begins in its memory; owners: the
+    value whose memory it lies in (itself, or one that was made before; None for an input's); known: those that depend
+    on no input; varying: those of another size from call to call.
+    """
+
+    forms: Values = field(default_factory=dict)
+    offsets: dict[int, int] = field(default_factory=dict)
+    owners: dict[int, int | None] = field(default_factory=dict)
+    known: Values = field(default_factory=dict)
+    varying: set[int] = field(default_factory=set)
+
+    def note(self, number: int, value: torch.Tensor, owner: int | None) -> None:
+        form = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+        self.forms[number], self.offsets[number], self.owners[number] = form, value.storage_offset(), owner
+
+    def begins_its_memory(self, number: int) -> bool:
+        """Whether cuts of its memory are cuts of it, at every call."""
+        return self.forms[number].is_contiguous() and self.offsets[number] == 0 and number not in self.varying
+
+
+class _Memory:
+    """Whose memory values lie in, while they are alive."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, int | None] = {}
+        self._users: Counter[int] = Counter()
+
+    def add(self, value: torch.Tensor, owner: int | None) -> int | None:
+        """The owner of its memory: the given one, unless it lies in another's."""
+        pointer = value.untyped_storage().data_ptr()
+        self._users[pointer] += 1
+        return self._owners.setdefault(pointer, owner)
+
+    def drop(self, value: torch.Tensor) -> None:
+        pointer = value.untyped_storage().data_ptr()
+        self._users[pointer] -= 1
+        if not self._users[pointer]:
+            del self._owners[pointer]
+
+
+def run_through(steps: Sequence[Step], inputs: Values, results: list[int]) -> tuple[list[torch.Tensor], Learnt]:
+    """Run steps as they were written down, letting go of values after their last use; the results, and what was learnt.
+
+    Raises nothing of its own; a step's error leaves nothing behind.
+    """
+    learnt, memory, values = Learnt(), _Memory(), dict(inputs)
+    last = dict.fromkeys(results, len(steps)) | dict.fromkeys(inputs, len(steps))
+    for at in reversed(range(len(steps))):
+        for number in [*_taken(steps[at].leaves), *steps[at].outs]:
+            last.setdefault(number, at)
+    for number, value in inputs.items():
+        learnt.note(number, value, memory.add(value, None))
+    for at, step in enumerate(steps):
+        leaves = [values[leaf.number] if isinstance(leaf, Value) else leaf for leaf in step.leaves]
+        args, kwargs = tree_unflatten(leaves, step.spec)
+        out = step.function(*args, **kwargs)
+        taken, traits = _taken(step.leaves), step.traits
+        varies = (traits is not None and traits.varies) or any(number in learnt.varying for number in taken)
+        fixed = all(number in learnt.known for number in taken) and not varies and not (traits and traits.effect)
+        for number, made in zip(step.outs, out if step.many else [out], strict=True):
+            if number in values:
+                continue  # it returned what it was given
+            values[number] = made
+            learnt.note(number, made, memory.add(made, number))
+            if varies:
+                learnt.varying.add(number)
+            if fixed:
+                learnt.known[number] = made
+        for number in {*taken, *step.outs}:
+            if last[number] == at:
+                value = values.pop(number)
+                if number not in learnt.known:
+                    memory.drop(value)
+    return [values[number] for number in results], learnt
+
+
+def _taken(leaves: Sequence[Any]) -> list[int]:
+    return [leaf.number for leaf in leaves if isinstance(leaf, Value)]
+
+
+class Straight:
+    """Calls that work on numbered registers. Not for several threads at once."""
+
+    def __init__(
+        self, calls: list[Callable[[Registers], None]], size: int, inputs: list[int], results: list[Any]
+    ) -> None:
+        """inputs: the registers they are put into (-1 for nowhere); results: registers, or tensors that are known."""
+        self._calls, self._blank, self._inputs, self._results = calls, [None] * size, inputs, results
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        registers: Registers = self._blank.copy()
+        for at, tensor in zip(self._inputs, inputs, strict=True):
+            if at >= 0:
+                registers[at] = tensor
+        for call in self._calls:
+            call(registers)
+        return [registers[result] if isinstance(result, int) else result for result in self._results]
+
+
+def straighten(steps: Sequence[Step], learnt: Learnt, inputs: list[int], results: list[int]) -> Straight:
+    """learnt: by `run_through`."""
+    plan = _Plan(learnt, inputs)
+    for step in steps:
+        plan.add(step)
+    return _bound(plan.needed(results), plan, inputs, results)
+
+
+class _Plan:
+    """Steps that remain. same: {value: the earlier value that it is}."""
+
+    def __init__(self, learnt: Learnt, inputs: list[int]) -> None:
+        self.learnt = learnt
+        self.same: dict[int, int] = {}
+        self.steps: list[Step] = []
+        self._made = set(inputs)
+        self._seen: dict[Any, list[int]] = {}
+
+    def resolve(self, number: int) -> int:
+        return self.same.get(number, number)
+
+    def add(self, step: Step) -> None:
+        if all(number in self._made for number in step.outs):
+            return  # it returned what it was given
+        self._made.update(step.outs)
+        if all(number in self.learnt.known for number in step.outs):
+            return
+        leaves = [self._leaf(leaf) for leaf in step.leaves]
+        effect = step.traits is not None and step.traits.effect
+        key = (step.function, step.spec, *(_identity(leaf) for leaf in leaves))
+        if not effect and key in self._seen:
+            self.same |= dict(zip(step.outs, self._seen[key], strict=True))
+            return
+        self._seen[key] = step.outs
+        kept = Step(step.function, leaves, step.spec, step.outs, step.many, step.traits)
+        if any(number in self.learnt.varying for number in step.outs):
+            self.steps.append(kept)
+        elif step.traits is not None:
+            self.steps.append(self._directly(kept))
+        elif not self._cut(step.outs):
+            self.steps.append(kept)
+
+    def _leaf(self, leaf: Any) -> Any:
+        if not isinstance(leaf, Value):
+            return leaf
+        number = self.resolve(leaf.number)
+        known = self.learnt.known.get(number)
+        return Value(number) if known is None else known
+
+    def _cut(self, outs: list[int]) -> bool:
+        """Take views of what an earlier step made straight from there; False where an output is not such a view."""
+        learnt = self.learnt
+        for number in outs:
+            owner = learnt.owners[number]
+            if owner is None or owner == number or not learnt.begins_its_memory(owner):
+                return False
+            if learnt.forms[number].dtype != learnt.forms[owner].dtype:
+                return False
+        for number in outs:
+            owner = self.resolve(learnt.owners[number])  # type: ignore[arg-type]
+            form, held, offset = learnt.forms[number], learnt.forms[owner], learnt.offsets[number]
+            if form.shape == held.shape and form.stride() == held.stride() and offset == 0:
+                self.same[number] = owner
+            else:
+                where = (tuple(form.shape), form.stride(), offset)
+                self.steps.append(_step(torch.as_strided, [Value(owner), *where], [number]))
+        return True
+
+    def _directly(self, step: Step) -> Step:
+        """The step, or what serves for it at these shapes."""
+        if step.traits is None or step.traits.direct is None:
+            return step
+        given = [self.learnt.forms[leaf.number] if isinstance(leaf, Value) else leaf for leaf in step.leaves]
+        found = step.traits.direct(*given)
+        return step if found is None else _step(found[0], step.leaves[-found[1] :], step.outs)
+
+    def needed(self, results: list[int]) -> list[Step]:
+        """The steps that results, or effects, need."""
+        wanted = {self.resolve(number) for number in results}
+        kept = []
+        for step in reversed(self.steps):
+            if (step.traits and step.traits.effect) or any(number in wanted for number in step.outs):
+                kept.append(step)
+                wanted.update(_taken(step.leaves))
+        return kept[::-1]
+
+
+def _step(function: Callable[..., Any], args: list[Any], outs: list[int]) -> Step:
+    """A step whose arguments are plain ones."""
+    return Step(function, args, None, outs, False, None)
+
+
+def _identity(leaf: Any) -> Any:
+    if isinstance(leaf, Value):
+        return leaf
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return id(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf)
+
+
+def _bound(steps: list[Step], plan: _Plan, inputs: list[int], results: list[int]) -> Straight:
+    """Give every value a register until its last use, and every step its registers and constants."""
+    last: dict[int, int] = {}
+    for at, step in enumerate(steps):
+        last |= dict.fromkeys(_taken(step.leaves), at)
+    last |= {plan.resolve(number): len(steps) for number in results}
+    where: dict[int, int] = {}
+    free: list[int] = []
+    size = 0
+
+    def register(number: int) -> int:
+        nonlocal size
+        if free:
+            where[number] = free.pop()
+        else:
+            where[number] = size
+            size += 1
+        return where[number]
+
+    entering = [register(number) if number in last else -1 for number in inputs]
+    calls = []
+    for at, step in enumerate(steps):
+        taken = set(_taken(step.leaves))
+        leaves = [Value(where[leaf.number]) if isinstance(leaf, Value) else leaf for leaf in step.leaves]
+        free += [where[number] for number in taken if last[number] == at]
+        outs = [register(number) for number in step.outs]
+        free += [where[number] for number in step.outs if number not in last]
+        calls.append(_call(step, leaves, outs))
+    known = plan.learnt.known
+    found = [known[number] if (number := plan.resolve(n)) in known else where[number] for n in results]
+    return Straight(calls, size, entering, found)
+
+
+def _call(step: Step, leaves: list[Any], outs: list[int]) -> Callable[[Registers], None]:
+    args, kwargs = (leaves, {}) if step.spec is None else tree_unflatten(leaves, step.spec)
+    function = _quick(step.function)
+    if kwargs and not any(isinstance(value, Value) for value in kwargs.values()):
+        function, kwargs = partial(function, **kwargs), {}
+    out = outs[0]
+    if not kwargs and not step.many:
+        takes = [at for at, arg in enumerate(args) if isinstance(arg, Value)]
+        nested = any(isinstance(arg, tuple | list) and _holds_value(arg) for arg in args)
+        if not nested and takes == [0]:
+            return _unary(function, args[0].number, tuple(args[1:]), out)
+        if not nested and takes == [0, 1] and len(args) == 2:
+            return _binary(function, args[0].number, args[1].number, out)
+        if not nested and takes == [1] and len(args) == 2:
+            return _unary(partial(function, args[0]), args[1].number, (), out)
+    makers = [_maker(arg) for arg in args]
+    named = {name: _maker(value) for name, value in kwargs.items()}
+
+    def call(registers: Registers) -> None:
+        made = function(*[make(registers) for make in makers], **{key: make(registers) for key, make in named.items()})
+        if step.many:
+            for at, tensor in zip(outs, made, strict=True):
+                registers[at] = tensor
+        else:
+            registers[out] = made
+
+    return call
+
+
+def _unary(function: Callable[..., Any], one: int, rest: tuple[Any, ...], out: int) -> Callable[[Registers], None]:
+    def call(registers: Registers) -> None:
+        registers[out] = function(registers[one], *rest)
+
+    return call
+
+
+def _binary(function: Callable[..., Any], one: int, other: int, out: int) -> Callable[[Registers], None]:
+    def call(registers: Registers) -> None:
+        registers[out] = function(registers[one], registers[other])
+
+    return call
+
+
+def _holds_value(arg: Any) -> bool:
+    return isinstance(arg, Value) or (isinstance(arg, tuple | list) and any(_holds_value(one) for one in arg))
+
+
+def _maker(arg: Any) -> Callable[[Registers], Any]:
+    """What an argument is, given the registers."""
+    if isinstance(arg, Value):
+        number = arg.number
+        return lambda registers: registers[number]
+    if isinstance(arg, tuple | list) and _holds_value(arg):
+        kind, makers = type(arg), [_maker(one) for one in arg]
+        return lambda registers: kind(make(registers) for make in makers)
+    return lambda registers: arg
+
+
+def _quick(function: Any) -> Callable[..., Any]:
+    """torch's own binding of an ATen operator, which is called faster than the operator's object, if there is one."""
+    if not isinstance(function, torch._ops.OpOverload):
+        return function  # type: ignore[no-any-return]
+    name = function._schema.name.partition("::")[2]
+    bound = getattr(torch, name, None) if function.namespace == "aten" else None
+    return bound if callable(bound) and name in _PLAIN else function
+
+
+_SAME = """
+    add sub mul div neg abs rsqrt sqrt reciprocal square pow mean sum cat embedding matmul mm bmm softmax clamp where
+    transpose unsqueeze select permute narrow layer_norm rms_norm cos sin tanh exp maximum minimum
+"""
+_PLAIN = frozenset(_SAME.split())
+"""Operators whose bindings take what their objects take."""
