@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--speculate", default="off", metavar="off|auto|lookup|FOLDER", help="draft ahead, with the model in FOLDER"
     )
+    generate.add_argument("--mode", choices=["pipeline", "ring", "auto"], default="pipeline", help="who chooses tokens")
     generate.add_argument("--json", action="store_true", help="end with one JSON object")
     generate.set_defaults(command=_generate)
 
@@ -182,6 +183,7 @@ async def _generate(options: argparse.Namespace) -> int:
             sampling=sampling,
             verify=options.verify,
             speculate=named(options.speculate),
+            mode=options.mode,
         )
         print(options.prompt, end="", flush=True)
         async for event in stream:
