@@ -181,7 +181,7 @@ def _options(parser: argparse.ArgumentParser, known: set[str]) -> Iterator[str]:
 class _Nobody:
     """What an app asks of the sessions before it serves any."""
 
-    counters = SimpleNamespace(opened=0, refused=0, rows=0)
+    counters = SimpleNamespace(opened=0, refused=0, rows=0, reused=0)
     reserved_bytes = 0
     cache_usage = 0.0
     meter = Meter()

@@ -168,7 +168,7 @@ class Node:
                 lookups=lookups,
                 clock=time.time,
             )
-            limits = Limits(config.cache_bytes, config.max_sessions, config.lease_s)
+            limits = Limits(config.cache_bytes, config.max_sessions, config.lease_s, config.keep_prefix_s)
             sessions = Sessions(shop, self.keys.hot, self._offers, limits)
             self._rows_per_s = loading.rate(span)
             self._offers.clear()

@@ -1052,6 +1052,7 @@ async def test_metrics_have_the_documented_names_and_no_secrets(running: Running
         "tallystick_num_requests_running",
         "tallystick_num_requests_waiting",
         "tallystick_kv_cache_usage_perc",
+        "tallystick_prefix_cache_hits_total",
         "tallystick_iterations_total",
         "tallystick_iteration_tokens_total",
         "tallystick_iteration_seconds_total",

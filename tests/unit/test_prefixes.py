@@ -22,7 +22,7 @@ def name(number: int) -> SessionId:
 def source(number: int, rows: int = 40, cache: Any = "its rows") -> Source:
     record = Record(one_shot=False)
     record.append([b"in"] * rows, [b"out"] * rows, [False] * rows)
-    return Source(name(number), ZERO_ADDRESS, Span(0, 2), 8, Side(), cache, record, rows, asyncio.Lock())
+    return Source(name(number), ZERO_ADDRESS, Span(0, 2), (8, "f32"), Side(), cache, record, rows, asyncio.Lock())
 
 
 class Hands:

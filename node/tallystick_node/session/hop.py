@@ -24,6 +24,7 @@ from tallystick_node.session.billing import Billing
 from tallystick_node.session.control import Commands, Control, told
 from tallystick_node.session.downstream import Downstream, result_frames
 from tallystick_node.session.inbox import Inbox
+from tallystick_node.session.kept import FORKS_PER_ROW, FREE_FORKS, Source
 from tallystick_node.session.links import Dialler
 from tallystick_node.session.memory import Memory
 from tallystick_node.session.passes import Passes
@@ -65,7 +66,6 @@ from tallystick_protocol.wire import DTYPES, Wire
 log = logging.getLogger(__name__)
 
 MEMORY_TIMEOUT_S = 30.0
-FREE_FORKS, FORKS_PER_ROW = 64, 2
 QUEUED_COMMANDS = 64
 IDLE_TIMEOUT_S = 600.0
 WATCH_EVERY_S = 5.0
@@ -103,10 +103,10 @@ class Hop:
         control: Control,
         epoch: int,
         wire: Wire,
-        find: Callable[[SessionId], Hop | None],
+        find: Callable[[SessionId], Source | None],
         reserve: Callable[[int], None],
     ) -> None:
-        """epoch: the one that the session is in where it is open already. find: another session that is open here.
+        """epoch: the one that the session is in where it is open already. find: what another session holds or held.
 
         reserve: takes so many more bytes, or raises Overloaded.
         """
@@ -124,6 +124,9 @@ class Hop:
         self._cache = None if self._memory is not None else model.new_cache(opened.max_length)
         self._remembers = asyncio.Event()
         self._computed = self._forks = 0
+        self.reused = 0  # rows that were taken over
+        self.continues: SessionId | None = None  # the session all of whose rows were taken over
+        self.has_parted = False  # whether it was closed in order, and has computed nothing since
         self._one_shot = not manifest.is_causal(model.span)
         window = charge(model.span, manifest.layers, shop.price, WINDOW)
         self._billing = Billing(
@@ -185,6 +188,21 @@ class Hop:
     def rewinds(self) -> bool:
         """Whether rows can be taken back one by one: not out of a recurrent state, nor of a sequence taken at once."""
         return not self._one_shot and not (isinstance(self._cache, StockCache) and self._cache.recurrent)
+
+    @property
+    def source(self) -> Source:
+        """What another session may go on from."""
+        return Source(
+            self.id,
+            self.client,
+            self._model.span,
+            self._rows.form,
+            self._windows.side,
+            None if self._one_shot else self._cache,
+            self._record,
+            self._computed,
+            self._moving,
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -433,6 +451,7 @@ class Hop:
             if epoch != self._inbox.epoch:
                 self._billing.refund(cost)
                 return
+            self.has_parted = False
             try:
                 segment = self._rows.segment(self._cache, start, rows, want, types)
                 result = await shop.engine.forward(segment, self.client, model=model)
@@ -518,14 +537,20 @@ class Hop:
         async with self._moving:
             await self._rewind(frame, min(frame.position, len(self._record)))
 
-    async def _rewind(self, frame: Frame, length: int, source: Hop | None = None, last: int = 0) -> None:
+    async def _rewind(self, frame: Frame, length: int, source: Source | None = None, last: int = 0) -> None:
         """Keep `length` rows, then take [length, last) of `source`; the next hop hears of a crop. Holds _moving.
 
         Nothing is signed until the client has heard that it is done: it drops every receipt that came before.
         """
+        self.has_parted = False
+        if length < self.reused:
+            self.continues = None
         async with self._signing:
             try:
-                self._rewind_cache(length, source, last)
+                if source is None:
+                    self._rewind_cache(length)
+                else:  # copying takes its time
+                    await asyncio.to_thread(self._rewind_cache, length, source, last)
             except CannotForget as error:
                 raise BadPosition(str(error)) from None
             self._record.crop(length)
@@ -535,48 +560,50 @@ class Hop:
             self._ring.disarm()
             self._fed_by.crop(length)
             if source is not None:
-                self._record.take(source._record, length, last)
+                self._record.take(source.record, length, last)
             epoch = take(frame.body, "epoch", int)
             await self._downstream.enter(epoch, frame.position)
             self._inbox.enter(epoch)
             self._billing.wake()  # a step that waited for a voucher is void now
             await self._commands.done(frame)
 
-    def _rewind_cache(self, length: int, source: Hop | None, last: int) -> None:
+    def _rewind_cache(self, length: int, source: Source | None = None, last: int = 0) -> None:
         """Raises CannotForget, and then has changed nothing."""
         if self._cache is None:
             return
         if source is None or isinstance(self._cache, KvCache):
             self._cache.crop(length)
         if source is not None:
-            theirs: Any = source._cache  # of the same span, so of the same class
-            self._cache.take(theirs, length, last)
+            self._cache.take(source.cache, length, last)  # of the same span, so of the same class
 
     async def _on_fork(self, frame: Frame) -> None:
-        """Go on from another session of this client: its rows [frame.position, to) replace ours from there on.
+        """Go on from another session of this client, open or kept: its rows [frame.position, to) replace ours.
 
         Nothing is computed, so nothing is charged; the receipts that follow say what is true of these rows here, too.
         """
         source = self._find(SessionId(take(frame.body, "from", bytes)))
         first, last = frame.position, take(frame.body, "to", int)
-        if source is None or source is self or source.client != self.client:
-            raise SessionUnknown("no other session of yours with that id is open here")
-        if self._forks >= FREE_FORKS + FORKS_PER_ROW * self._computed:
+        if source is None or source.id == self.id or source.client != self.client:
+            raise SessionUnknown("no other session of yours with that id is open or kept here")
+        if source.is_spent or self._forks >= FREE_FORKS + FORKS_PER_ROW * self._computed:
             raise Rejected("more forks than this session has computed rows for: each is signed, none is paid")
-        same = source._windows.side == self._windows.side and source._rows.form == self._rows.form
-        same = same and source._model.span == self._model.span
-        if self._one_shot or self._cache is None or source._cache is None or not same:
+        same = source.side == self._windows.side and source.form == self._rows.form
+        same = same and source.span == self._model.span
+        if self._one_shot or self._cache is None or source.cache is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
-        early, late = sorted((self, source), key=lambda hop: hop.id)
-        async with early._moving, late._moving:
-            if not 0 <= first <= last <= len(source._record) or first > len(self._record):
-                raise BadPosition(f"rows [{first}, {last}) are not there to be taken", expected=len(source._record))
+        early, late = sorted((self.source, source), key=lambda one: one.id)
+        async with early.moving, late.moving:
+            if not 0 <= first <= last <= len(source.record) or first > len(self._record):
+                raise BadPosition(f"rows [{first}, {last}) are not there to be taken", expected=len(source.record))
             self._check_length(last)
-            if not self._record.shares(source._record, first):
+            if not self._record.shares(source.record, first):
                 raise BadPosition(f"the two sessions differ before position {first}")
-            self._make_room(self._record.bytes_of(0, first) + source._record.bytes_of(first, last))
+            self._make_room(self._record.bytes_of(0, first) + source.record.bytes_of(first, last))
             await self._rewind(frame, first, source, last)
             self._forks += 1
+            source.forks += 1
+            self.reused += last - first
+            self.continues = source.id if last == len(source.record) else None
 
     async def _on_memory(self, frame: Frame) -> None:
         """The encoder's last hidden states, which a decoder attends to: before the first step, in one frame or more."""
@@ -634,9 +661,11 @@ class Hop:
 
     async def _on_close(self, _: Frame) -> None:
         """Sign what is left. When this is done, every voucher sent before it has been taken."""
-        self._windows.flush(len(self._record))
-        async with self._signing:
-            await self._sign_due()
+        async with self._moving:
+            self._windows.flush(len(self._record))
+            async with self._signing:
+                await self._sign_due()
+            self.has_parted = True
 
     # -- the next hop
 

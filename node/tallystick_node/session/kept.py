@@ -21,13 +21,13 @@ FREE_FORKS, FORKS_PER_ROW = 64, 2
 class Source:
     """What a session holds that another one may go on from. `moving` is held while it changes or is copied.
 
-    computed: rows that were computed, and paid, in this very session.
+    form: what `RowFormat.form` says of its rows; computed: rows that were computed, and paid, in this very session.
     """
 
     id: SessionId
     client: Address
     span: Span
-    top_k: int
+    form: Any
     side: Side
     cache: Any
     record: Record

@@ -12,6 +12,7 @@ from tallystick_node.session.admission import Admission
 from tallystick_node.session.control import Control
 from tallystick_node.session.hop import Hop, Shop
 from tallystick_node.session.inbox import MAX_EPOCH
+from tallystick_node.session.kept import KeptRows, Source
 from tallystick_node.session.rows import RowFormat
 from tallystick_protocol.errors import (
     BadMessage,
@@ -55,16 +56,18 @@ class Counters:
     opened: int = 0
     refused: int = 0
     rows: int = 0
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """cache_bytes: what all caches together may take. lease_s: how long a session waits for a client that lost its
-    connection."""
+    connection. keep_prefix_s: how long the rows of a session that ended in order are kept."""
 
     cache_bytes: int
     max_sessions: int
     lease_s: float
+    keep_prefix_s: float = 0.0
 
 
 class Sessions:
@@ -79,8 +82,9 @@ class Sessions:
         self._hops: dict[SessionId, Hop] = {}
         engine = shop.engine
         self._admission = Admission(
-            engine.model, limits.cache_bytes, limits.max_sessions, lambda: engine.retry_after_s
+            engine.model, limits.cache_bytes, limits.max_sessions, lambda: engine.retry_after_s, self._evict
         )
+        self._kept = KeptRows(limits.keep_prefix_s, self._admission.close)
         self.counters = Counters()
         self.draining = False
 
@@ -138,9 +142,28 @@ class Sessions:
             self._shop.sessions[opened.client] -= 1
             if not self._shop.sessions[opened.client]:
                 del self._shop.sessions[opened.client]
-            self._admission.close(session)
+            self._part_with(hop)
             self.counters.rows += hop.position
+            self.counters.reused += hop.reused
             log.info("session %s ended after %d rows", session.hex()[:12], hop.position)
+
+    def _part_with(self, hop: Hop) -> None:
+        """A session has ended: keep what it holds for the client's next ones, or free what it took."""
+        if not hop.has_parted or self.draining or not self._kept.keep(hop.source):
+            self._admission.close(hop.id)
+            return
+        self._admission.spare(hop.id)
+        if hop.continues is not None:
+            self._kept.drop(hop.continues)
+        asyncio.get_running_loop().call_later(self._limits.keep_prefix_s, self._kept.expire)
+
+    def _evict(self) -> bool:
+        return self._kept.evict()
+
+    def _find(self, session: SessionId) -> Source | None:
+        """What a session holds, or held when it ended."""
+        hop = self._hops.get(session)
+        return self._kept.find(session) if hop is None else hop.source
 
     async def serve_push(self, channel: Channel, first: Frame) -> None:
         """A connection whose first frame is PUSH_OPEN, from the hop that the client named as the previous one."""
@@ -235,7 +258,7 @@ class Sessions:
             self.counters.refused += 1
             raise
         reserve = partial(self._admission.take_more, session)
-        hop = Hop(self._shop, opened, session, control, epoch, wire, self._hops.get, reserve)
+        hop = Hop(self._shop, opened, session, control, epoch, wire, self._find, reserve)
         self._hops[session] = hop
         self._shop.sessions[opened.client] += 1
         return hop
