@@ -22,6 +22,7 @@ from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate, Weights
+from tallystick.routing.choice import checkable
 from tallystick.routing.cost import Workload
 from tallystick.routing.planner import as_whole
 from tallystick.routing.reputation import Reputation
@@ -353,6 +354,14 @@ class AsyncClient(Tasks):
         settings, work = self.settings, self._workload(manifest, prompt, new)
 
         def find(usable: list[Candidate]) -> list[Candidate]:
+            if verify == "full":
+                try:
+                    return among(checkable(usable, self.banned))
+                except NoRoute:
+                    pass  # then opening says which span nobody else can recompute
+            return among(usable)
+
+        def among(usable: list[Candidate]) -> list[Candidate]:
             return choose(usable, work, stack, avoid=self.banned, numeric_class=settings.numeric_class).hops
 
         return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)

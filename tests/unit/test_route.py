@@ -9,7 +9,7 @@ import pytest
 
 from harness import samples
 from tallystick.routing.candidates import Candidate, Expected, Weights
-from tallystick.routing.choice import auditors, draw, stand_ins
+from tallystick.routing.choice import auditors, checkable, draw, stand_ins
 from tallystick.routing.cost import Workload, route_s
 from tallystick.routing.planner import plan
 from tallystick.routing.route import SPREAD, choose
@@ -292,3 +292,12 @@ def test_auditors_are_drawn_by_stake_among_acceptable_prices() -> None:
 def test_stake_of_nothing_is_drawn_last_and_not_divided_by() -> None:
     offered = [replace(one("none", 0, 2), stake=Wei(0)), one("some", 0, 2)]
     assert nodes(draw(offered, [0.999, 0.001], 10)) == ["some", "none"]
+
+
+def test_who_could_be_checked_has_a_like_node_of_another_operator() -> None:
+    whole = one("whole", 0, 4, operator="w", serves_parts=True)
+    pair = [one("one", 0, 2, operator="a"), one("two", 0, 2, operator="b")]
+    twins = [one("left", 2, 4, operator="c"), one("right", 2, 4, operator="c")]
+    assert checkable([*pair, *twins], ()) == pair
+    assert checkable([whole, *pair, *twins], ()) == [*pair, *twins], "the twins by the whole node, and nobody by them"
+    assert checkable([whole, *pair, *twins], {pair[0].node, whole.node}) == pair[:1]

@@ -49,3 +49,8 @@ def auditors(
         for c in stand_ins(candidates, route[index], avoid)
         if c.operator not in operators and c.payee not in operators
     ]
+
+
+def checkable(candidates: list[Candidate], avoid: Collection[Address]) -> list[Candidate]:
+    """Those that somebody else could check, over their whole span and with no regard to the hop before."""
+    return [candidate for candidate in candidates if auditors(candidates, [candidate], 0, avoid)]
