@@ -74,7 +74,9 @@ class NodeConfig(BaseSettings):
     )
     store: Path | None = Field(None, description="folder for pieces, which nodes may share; empty: in state")
     cache_bytes: int = Field(1 << 30, ge=1 << 20, description="memory for all sessions' caches and kept rows")
-    keep_prefix_s: float = Field(300.0, ge=0, le=86400, description="how long rows of ended sessions are kept for reuse")
+    keep_prefix_s: float = Field(
+        300.0, ge=0, le=86400, description="how long rows of ended sessions are kept for reuse"
+    )
     step_rows: int = Field(0, ge=0, le=4096, description="rows of one forward at most; 0: 96 on the CPU, 256 elsewhere")
     max_sessions: int = Field(64, ge=1, le=4096, description="sessions open at once")
     lease_s: float = Field(30.0, ge=0, le=600, description="how long a session waits for a client that lost its link")

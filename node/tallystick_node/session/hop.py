@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from tallystick_model.canonical.cache import KvCache
 from tallystick_model.stock import CannotForget, StockCache
