@@ -25,7 +25,6 @@ from tallystick_protocol.errors import (
     ManifestError,
     TallystickError,
     UnknownModel,
-    Unreachable,
 )
 from tallystick_protocol.manifest import MAX_BYTES, Manifest
 from tallystick_protocol.messages import Offer
@@ -186,9 +185,6 @@ class Network:
                 serves_parts=claims.serves_parts,
                 links=claims.links,
             )
-        except Unreachable as error:
-            self.directory.forget(node)
-            return node, error.message
         except TallystickError as error:
             return node, error.message
 

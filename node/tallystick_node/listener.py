@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
@@ -28,9 +29,11 @@ Role = Literal["direct", "dialled back"]
 Divert = Callable[[socket.socket], Awaitable[bool]]
 HEAD_TIMEOUT_S = 10.0
 HANDSHAKE_TIMEOUT_S = 10.0
+SHUTDOWN_TIMEOUT_S = 5.0
 ACCEPT_PAUSE_S = 0.2
 MAX_CONNECTIONS = 1024
-MAX_WELCOMES = 256
+MAX_WELCOMES = 512
+MAX_WELCOMES_PER_PEER = 64
 """Connections that have not shaken hands yet."""
 
 
@@ -86,6 +89,7 @@ class Listener:
         self._keys = keys
         self._divert = divert
         self._welcomes: set[asyncio.Task[None]] = set()
+        self._greeted: Counter[str] = Counter()
 
     async def attach(self, sock: socket.socket, role: Role = "direct") -> None:
         """Serve a connected socket. A peer that completes no request for HEAD_TIMEOUT_S is dropped.
@@ -109,8 +113,13 @@ class Listener:
             if identity is None:
                 await loop.connect_accepted_socket(protocol, sock)
             else:
-                context, timeout_s = identity.context, HANDSHAKE_TIMEOUT_S
-                await loop.connect_accepted_socket(protocol, sock, ssl=context, ssl_handshake_timeout=timeout_s)
+                await loop.connect_accepted_socket(
+                    protocol,
+                    sock,
+                    ssl=identity.context,
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                    ssl_shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+                )
         except OSError:
             sock.close()
             raise
@@ -121,29 +130,38 @@ class Listener:
         try:
             while True:
                 try:
-                    sock, _ = await loop.sock_accept(listening)
+                    sock, peer = await loop.sock_accept(listening)
                 except OSError as error:  # no file descriptor left, or the peer has gone already
                     log.warning("a connection could not be accepted (%s)", error.strerror)
                     await asyncio.sleep(ACCEPT_PAUSE_S)
                     continue
-                if len(self._state.connections) >= MAX_CONNECTIONS or len(self._welcomes) >= MAX_WELCOMES:
+                if not self._has_room(str(peer[0])):
                     sock.close()
                     continue
-                welcome = asyncio.create_task(self._welcome(sock))
+                welcome = asyncio.create_task(self._welcome(sock, str(peer[0])))
                 self._welcomes.add(welcome)
                 welcome.add_done_callback(self._welcomes.discard)
         finally:
             for welcome in self._welcomes:
                 welcome.cancel()
 
-    async def _welcome(self, sock: socket.socket) -> None:
+    def _has_room(self, peer: str) -> bool:
+        waiting = len(self._welcomes) >= MAX_WELCOMES or self._greeted[peer] >= MAX_WELCOMES_PER_PEER
+        return not waiting and len(self._state.connections) < MAX_CONNECTIONS
+
+    async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """Who cannot shake hands is of no interest, and costs no line in the log."""
+        self._greeted[peer] += 1
         try:
             if self._divert is None or not await self._divert(sock):
                 await self.attach(sock)
         except OSError as error:
             log.debug("a connection was not taken (%s)", error)
             sock.close()
+        finally:
+            self._greeted[peer] -= 1
+            if not self._greeted[peer]:
+                del self._greeted[peer]
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ask every connection to end, and wait a while for it."""

@@ -86,6 +86,7 @@ class Peers:
         """may_dial(numeric address): the policy (`transport.scopes`)."""
         self._session: aiohttp.ClientSession | None = None
         self._may_dial = may_dial
+        self.on_unreachable: Callable[[Contact], None] = lambda _: None
 
     async def info(self, to: str | Contact, timeout_s: float = 2.0) -> dict[str, Any]:
         """`GET /v1/info`. Raises Unreachable, BadMessage."""
@@ -164,7 +165,7 @@ class Peers:
         any_key: bool = False,
     ) -> T:
         """What `use` makes of the first place that answers; `timeout_s` for each. Raises Unreachable."""
-        fields = {"hop": peer} if peer else {}
+        fields: dict[str, Any] = {"hop": peer} if peer else {}
         why = f"{peer or 'the peer'} has no address that may be dialled"
         async for url, tls in self._places(to, any_key):
             try:
@@ -172,8 +173,11 @@ class Peers:
                     return await use(url, tls)
             except (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
                 why = f"{peer} at {url} shows another TLS key than its Reach names"
+                fields["wrong_key"] = 1
             except (TimeoutError, aiohttp.ClientError, OSError) as error:
                 why = f"{peer or 'the peer'} at {url} does not answer ({type(error).__name__})"
+        if isinstance(to, Contact):
+            self.on_unreachable(to)
         raise Unreachable(why, **fields) from None
 
     async def _places(self, to: str | Contact, any_key: bool) -> AsyncIterator[tuple[str, dict[str, Any]]]:

@@ -36,7 +36,7 @@ def test_an_endpoint_comes_back_as_it_was() -> None:
     places = (Addr("tcp", "127.0.0.1", 9000), Addr("tcp", "::1", 65535), Addr("tcp", "node.example", 1))
     plain = Contact(NODE, places)
     assert decode_endpoint(NODE, encode_endpoint(plain)) == plain
-    assert plain.sources == ["http://127.0.0.1:9000", "http://[::1]:65535", "http://node.example:1"]
+    assert plain.sources == ["http://127.0.0.1:9000", "http://[::1]:65535"], "plain sockets exist on loopback only"
     pinned = Contact(NODE, (Addr("relay", "203.0.113.9", 443), places[0]), (samples.digest("now"),), 7)
     assert decode_endpoint(NODE, encode_endpoint(pinned)) == pinned
     assert pinned.sources[0] == f"https://{NODE[2:].lower()}.node@203.0.113.9:443"
@@ -278,16 +278,17 @@ def test_what_is_no_reach_is_a_bad_message(data: bytes) -> None:
 
 
 class Answers:
-    """What nodes answer when they are asked for a Reach: bytes by (who, whether the key is pinned)."""
+    """What nodes answer when they are asked for a Reach: bytes by (who, whether any key will do)."""
 
-    def __init__(self, *known: tuple[Address, bool, bytes]) -> None:
+    def __init__(self, *known: tuple[Address, bool, bytes], wrong_key: bool = False) -> None:
+        self.failure = {"wrong_key": 1} if wrong_key else {}
         self.known = {(node, any_key): data for node, any_key, data in known}
         self.asked: list[tuple[Address, str, bool]] = []
 
     async def ask(self, to: Contact, path: str, *_: Any, any_key: bool = False) -> bytes:
         self.asked.append((to.node, path.rsplit("/", 1)[1], any_key))
         if (to.node, any_key) not in self.known:
-            raise Unreachable(f"{to.node} does not answer")
+            raise Unreachable(f"{to.node} does not answer", **self.failure)
         return self.known[to.node, any_key]
 
 
@@ -348,7 +349,7 @@ async def test_the_chains_keys_are_pinned_and_after_a_rotation_any_key_may_bring
     answers = Answers((NODE, False, sealed()))
     assert (await directory(answers).contact(FIRST)).pins == PINS
     assert answers.asked == [(NODE, NODE, False)]
-    rotated = Answers((NODE, True, sealed(seq=11)))
+    rotated = Answers((NODE, True, sealed(seq=11)), wrong_key=True)
     assert (await directory(rotated).contact(FIRST)).seq == 11
     assert rotated.asked == [(NODE, NODE, False), (NODE, NODE, True)]
 
@@ -360,6 +361,18 @@ async def test_a_node_that_moved_is_found_through_others_that_have_seen_it() -> 
     await book.learn(sealed(node=other, signer="other hot"))
     assert (await book.find(NODE)).seq == 12
     assert (other, NODE, False) in answers.asked
+
+
+async def test_a_record_that_leads_nowhere_is_used_only_when_there_is_no_newer_one() -> None:
+    answers = Answers((NODE, False, sealed(seq=11)))
+    book = directory(answers, FIRST)
+    await book.learn(sealed(seq=10))
+    assert (await book.find(NODE)).seq == 10 and not answers.asked
+    book.doubt(NODE)
+    assert (await book.find(NODE)).seq == 11
+    book.doubt(NODE)
+    answers.known.clear()
+    assert (await book.find(NODE)).seq == 11, "it is better than nothing"
 
 
 async def test_a_record_older_than_the_chains_is_not_used() -> None:

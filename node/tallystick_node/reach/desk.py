@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 
 from tallystick_protocol.errors import BadMessage, Overloaded, Unauthorized, Unreachable
 from tallystick_protocol.peer import Peers
+from tallystick_protocol.signing import address_bytes, checksum_address
 from tallystick_protocol.transport.contact import Addr, Contact
 from tallystick_protocol.transport.directory import Directory
 from tallystick_protocol.transport.reach import MAX_REACH, Reach
@@ -53,9 +54,11 @@ class ReachDesk:
 
     def give(self, node: str) -> bytes | None:
         """The newest record of a node that is known here."""
-        if node.lower() == self._node.lower():
-            return self._own()
-        return self._directory.sealed(Address(node))
+        try:
+            address = checksum_address(address_bytes(Address(node)))
+        except BadMessage:
+            return None
+        return self._own() if address == self._node else self._directory.sealed(address)
 
     async def take(self, data: bytes) -> list[bool]:
         """Dial a node's addresses, in their order; keep its record if one of them answers.

@@ -62,28 +62,24 @@ class RelayAgent:
     async def run(self, serve: Serve, reachable: Callable[[Address, Addr | None], None]) -> None:
         """Register, for ever; returns never. serve(socket): what a socket that was dialled back is handed to.
 
+        Cancelled, it calls no more; connections that it has brought go on until the other side ends them.
         reachable(relay, address): called when callers find this node there, and with None when they do not any more.
         """
         pause_s, relay = FIRST_PAUSE_S, self._relay.node
-        try:
-            while True:
-                try:
-                    await self._register_and_listen(serve, reachable)
-                    pause_s = FIRST_PAUSE_S
-                except InsufficientFunds as error:
-                    if not await self._fund(error):
-                        pause_s = LONGEST_PAUSE_S
-                except TallystickError as error:
-                    log.warning("relay %s: %s", relay, error)
-                    self._directory.forget(relay)
-                finally:
-                    reachable(relay, None)
-                await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        finally:
-            for task in list(self._sockets):
-                task.cancel()
-            await asyncio.gather(*self._sockets, return_exceptions=True)
+        while True:
+            try:
+                await self._register_and_listen(serve, reachable)
+                pause_s = FIRST_PAUSE_S
+            except InsufficientFunds as error:
+                if not await self._fund(error):
+                    pause_s = LONGEST_PAUSE_S
+            except TallystickError as error:
+                log.warning("relay %s: %s", relay, error)
+                self._directory.doubt(relay)
+            finally:
+                reachable(relay, None)
+            await asyncio.sleep(random.uniform(0.5, 1.0) * pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     async def _register_and_listen(self, serve: Serve, reachable: Callable[[Address, Addr | None], None]) -> None:
         """One control connection; returns when it has ended after it was of use. Raises TallystickErrors before."""

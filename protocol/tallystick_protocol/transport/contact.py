@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from tallystick_protocol import canonical_json
 from tallystick_protocol.errors import BadMessage, ConfigError, ManifestError
+from tallystick_protocol.transport.scopes import is_loopback
 from tallystick_protocol.types import ZERO_ADDRESS, Address
 
 MAX_ADDRS = 8
@@ -73,7 +74,7 @@ class Contact:
     def sources(self) -> list[str]:
         """Its addresses as sources of content (`content.gateway`), whose bytes are checked by hash alone."""
         if not self.pins:
-            return [f"http://{addr.authority}" for addr in self.addrs]
+            return [f"http://{addr.authority}" for addr in self.addrs if is_loopback(addr.host)]
         return [f"https://{addr.sni or self.label}@{addr.authority}" for addr in self.addrs]
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tallystick_protocol.errors import BadMessage, BadSignature, ChainError, Unreachable
+from tallystick_protocol.errors import BadMessage, BadSignature, ChainError, TallystickError, Unreachable
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import Domain
 from tallystick_protocol.transport.contact import Contact
@@ -23,10 +23,9 @@ ASK_TIMEOUT_S = 2.0
 CLOCK_SKEW_S = 60
 WITNESSES = 3
 MAX_KNOWN = 4096
+SEEKING_AT_ONCE = 8
 MISSED_S = 30.0
 """Others are not asked again for a node within this."""
-
-_FAILURES = (Unreachable, BadMessage, BadSignature)
 
 
 class Directory:
@@ -52,6 +51,9 @@ class Directory:
         self._known: dict[Address, tuple[Reach, bytes]] = {}
         self._signers: dict[Address, Address] = {}
         self._missed: dict[Address, float] = {}
+        self._doubted: set[Address] = set()
+        self._seeking = 0
+        peers.on_unreachable = lambda contact: self.doubt(contact.node)
 
     def sealed(self, node: Address) -> bytes | None:
         """The newest record of a node as it travels, while it holds."""
@@ -62,10 +64,10 @@ class Directory:
         reach, _ = self._known.get(node, (None, b""))
         return reach if reach is not None and reach.expires > self._clock() else None
 
-    def forget(self, node: Address) -> None:
-        """Its record leads nowhere: ask anew."""
-        self._known.pop(node, None)
-        self._missed.pop(node, None)
+    def doubt(self, node: Address) -> None:
+        """Its record leads nowhere at this time: ask for a newer one before it is used again."""
+        if node in self._known:
+            self._doubted.add(node)
 
     async def verify(self, data: bytes, node: Address | None = None) -> Reach:
         """A record that holds and is signed by a hot key of its node, or by the node's own key.
@@ -85,17 +87,20 @@ class Directory:
     async def learn(self, data: bytes, node: Address | None = None) -> Reach:
         """Keep a record that is newer than what is known; returns the newest. Raises what `verify` does."""
         reach = await self.verify(data, node)
+        self._doubted.discard(reach.node)
         before = self._known.get(reach.node)
         if before is None or before[0].seq <= reach.seq:
             self._known.pop(reach.node, None)
             self._known[reach.node] = (reach, data)
             while len(self._known) > MAX_KNOWN:
-                del self._known[next(iter(self._known))]
+                oldest = next(iter(self._known))
+                del self._known[oldest]
+                self._doubted.discard(oldest)
         return self._known[reach.node][0]
 
     async def find(self, node: Address) -> Contact:
         """How to dial a staked node. Raises Unreachable, ChainError."""
-        if (reach := self.known(node)) is not None:
+        if (reach := self._trusted(node)) is not None:
             return reach.contact
         first = await asyncio.to_thread(self._locate, node)
         if first is None:
@@ -112,41 +117,55 @@ class Directory:
         A plain contact stays what it is. Raises Unreachable when nobody asked has a Reach of the node that holds.
         """
         node = first.node
-        reach = self.known(node)
+        reach = self._trusted(node)
         if reach is not None and reach.seq >= first.seq:
             return reach.contact
         if not first.pins and first.seq == 0:
             return first
-        why = await self._ask(first, node, pinned=True) and await self._ask(first, node, pinned=False)
-        if why and self._missed.get(node, 0.0) <= self._clock() - MISSED_S:
-            self._missed[node] = self._clock()
+        why = await self._ask(first, node, any_key=not first.pins)
+        if why is not None and "wrong_key" in why.fields:  # it has changed its keys since
+            why = await self._ask(first, node, any_key=True)
+        if why is not None:
             await self._ask_others(first)
         reach = self.known(node)
         if reach is None or reach.seq < first.seq:
-            raise Unreachable(why or f"{node} gives an older Reach than it has on chain", hop=node)
+            raise Unreachable(why.message if why else f"{node} gives an older Reach than it has on chain", hop=node)
         return reach.contact
 
     async def introduce(self, first: Contact) -> Contact:
         """As `contact`, for a node whose keys are not known: who answers must give a Reach that the node signed."""
-        if self.known(first.node) is None and (why := await self._ask(first, first.node, pinned=False)):
-            raise Unreachable(why, hop=first.node)
+        if self._trusted(first.node) is None:
+            why = await self._ask(first, first.node, any_key=True)
+            if why is not None:
+                raise Unreachable(why.message, hop=first.node)
         return await self.contact(first)
 
-    async def _ask(self, whom: Contact, node: Address, pinned: bool) -> str:
+    def _trusted(self, node: Address) -> Reach | None:
+        """The newest record, unless it has led nowhere."""
+        return None if node in self._doubted else self.known(node)
+
+    async def _ask(self, whom: Contact, node: Address, any_key: bool) -> TallystickError | None:
         """Ask for a node's Reach; returns what is wrong, or nothing."""
-        if pinned and not whom.pins:
-            return "its keys are not known"
         try:
-            data = await self._peers.ask(whom, f"/v1/reach/{node}", MAX_REACH, ASK_TIMEOUT_S, any_key=not pinned)
+            data = await self._peers.ask(whom, f"/v1/reach/{node}", MAX_REACH, ASK_TIMEOUT_S, any_key=any_key)
             await self.learn(data, node)
-        except (*_FAILURES, ChainError) as error:
-            return error.message
-        return ""
+        except (Unreachable, BadMessage, BadSignature, ChainError) as error:
+            return error
+        return None
 
     async def _ask_others(self, first: Contact) -> None:
-        others = [reach for node, (reach, _) in self._known.items() if node != first.node and self.known(node)]
+        """A few, for a few nodes at a time, and not the same again within a while: most who do not answer are gone."""
+        node, now = first.node, self._clock()
+        if self._seeking >= SEEKING_AT_ONCE or self._missed.get(node, 0.0) > now - MISSED_S:
+            return
+        self._missed = {other: at for other, at in self._missed.items() if at > now - MISSED_S} | {node: now}
+        others = [reach for other in self._known if other != node and (reach := self._trusted(other)) is not None]
         drawn = random.sample(others, min(WITNESSES, len(others)))
-        await asyncio.gather(*(self._ask(other.contact, first.node, pinned=True) for other in drawn))
+        self._seeking += 1
+        try:
+            await asyncio.gather(*(self._ask(other.contact, node, any_key=False) for other in drawn))
+        finally:
+            self._seeking -= 1
 
     async def _signs_for(self, signer: Address) -> Address | None:
         if signer not in self._signers:
