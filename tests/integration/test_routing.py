@@ -134,6 +134,20 @@ async def test_a_node_that_advertises_what_it_does_not_deliver_loses_its_traffic
         assert liar.address not in {hop.node for hop in route.hops}
 
 
+def test_many_nodes_are_read_from_the_chain_at_once(
+    running: Running, overlapping: Overlapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = running.net.chain.chain()
+    nodes = [node.address for node in [*running.nodes, *overlapping.nodes]]
+    expected = [chain.node(node) for node in nodes]
+    assert {record.span for record in expected} == {*running.spans, overlapping.span}
+    with monkeypatch.context() as patched:
+        patched.setattr(chain, "node", None)  # nobody is read alone
+        assert chain.nodes(nodes) == expected
+    monkeypatch.setattr(chain.web3.provider, "make_batch_request", lambda _: {"error": "no batches here"})
+    assert chain.nodes(nodes) == expected
+
+
 def test_the_plan_is_told(running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: Settings = running.net.settings()
     common = [
