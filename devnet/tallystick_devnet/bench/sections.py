@@ -13,6 +13,7 @@ import numpy as np
 from tallystick.generation import Token
 from tallystick_devnet.bench.network import BenchNet, Timed, timed, together
 from tallystick_devnet.bench.reference import Reference
+from tallystick_devnet.bench.routes import routes
 from tallystick_protocol.wire import WIRES
 
 Figures = dict[str, float | None]
@@ -235,6 +236,11 @@ def _quoted(bench: Bench) -> list[int]:
     return passage * 4
 
 
+async def planned(bench: Bench) -> Figures:
+    """A thousand offers, most of them dead: asked, and planned."""
+    return await routes(bench.coins.randrange(1 << 30))
+
+
 SECTIONS: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
     "generate": against_generate,
     "sessions": side_by_side,
@@ -243,4 +249,5 @@ SECTIONS: dict[str, Callable[[Bench], Awaitable[Figures]]] = {
     "failover": failover,
     "profile": where_it_goes,
     "wire": rounded,
+    "routes": planned,
 }
