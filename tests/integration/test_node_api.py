@@ -335,6 +335,7 @@ BAD_OPENINGS: dict[str, tuple[str, Callable[[Field], bytes]]] = {
         ),
     ),
     "another node's": ("rejected", lambda f: f.opening(node=f.middle.node)),
+    "bound to a TLS key that nobody showed": ("rejected", lambda f: f.opening(spki=secrets.token_bytes(32))),
     "expired": ("rejected", lambda f: f.opening(issued=NOW - 7200, expires=NOW - 3600)),
     "from the future": ("rejected", lambda f: f.opening(issued=NOW + 3600, expires=NOW + 7200)),
     "valid for ever": ("rejected", lambda f: f.opening(expires=2**64 - 1)),
@@ -643,6 +644,7 @@ BAD_PUSHES: dict[str, tuple[str, Callable[[Field], dict[str, Any]]]] = {
     "signed by the cold key": ("unauthorized", lambda f: {"signer": f.hop.cold}),
     "meant for another node": ("unauthorized", lambda f: {"node": f.last.node}),
     "into an unknown session": ("session_unknown", lambda f: {"session": bytes(32)}),
+    "bound to another TLS key": ("unauthorized", lambda f: {"spki": secrets.token_bytes(32)}),
     "from yesterday": ("unauthorized", lambda f: {"issued": NOW - 86400}),
     "from tomorrow": ("unauthorized", lambda f: {"issued": NOW + 86400}),
 }

@@ -483,6 +483,27 @@ async def test_who_does_not_pay_is_cut(tmp_path: Path, monkeypatch: pytest.Monke
     b.close()
 
 
+async def test_a_node_is_kept_to_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups: Any = Ledger()
+    now, slept = [100.0], []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    async def remind() -> None: ...
+
+    monkeypatch.setattr("tallystick_node.relay.account.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("tallystick_node.relay.account.asyncio", SimpleNamespace(Event=asyncio.Event, sleep=sleep))
+    account = Account(HOT.address, Tariff(Wei(0), 1, 1000), till(tmp_path), lookups, remind)
+    assert account.count(1000) and not account.count(2000)
+    await account.allowed()
+    assert sum(slept) == pytest.approx(2.0)
+    now[0] += 60.0
+    assert account.count(900), "what was not used is not saved up"
+    assert not account.count(200)
+
+
 class Chained:
     """A wallet whose channel to the relay holds what was put into it."""
 

@@ -16,12 +16,20 @@ PAY_TIMEOUT_S = 60.0
 """How long bytes wait for a voucher before their connection is cut."""
 
 
+BURST_S = 1.0
+"""How far a node may be ahead of its rate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tariff:
-    """price: token base units per byte, both ways. credit_bytes: copied before they are paid for."""
+    """price: token base units per byte, both ways. credit_bytes: copied before they are paid for.
+
+    bytes_per_s: for each node; 0: as fast as it goes.
+    """
 
     price: Wei
     credit_bytes: int
+    bytes_per_s: int = 0
 
     @property
     def credit(self) -> Wei:
@@ -43,6 +51,7 @@ class Account:
         self._lookups = lookups
         self._remind = remind
         self._paid = asyncio.Event()
+        self._free_at = 0.0
 
     @property
     def unsigned(self) -> Wei:
@@ -57,18 +66,33 @@ class Account:
 
     def count(self, num_bytes: int) -> bool:
         self.num_bytes += num_bytes
-        if not self._tariff.price:
-            return True
-        self._till.charge(self.payer, Wei(num_bytes * self._tariff.price))
-        return self.unsigned <= self._tariff.credit
+        if self._tariff.bytes_per_s:
+            self._free_at = max(time.monotonic(), self._free_at) + num_bytes / self._tariff.bytes_per_s
+        if self._tariff.price:
+            self._till.charge(self.payer, Wei(num_bytes * self._tariff.price))
+        return self._is_paid and self._ahead_s <= BURST_S
+
+    @property
+    def _is_paid(self) -> bool:
+        return not self._tariff.price or self.unsigned <= self._tariff.credit
+
+    @property
+    def _ahead_s(self) -> float:
+        return self._free_at - time.monotonic()
 
     async def allowed(self) -> None:
         """Raises PaymentRequired when no voucher comes."""
+        while (ahead_s := self._ahead_s) > BURST_S:
+            await asyncio.sleep(ahead_s - BURST_S)
+        if not self._is_paid:
+            await self._wait_for_voucher()
+
+    async def _wait_for_voucher(self) -> None:
         self._paid.clear()
         await self._remind()
         try:
             async with asyncio.timeout(PAY_TIMEOUT_S):
-                while self.unsigned > self._tariff.credit:
+                while not self._is_paid:
                     await self._paid.wait()
                     self._paid.clear()
         except TimeoutError:

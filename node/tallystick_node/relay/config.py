@@ -33,6 +33,7 @@ class RelayConfig(BaseSettings):
     password_file: Path | None = Field(None, description="file whose first line opens the keystore")
     price: int = Field(10**7, ge=0, description="price of a byte that is copied, either way; 0: free")
     credit_bytes: int = Field(64 << 20, ge=1 << 20, le=1 << 36, description="copied for a node before a voucher is due")
+    bytes_per_s: int = Field(0, ge=0, description="most that is copied for one node in a second; 0: no limit")
     max_nodes: int = Field(256, ge=1, le=1 << 16, description="nodes registered at once")
     sockets_per_node: int = Field(64, ge=1, le=4096, description="connections to one node at once")
     max_sockets: int = Field(2048, ge=1, le=1 << 16, description="connections to all nodes at once")

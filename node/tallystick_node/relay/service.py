@@ -58,7 +58,7 @@ async def run_relay(config: RelayConfig, key: Key, announce: Callable[[str], Non
         names = frozenset({label(key.address), *(addr.sni for addr in direct if addr.sni)})
         keys = TlsKeys(state / "tls", names)
         directory = Directory(peers, domain, chain.node_of, chain.locate)
-        tariff = Tariff(Wei(config.price), config.credit_bytes)
+        tariff = Tariff(Wei(config.price), config.credit_bytes, config.bytes_per_s)
         pool = Wei(POOL_CREDITS * tariff.credit)
         till = Till(state / "till.db", key.address, chain.book.escrow_domain, tariff.credit, pool, chain.may_sign)
         stack.callback(till.close)
