@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from tallystick.lanes import Workshop
 from tallystick.network import Network, Survey
 from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
+from tallystick.prefixes import Prefix, Prefixes
 from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.choice import checkable
@@ -45,6 +46,9 @@ from tallystick_protocol.types import Address, Digest, Span, Wei
 from tallystick_protocol.wire import Wire
 
 log = logging.getLogger(__name__)
+
+MAX_DEARER = 1.5
+"""Times the planned route's price, for nodes that hold the beginning of a prompt."""
 
 AUDIT_PROBABILITY = 0.05
 TOP_K = 64
@@ -107,6 +111,7 @@ class AsyncClient(Tasks):
         self._key = key
         self._peers = Peers()
         self.network = Network(self.chain, self._peers, self.settings.cache.expanduser(), self.settings.sources)
+        self.prefixes = Prefixes()
         self._purse = Purse(self.chain, key, self.settings.max_cost)
         self.reputation = Reputation(self.settings.cache.expanduser() / "reputation.json")
         self._checked = False
@@ -301,15 +306,41 @@ class AsyncClient(Tasks):
         return record, await self.network.manifest(record)
 
     async def open_session(
-        self, record: ModelRecord, manifest: Manifest, max_length: int, verdict: Verdict, prompt: int = 0
+        self, record: ModelRecord, manifest: Manifest, max_length: int, verdict: Verdict, prompt: Sequence[int] = ()
     ) -> Session:
         """Plan a route and open it for rows of top-k logits, with an auditor per hop if the policy is `full`.
 
-        prompt: how many of the positions are known from the beginning.
+        prompt: the ids that are known from the beginning. What nodes still hold of them, the session holds when this
+        returns; the caller feeds the rest.
         """
-        stack, new = manifest.stack_of(Span(0, 1)), max(max_length - prompt, 1)
-        survey, route = await self.plan(record, manifest, stack, verdict.policy, prompt, new)
-        return await self._open(self._setting(record, manifest, stack, survey, max_length), route, verdict)
+        stack, new = manifest.stack_of(Span(0, 1)), max(max_length - len(prompt), 1)
+        survey, route = await self.plan(record, manifest, stack, verdict.policy, len(prompt), new)
+        setting = self._setting(record, manifest, stack, survey, max_length)
+        held, shared, route = self._held(setting, route, prompt, verdict.policy)
+        session = await self._open(setting, route, verdict)
+        if held is not None and session.holds.hops == held.hops:
+            try:
+                taken = await session.take_over(held, 0, shared)
+            except BaseException:
+                await session.close()
+                raise
+            (self.prefixes.used if taken else self.prefixes.forget)(held.session)
+        return session
+
+    def _held(
+        self, setting: Setting, planned: list[Candidate], ids: Sequence[int], verify: Policy
+    ) -> tuple[Prefix | None, int, list[Candidate]]:
+        """An earlier session that began with the same ids, how many, and its nodes, if they are still good enough."""
+        usable = [c for c in setting.candidates if c.node not in self.banned]
+        if verify == "full":
+            usable = checkable(usable, self.banned)
+        if (wanted := self.settings.numeric_class) is not None:
+            usable = [c for c in usable if c.offer.numeric_class == wanted]
+        for held, shared in self.prefixes.find(setting.form, ids):
+            route = held.route(usable)
+            if route is not None and _price(route) <= MAX_DEARER * _price(planned):
+                return held, shared, route
+        return None, 0, planned
 
     async def plan(
         self,
@@ -429,6 +460,9 @@ class AsyncClient(Tasks):
             if coin.random() < self.settings.audit_probability:
                 await session.audit_at_end(coin.randrange(len(session.route)))
         await session.take_leave()
+        setting = session.setting
+        if not session.one_shot and setting.top_k and setting.sides.memory is None:
+            self.prefixes.remember(session.holds)
 
     def _check_length(self, manifest: Manifest, prompt: int, new: int) -> None:
         if prompt + new > manifest.max_length:
@@ -437,6 +471,10 @@ class AsyncClient(Tasks):
                 " are more",
                 limit=manifest.max_length,
             )
+
+
+def _price(route: list[Candidate]) -> int:
+    return sum(candidate.offer.price * len(candidate.span) for candidate in route)
 
 
 def _check_policy(verify: str) -> None:

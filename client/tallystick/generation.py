@@ -128,7 +128,7 @@ class Stream:
         client._check_length(manifest, len(prompt), self._max_tokens)
         verdict = Verdict(self._verify)
         length = len(prompt) + self._max_tokens
-        session = await client.open_session(record, manifest, length, verdict, len(prompt))
+        session = await client.open_session(record, manifest, length, verdict, prompt)
         self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)

@@ -1,7 +1,7 @@
 """What the nodes may still hold of earlier generations: a new one with the same beginning need not pay for it again.
 
 A node keeps the rows of a session that ended in order for some minutes. A session of the same client on the same nodes
-takes them over (`Session.go_on_from`); a node that has them no more refuses, and the rows are fed as usual.
+takes them over (`Session.take_over`); a node that has them no more refuses, and the rows are fed as usual.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from tallystick_protocol.types import WINDOW, Address, ModelId, SessionId
+from tallystick.routing.candidates import Candidate
+from tallystick_protocol.types import WINDOW, Address, ModelId, SessionId, Span
 
 KEEP_S = 300.0
 """For as long as nodes keep rows, unless their operators say otherwise."""
@@ -22,16 +23,25 @@ MIN_SHARED = WINDOW
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
-    """What a session held when it ended.
+class Form:
+    """What two sessions must have in common for rows of one to stand for rows of the other. wire: how rows travel."""
 
-    nodes: of its hops, first one first; want: whose results were wanted; results: these, by position.
+    model: ModelId
+    top_k: int
+    wire: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a session holds, or held when it ended.
+
+    hops: nodes and the layers that they computed, first one first; want: whose results were wanted; results: these, by
+    position.
     """
 
     session: SessionId
-    model: ModelId
-    top_k: int
-    nodes: tuple[Address, ...]
+    form: Form
+    hops: tuple[tuple[Address, Span], ...]
     ids: tuple[int, ...]
     want: tuple[bool, ...]
     results: dict[int, bytes]
@@ -40,6 +50,16 @@ class Prefix:
         """How many first rows a session about to be fed `ids` may take over: the last one it computes itself."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False))
         return sum(1 for _ in same)
+
+    def route(self, candidates: Sequence[Candidate]) -> list[Candidate] | None:
+        """The same nodes with the same layers, if all of them are still there."""
+        found = []
+        for node, span in self.hops:
+            there = next((c for c in candidates if c.node == node and c.covers(span)), None)
+            if there is None:
+                return None
+            found.append(there.over(span))
+        return found
 
 
 class Prefixes:
@@ -59,8 +79,7 @@ class Prefixes:
             return
         self._expire()
         for kept, _ in list(self._kept.values()):
-            same = (kept.model, kept.top_k, kept.nodes) == (prefix.model, prefix.top_k, prefix.nodes)
-            if same and prefix.ids[: len(kept.ids)] == kept.ids:
+            if (kept.form, kept.hops) == (prefix.form, prefix.hops) and prefix.ids[: len(kept.ids)] == kept.ids:
                 self.forget(kept.session)
         self._kept[prefix.session] = prefix, self._clock() + self._keep_s
         if len(self._kept) > MAX_KEPT:
@@ -75,13 +94,13 @@ class Prefixes:
         """The nodes have its rows no more."""
         self._kept.pop(session, None)
 
-    def find(self, model: ModelId, top_k: int, ids: Sequence[int]) -> list[tuple[Prefix, int]]:
+    def find(self, form: Form, ids: Sequence[int]) -> list[tuple[Prefix, int]]:
         """Sessions that shared rows with `ids`, and how many; the longest first, of equal ones the newest."""
         self._expire()
         found = [
             (prefix, shared)
             for prefix, _ in reversed(self._kept.values())
-            if (prefix.model, prefix.top_k) == (model, top_k) and (shared := prefix.shared(ids)) >= MIN_SHARED
+            if prefix.form == form and (shared := prefix.shared(ids)) >= MIN_SHARED
         ]
         return sorted(found, key=lambda one: -one[1])
 

@@ -18,6 +18,7 @@ from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.farewells import Farewells
 from tallystick.openings import Openings
+from tallystick.prefixes import Prefix
 from tallystick.remote import Hearing, Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
+FORK_REFUSALS = ("bad_position", "session_unknown", "rejected", "overloaded")
+"""What a hop answers that cannot take over a session's rows, and can go on otherwise."""
 
 
 class Session:
@@ -215,14 +218,30 @@ class Session:
     async def fork_from(self, other: Session, shared: int) -> None:
         """Hold what `other` holds; both begin with the same `shared` rows. Nothing is computed where the hops are the
         same; else the rows are fed again. Raises RolledBack, NoRoute."""
-        length = len(other.ids)
+        held = other.holds
         await self._settle_windows(shared)
-        ids, want = other.ids[shared:], other._want[shared:]
-        if [hop.node for hop in self.hops] != [hop.node for hop in other.hops]:
+        if self.holds.hops != held.hops:
             await self.crop(shared)
-            await self.feed(ids, want)
+        elif await self.take_over(held, shared, len(held.ids)):
             return
-        frame = Frame(Kind.FORK, {"from": other.id, "to": length}, shared)
+        await self.feed(list(held.ids[shared:]), held.want[shared:])
+
+    @property
+    def holds(self) -> Prefix:
+        """What another session may take over from this one."""
+        return Prefix(
+            self.id,
+            self.setting.form,
+            tuple((hop.node, hop.candidate.span) for hop in self.hops),
+            tuple(self.ids),
+            tuple(self._want),
+            dict(self._results.rows),
+        )
+
+    async def take_over(self, held: Prefix, shared: int, length: int) -> bool:
+        """Hold rows [shared, length) of what another session of these hops holds, open or not; both begin with the same
+        `shared` rows. False, and only those are held, where a hop has them no more. Nothing is computed or due."""
+        frame = Frame(Kind.FORK, {"from": held.session, "to": length}, shared)
         computed = len(self.ids)
         refused: list[Remote] = []
         async with self._rewinding(frame, lambda remote: remote.fork(shared, length, computed), refused):
@@ -230,13 +249,13 @@ class Session:
                 await self._rewind_hop(hop, Frame(Kind.CROP, position=shared), lambda hop: hop.crop(shared, computed))
             self.forget(shared)
             if not refused:
-                self.ids += ids
-                self._want += want
-                self._results.rows |= {at: row for at, row in other._results.rows.items() if at >= shared}
+                self.ids += held.ids[shared:length]
+                self._want += held.want[shared:length]
+                self._results.rows |= {at: row for at, row in held.results.items() if shared <= at < length}
         if refused:
             async with self._rewinding(Frame(Kind.CROP, position=shared), lambda remote: remote.crop(shared, shared)):
                 pass  # those that did fork
-            await self.feed(ids, want)
+        return not refused
 
     async def computed(self) -> None:
         """Wait until every hop has computed what was fed. Raises RolledBack, NoRoute."""
@@ -300,7 +319,7 @@ class Session:
             hop.rewound(self.epoch, frame.position)
             await hop.command(replace(frame, body={**frame.body, "epoch": self.epoch}), on_done=on_done)
         except TallystickError as error:
-            if refused is not None and error.code == "bad_position":
+            if refused is not None and error.code in FORK_REFUSALS:
                 refused.append(hop)
                 return
             hop.failure = hop.failure or error

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from tallystick.payments import Need, Purse
+from tallystick.prefixes import Form
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.cost import Workload
 from tallystick.routing.reputation import Reputation
@@ -74,6 +75,11 @@ class Setting:
     def one_shot(self) -> bool:
         """Whether the session takes all its rows in one step: encoders."""
         return not self.manifest.is_causal(self.stack)
+
+    @property
+    def form(self) -> Form:
+        """What another session must have in common to take over rows of this one."""
+        return Form(self.manifest.model_id, self.top_k, self.wire)
 
     def need(self, candidate: Candidate, sessions: int = 1) -> Need:
         """What so many whole sessions may cost at a node, replays included."""

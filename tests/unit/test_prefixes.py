@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tallystick.prefixes import MAX_KEPT, Prefix, Prefixes
+from tallystick.prefixes import MAX_KEPT, Form, Prefix, Prefixes
 from tallystick_node.session.kept import KeptRows, Source
 from tallystick_node.session.record import Record
 from tallystick_node.session.windows import Side
 from tallystick_protocol.types import ZERO_ADDRESS, Address, ModelId, SessionId, Span
 
-NODES = (Address("0xA"), Address("0xB"))
-MODEL = ModelId(bytes(32))
+HOPS = ((Address("0xA"), Span(0, 2)), (Address("0xB"), Span(2, 4)))
+FORM = Form(ModelId(bytes(32)), 8, "f32")
 
 
 def name(number: int) -> SessionId:
@@ -75,8 +75,8 @@ def test_rows_are_not_taken_for_nothing_for_ever() -> None:
     assert one.is_spent
 
 
-def prefix(number: int, ids: list[int], *, top_k: int = 8, nodes: tuple[Address, ...] = NODES) -> Prefix:
-    return Prefix(name(number), MODEL, top_k, nodes, tuple(ids), (False,) * len(ids), {})
+def prefix(number: int, ids: list[int], hops: tuple[tuple[Address, Span], ...] = HOPS) -> Prefix:
+    return Prefix(name(number), FORM, hops, tuple(ids), (False,) * len(ids), {})
 
 
 def test_a_client_finds_the_longest_beginning_and_leaves_a_row_to_compute() -> None:
@@ -85,24 +85,24 @@ def test_a_client_finds_the_longest_beginning_and_leaves_a_row_to_compute() -> N
     known.remember(prefix(1, [*system, 7, 7]))
     known.remember(prefix(2, [*system[:50], 9, *system[51:]]))
     known.remember(prefix(3, system[:20]))  # too short
-    assert [(found.session, shared) for found, shared in known.find(MODEL, 8, [*system, 8])] == [
+    assert [(found.session, shared) for found, shared in known.find(FORM, [*system, 8])] == [
         (name(1), 100),
         (name(2), 50),
     ]
-    assert known.find(MODEL, 8, system)[0][1] == 99
-    assert known.find(MODEL, 8, [*system[:50], 9, 9])[0] == (prefix(2, [*system[:50], 9, *system[51:]]), 51)
-    assert not known.find(MODEL, 4, system) and not known.find(MODEL, 8, system[:33:-1])
+    assert known.find(FORM, system)[0][1] == 99
+    assert known.find(FORM, [*system[:50], 9, 9])[0] == (prefix(2, [*system[:50], 9, *system[51:]]), 51)
+    assert not known.find(Form(FORM.model, 4, "f32"), system) and not known.find(FORM, system[:33:-1])
     known.forget(name(1))
-    assert known.find(MODEL, 8, [*system, 8])[0][1] == 50
+    assert known.find(FORM, [*system, 8])[0][1] == 50
 
 
 def test_a_longer_session_on_the_same_nodes_takes_the_place_of_a_shorter_one() -> None:
     known = Prefixes(10.0, lambda: 0.0)
     turn = list(range(60))
     known.remember(prefix(1, turn))
-    known.remember(prefix(2, turn, nodes=NODES[:1]))
+    known.remember(prefix(2, turn, hops=HOPS[:1]))
     known.remember(prefix(3, turn * 2))
-    assert [found.session for found, _ in known.find(MODEL, 8, turn * 3)] == [name(3), name(2)]
+    assert [found.session for found, _ in known.find(FORM, turn * 3)] == [name(3), name(2)]
     for number in range(10, 50):
         known.remember(prefix(number, [number] * 40))
     assert len(known) == MAX_KEPT
@@ -116,4 +116,4 @@ def test_a_client_forgets_when_the_nodes_do() -> None:
     hands.now += 6
     known.used(name(1))
     hands.now += 6
-    assert known.find(MODEL, 8, [1] * 60) and not known.find(MODEL, 8, [2] * 60)
+    assert known.find(FORM, [1] * 60) and not known.find(FORM, [2] * 60)
