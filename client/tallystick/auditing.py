@@ -81,6 +81,12 @@ class Audit:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def refeed(self) -> None:
+        """Another node feeds the auditor from now on: what it has not signed may never have arrived."""
+        self._fed = min(self._fed, self.remote.standing.covered)
+        self._flushed = 0
+        self.wake()
+
     def judged_to(self) -> int:
         """Positions of the audited hop that were compared, and agreed."""
         return self._session.hops[self.index].standing.receipts[self.approved - 1].last if self.approved else 0
@@ -159,6 +165,8 @@ class Audit:
     async def _feed_now(self) -> None:
         hop = self._session.hops[self.index]
         target = hop.standing.covered
+        if self.index:  # the hop before may be a new one, which is still computing them
+            target = min(target, self._session.hops[self.index - 1].standing.covered)
         try:
             if target > self._fed and hop.failure is None:
                 await send_kept(self._session, self.index, self.remote, self._fed, target)

@@ -73,6 +73,8 @@ class Line:
         self._away = False
         self._rejoined: asyncio.Event | None = None
         self._failure: TallystickError | None = None
+        self._on_frame: Callable[[Frame], None] = lambda _: None
+        self._on_change: Callable[[], None] = lambda: None
         self._fail: Callable[[TallystickError], None] = lambda _: None
         self._comeback: Comeback | None = None
         self._patience = Patience(PONG_FLOOR_S, PONG_PRIOR_S)
@@ -86,7 +88,9 @@ class Line:
         fail: Callable[[TallystickError], None],
         comeback: Comeback | None = None,
     ) -> None:
-        """Begin to read. on_change: called after every frame and after `fail`, which is called once, at the end."""
+        """Begin to read, or be heard by somebody else. on_change: called after every frame and after `fail`, which is
+        called once, at the end."""
+        self._on_frame, self._on_change = on_frame, on_change
         self._fail = fail
         self._comeback = comeback
 
@@ -100,20 +104,21 @@ class Line:
                     elif frame.kind is Kind.DONE:
                         self._settle(frame.body.get("of"), None)
                     else:
-                        on_frame(frame)
-                    on_change()
+                        self._on_frame(frame)
+                    self._on_change()
                 except Exception as error:
                     if isinstance(error, Unreachable) and not isinstance(error, Departed) and await self._come_back():
-                        on_change()
+                        self._on_change()
                         continue
                     if not isinstance(error, TallystickError):
                         log.exception("reading from %s failed", self.node)
                     known = error if isinstance(error, TallystickError) else InternalError(f"reading failed: {error}")
                     self._give_up(known)
-                    on_change()
+                    self._on_change()
                     return
 
-        self._reader = asyncio.create_task(read())
+        if self._reader is None:
+            self._reader = asyncio.create_task(read())
 
     # -- sending
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import TYPE_CHECKING
 
 from tallystick.auditing import send_kept
@@ -11,6 +12,7 @@ from tallystick.checks import check_input
 from tallystick.remote import Hearing, Remote
 from tallystick.routing.candidates import Candidate
 from tallystick_protocol.errors import TallystickError, Unreachable
+from tallystick_protocol.frames import Frame
 from tallystick_protocol.receipts import Receipt
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ STEP_ROWS = 64
 NEAR_ROWS = 8
 POLL_S = 0.02
 FILL_TIMEOUT_S = 120.0
+KEPT_RESULTS = 64
+"""Those of the last rows are enough: the hop that serves has answered the others."""
 
 
 class Migration:
@@ -37,6 +41,7 @@ class Migration:
         self._pending: dict[int, Receipt] = {}
         self._changed = asyncio.Event()
         self._remote: Remote | None = None
+        self._results: deque[Frame] = deque(maxlen=KEPT_RESULTS)
         session.attempt += 1
         self.task = asyncio.create_task(self._fill())
         self.task.add_done_callback(lambda _: session.wake())
@@ -48,6 +53,18 @@ class Migration:
         if self.task.exception() is None:
             return self._remote
         return None
+
+    def forget(self, position: int) -> None:
+        """Rows from `position` on were taken back."""
+        self.fed = min(self.fed, position)
+
+    def hand_over(self) -> None:
+        """The node has taken the hop's place: what it answered while it was filled counts, if nobody else did."""
+        assert self._remote is not None
+        for frame in self._results:
+            self._session.take_result(self._remote, frame)
+        for window, receipt in self._pending.items():
+            self._session.pending[self._remote][window] = receipt
 
     async def call_off(self) -> None:
         """Let the node go, paid for what it has signed."""
@@ -68,11 +85,13 @@ class Migration:
                 remote.listen(
                     Hearing(
                         lambda _, receipt: self._pending.__setitem__(session.window_index(receipt), receipt),
-                        lambda *_: None,
+                        lambda _, frame: self._results.append(frame),
                         self._changed.set,
                     )
                 )
                 while remote.line.pong.position < len(session.ids) - NEAR_ROWS or not self.fed:
+                    if self.index and (lost := session.hops[self.index - 1].failure) is not None:
+                        raise Unreachable("the hop before is lost", hop=session.hops[self.index - 1].node) from lost
                     await self._feed(remote)
                     await self._take_receipts(remote)
                     await remote.line.ping()
@@ -88,7 +107,8 @@ class Migration:
             raise Unreachable(f"{self.candidate.node} was not filled within {FILL_TIMEOUT_S:g} s") from None
         except TallystickError as error:
             log.info("%s could not be filled (%s)", self.candidate.node, error)
-            session.lost.add(self.candidate.node)
+            if error.fields.get("hop") in (None, self.candidate.node):
+                session.lost.add(self.candidate.node)
             raise
 
     async def _feed(self, remote: Remote) -> None:
@@ -99,7 +119,6 @@ class Migration:
             before = session.hops[self.index - 1]
             await before.line.ping()
             reach = min(reach, before.line.pong.position)
-        self.fed = min(self.fed, len(session.ids))
         if self.fed < reach:
             last = min(self.fed + STEP_ROWS, reach)
             await send_kept(session, self.index, remote, self.fed, last)

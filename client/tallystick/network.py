@@ -176,7 +176,10 @@ class Network:
                 await self._peers.info(contact, INFO_TIMEOUT_S)
                 took_s = min(took_s, time.monotonic() - began)
             candidate = await self._candidate(record, entry, contact, str(info.get("offer", "")))
-            claims = read_claims(info.get("status"), len(candidate.offer.span))
+            status = info.get("status")
+            if isinstance(status, dict) and status.get("draining") is True:
+                return node, "it is about to stop"
+            claims = read_claims(status, len(candidate.offer.span))
             return replace(
                 candidate,
                 rtt_s=self._nearest(node, took_s),

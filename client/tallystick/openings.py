@@ -22,6 +22,7 @@ from tallystick_protocol.errors import (
     InsufficientFunds,
     NoAuditor,
     NoRoute,
+    Rejected,
     TallystickError,
 )
 from tallystick_protocol.types import ZERO_ADDRESS, Address
@@ -43,6 +44,7 @@ class Openings:
         self._session = session
         self._nonce = fresh_nonce()
         self._reserved: list[Need] = []
+        self._give_up_at: dict[int, float] = {}
 
     async def open_hop(self, index: int) -> None:
         """Open hop `index` on the candidate that the route names, or on one that can stand in for it."""
@@ -72,6 +74,8 @@ class Openings:
         session = self._session
         lost = session.route[index]
         session.lost.add(lost.node)
+        if isinstance(error, Rejected):  # perhaps of an offer that it has replaced
+            await self._look_again(lost)
         spare = self.stand_ins(index) or await self._await_node(index, error)
         session.route[index] = spare[0]
         session.verdict.replaced.append((lost.node, spare[0].node, error.code))
@@ -89,16 +93,33 @@ class Openings:
             end=lost.span.end,
         )
         log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
-        deadline = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
-        if time.monotonic() < deadline:
-            session.setting.on_waiting(nobody)
-        while time.monotonic() < deadline:
+        if index not in self._give_up_at:
+            self._give_up_at[index] = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
+            if session.is_open:
+                session.setting.on_waiting(nobody)
+        while time.monotonic() < self._give_up_at[index]:
             await asyncio.sleep(LOOK_OUT_S)
-            session.setting.candidates[:] = await session.setting.look_again()
-            session.lost -= {c.node for c in session.setting.candidates}  # it answers again
+            await self.look_out()
             if found := self.stand_ins(index):
                 return found
         raise nobody
+
+    async def look_out(self) -> None:
+        """Ask all nodes; those that answer are no longer lost."""
+        await self._look_again()
+        self._session.lost -= {c.node for c in self._session.setting.candidates}
+
+    async def _look_again(self, refused: Candidate | None = None) -> None:
+        """Ask all nodes for their offers anew. refused: whom nothing is held against if it offers something else."""
+        session = self._session
+        session.setting.candidates[:] = await session.setting.look_again()
+        for found in session.setting.candidates:
+            if refused is not None and found.node == refused.node and found.offer_digest != refused.offer_digest:
+                session.lost.discard(found.node)
+
+    def filled(self, index: int) -> None:
+        """Somebody serves a hop's layers again."""
+        self._give_up_at.pop(index, None)
 
     def opening(self, index: int, is_end: bool = False) -> Opening:
         """What is asked of hop `index`. is_end: it shall not push yet."""
@@ -143,10 +164,20 @@ class Openings:
             raise
         return remote
 
+    async def reserve_with_standbys(self, candidates: list[Candidate]) -> None:
+        """Set aside what these nodes may cost, and one for each hop that could take its place, if there is money for
+        them: paying into a channel takes a block, and whoever is lost is not to be waited for so long."""
+        spare = [c for index in range(len(self._session.route)) for c in self.stand_ins(index)[:1]]
+        try:
+            await self.reserve([*candidates, *spare])
+        except (ConfigError, ChainError):
+            await self.reserve(candidates)
+
     async def reserve(self, candidates: list[Candidate]) -> None:
         """Set aside what the whole session may cost at these nodes, replays included, in one transaction."""
         known = {need.node for need in self._reserved}
-        needs = [self._session.setting.need(candidate) for candidate in candidates if candidate.node not in known]
+        fresh = {candidate.node: candidate for candidate in candidates if candidate.node not in known}
+        needs = [self._session.setting.need(candidate) for candidate in fresh.values()]
         if needs:
             await asyncio.to_thread(self._session.setting.purse.reserve, needs)
             self._reserved += needs

@@ -6,17 +6,20 @@ that is caught lying takes everybody back to the last window that was true.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
 from tallystick.auditing import Audit, Disagreement
 from tallystick.migration import Migration
+from tallystick.openings import LOOK_OUT_S
 from tallystick.remote import Remote
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors
 from tallystick.verdict import Accusation, Check
-from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, TallystickError
+from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, NoAuditor, TallystickError
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
 
@@ -45,6 +48,9 @@ class Repair:
         self._session = session
         self._migration: Migration | None = None
         self._unmoved: set[int] = set()
+        self._parted: set[tuple[str, str]] = set()
+        self.unaudited: dict[int, float] = {}
+        self._tried_at: dict[int, float] = {}
 
     def has_stand_in(self, index: int) -> bool:
         """Whether another node could take hop `index`'s place at once."""
@@ -84,6 +90,7 @@ class Repair:
         for index, hop in enumerate(self._session.hops):
             if hop.is_draining and index not in self._unmoved and self.has_stand_in(index):
                 self.migrate(index, self._session.openings.stand_ins(index)[0], "draining")
+        await self._find_auditors()
         return await self._finish_migration()
 
     async def _mend(self, index: int, failure: TallystickError) -> None:
@@ -108,12 +115,17 @@ class Repair:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
         session = self._session
         lost = session.hops[index]
+        lost.failure = lost.failure or failure
+        if self._migration is not None and self._migration.index == index:
+            await asyncio.wait([self._migration.task])
+            if await self._finish_migration():
+                return
         session.farewells.drop(lost)
         await self.call_off()
         await session.openings.substitute(index, failure)
-        session.attempt += 1
         while True:
             candidate = session.route[index]
+            session.attempt += 1
             try:
                 await self._announce(index, candidate.node)
                 remote = await session.openings.connect(candidate, session.openings.opening(index))
@@ -125,8 +137,10 @@ class Repair:
                 await session.openings.substitute(index, error)
                 continue
             break
+        session.openings.filled(index)
         session.hops[index] = remote
         session.attach(remote)
+        await session.flush_again(remote)
         if index:
             await self.tell_neighbour(index - 1, {"next": candidate.node})
         else:
@@ -151,22 +165,24 @@ class Repair:
             self._migration = Migration(self._session, index, candidate, why)
 
     async def _finish_migration(self) -> bool:
-        """Let a filled node take its hop's place; False when there is nothing to do yet."""
+        """Let a filled node take its hop's place, whose failure matters no more; False when nothing has changed."""
         session, migration = self._session, self._migration
         if migration is None or not migration.task.done():
             return False
         self._migration = None
         index, old = migration.index, session.hops[migration.index]
         remote = migration.result()
-        if remote is None or old is not migration.old or old.failure is not None:
+        if remote is None or old is not migration.old:
             await migration.call_off()
-            if remote is None and not self.has_stand_in(index):
+            if not self.has_stand_in(index):
                 self._unmoved.add(index)
-            return True
+            return False
         session.route[index] = migration.candidate
         session.verdict.replaced.append((old.node, migration.candidate.node, migration.why))
         session.hops[index] = remote
         session.attach(remote)
+        migration.hand_over()
+        await session.flush_again(remote)
         session.lost.add(old.node)
         await self._announce(index, remote.node)
         if index + 1 < len(session.hops):
@@ -175,9 +191,17 @@ class Repair:
             await self.tell_neighbour(index - 1, {"next": remote.node})
         else:
             await session.resend(remote, migration.fed)
-        session.farewells.part(old, index)
+        if old.failure is None:
+            session.farewells.part(old, index)
+        else:
+            session.farewells.drop(old)
         await self._change_neighbours()
         return True
+
+    def forget(self, position: int) -> None:
+        """Rows from `position` on were taken back, and whoever is being filled was told so."""
+        if self._migration is not None:
+            self._migration.forget(position)
 
     async def call_off(self) -> None:
         """Whoever was to take a hop's place is let go: the rows that it was filled with are in question."""
@@ -193,6 +217,7 @@ class Repair:
             if audit.index == index + 1 and audit.remote.failure is None:
                 try:
                     await audit.remote.command(Frame(Kind.ROUTE, {"previous": node}))
+                    audit.refeed()
                 except TallystickError as error:
                     audit.remote.failure = audit.remote.failure or error
 
@@ -201,10 +226,16 @@ class Repair:
         await self.tell(self._session.hops[index], body)
 
     async def tell(self, hop: Remote, body: dict[str, str]) -> None:
+        """A hop that cannot reach another one, which answers us, is believed once; then it is itself at fault."""
         try:
             await hop.command(Frame(Kind.ROUTE, dict(body)))
         except TallystickError as error:
-            hop.failure = hop.failure or error
+            pair = (hop.node, str(error.fields.get("hop")))
+            if hop.failure is None and pair[1] in self._session.nodes - {hop.node} and pair not in self._parted:
+                self._parted.add(pair)
+                hop.told.append(error)
+            else:
+                hop.failure = hop.failure or error
 
     async def _resolve(self, index: int, disagreement: Disagreement) -> None:
         """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
@@ -240,7 +271,24 @@ class Repair:
         self._session.audits.remove(audit)
         self._session.note_payment(audit.remote)
         await audit.remote.close()
-        await self._session.openings.open_audit(audit.index)
+        self.unaudited[audit.index] = time.monotonic() + self._session.setting.wait_s
+        await self._find_auditors()
+
+    async def _find_auditors(self) -> None:
+        """Open an auditor for each hop that has lost its own. Raises NoAuditor when there was none for too long."""
+        now = time.monotonic()
+        for index, deadline in list(self.unaudited.items()):
+            if now - self._tried_at.get(index, 0.0) < LOOK_OUT_S:
+                continue
+            try:
+                await self._session.openings.open_audit(index)
+                del self.unaudited[index]
+                self._tried_at.pop(index, None)
+            except NoAuditor:
+                if now > deadline:
+                    raise
+                await self._session.openings.look_out()
+                self._tried_at[index] = time.monotonic()
 
     async def _expel(self, index: int, position: int, why: TallystickError | None = None) -> None:
         """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""

@@ -71,6 +71,7 @@ class Session:
         self.ring: Ring | None = None
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self._is_rewinding = False
+        self._flushed = -1
         self._work = asyncio.Event()
         self._news = asyncio.Event()
         self._tender: asyncio.Task[None] | None = None
@@ -108,14 +109,15 @@ class Session:
 
     @property
     def has_audits(self) -> bool:
-        return bool(self.audits)
+        return bool(self.audits or self.repair.unaudited)
 
     # -- opening
 
     async def open(self, audited: list[int]) -> None:
         """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor…"""
         drawn = {index: self.openings.draw_auditors(index) for index in audited}
-        await self.openings.reserve([*self.route, *(c for possible in drawn.values() for c in possible[:1])])
+        needed = [*self.route, *(c for possible in drawn.values() for c in possible[:1])]
+        await self.openings.reserve_with_standbys(needed)
         for index in reversed(range(len(self.route))):
             await self.openings.open_hop(index)
         for index in audited:
@@ -127,7 +129,7 @@ class Session:
         self.pending[remote] = {}
         insist_s = partial(self.repair.insist_s, remote)
         remote.listen(
-            Hearing(self._on_receipt, self._on_result, self.wake, self._rejoin, self._first_missing, insist_s)
+            Hearing(self._on_receipt, self.take_result, self.wake, self._rejoin, self._first_missing, insist_s)
         )
 
     async def _rejoin(self, remote: Remote, position: int, _: int) -> None:
@@ -142,7 +144,9 @@ class Session:
     def forget(self, position: int) -> None:
         """Forget the rows from `position` on, and what came of them."""
         del self.ids[position:], self._want[position:]
+        self._flushed = -1
         self._results.forget(position)
+        self.repair.forget(position)
 
     # -- rows
 
@@ -271,7 +275,7 @@ class Session:
 
         Where hops are audited, until all that was computed is signed, judged and paid: what is dropped was looked at.
         """
-        if self.audits:
+        if self.has_audits:
             await self.finish()
             return
         complete = 0 if self.one_shot else length // WINDOW * WINDOW
@@ -347,7 +351,13 @@ class Session:
         await self._flush()
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
 
+    async def flush_again(self, remote: Remote) -> None:
+        """A hop that joins late is told what all others were told: to sign the last window as it is."""
+        if self._flushed == len(self.ids):
+            await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
+
     async def _flush(self) -> None:
+        self._flushed = len(self.ids)
         for remote in self.everybody():
             try:
                 await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
@@ -364,7 +374,8 @@ class Session:
     def _all_settled(self) -> bool:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
-        judged = not self.disputes and all(audit.judged_to() == length for audit in self.audits)
+        open_questions = self.disputes or self.repair.unaudited
+        judged = not open_questions and all(audit.judged_to() == length for audit in self.audits)
         paid = all(remote.rows_paid >= remote.rows_due for remote in self.everybody())
         return signed and judged and paid
 
@@ -406,7 +417,8 @@ class Session:
     def window_index(self, receipt: Receipt) -> int:
         return 0 if self.one_shot else window_of(receipt.first)
 
-    def _on_result(self, remote: Remote, frame: Frame) -> None:
+    def take_result(self, remote: Remote, frame: Frame) -> None:
+        """Rows that left the model, if the last hop says so."""
         if remote is self.hops[-1]:
             known = len(self.ids)
             ahead = 0 if self.ring is None else self.ring.until
@@ -476,9 +488,9 @@ class Session:
     async def _pay_hop(self, index: int, hop: Remote) -> None:
         """Everything due, unless this hop is being audited: then what the audit has passed."""
         audit = next((audit for audit in self.audits if audit.index == index), None)
-        if audit is None:
+        if audit is None and index not in self.repair.unaudited:
             await hop.pay(hop.rows_due, self.setting.purse)
-        elif audit.approved and index not in self.disputes:
+        elif audit is not None and audit.approved and index not in self.disputes:
             await hop.pay(hop.due_after.get(audit.approved - 1, 0), self.setting.purse)
 
     # -- audits

@@ -69,6 +69,14 @@ class Process:
         self._signal(signal.SIGKILL)
         self._wait(STOP_TIMEOUT_S)
 
+    def hang(self) -> None:
+        """SIGSTOP: it does nothing, and its connections stay."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT, after `hang`."""
+        self._signal(signal.SIGCONT)
+
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """SIGTERM, then SIGKILL. Does nothing when it has ended."""
         self.ask_to_stop()

@@ -29,6 +29,11 @@ ENV_PREFIX = "TALLYSTICK_NODE_"
 C = TypeVar("C", bound=BaseSettings)
 
 
+def _is_here(announced: str) -> bool:
+    """Whether HOST:PORT is on this machine."""
+    return is_loopback(announced.rpartition(":")[0].strip("[]"))
+
+
 class NodeConfig(BaseSettings):
     """Every setting. Money in token base units (1e-18), times in seconds, sizes in bytes."""
 
@@ -120,8 +125,8 @@ class NodeConfig(BaseSettings):
     def _has_a_way_in(self) -> NodeConfig:
         if self.host == "none" and not self.relays:
             raise ValueError('host = "none" takes relays: without a port nobody could reach this node')
-        if self.tls == "off" and (self.relays or self.announce):
-            raise ValueError('tls = "off" is for loopback alone: leave out relays and announce')
+        if self.tls == "off" and (self.relays or not all(map(_is_here, self.announce))):
+            raise ValueError('tls = "off" is for loopback alone: leave out relays and what is announced beyond it')
         if len(self.relays) + max(1, len(self.announce)) > 4:
             raise ValueError("four addresses and relays at most")
         return self

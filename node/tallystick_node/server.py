@@ -90,6 +90,7 @@ def _metrics(sessions: Sessions) -> CollectorRegistry:
         "iteration_tokens_total": ("rows computed in forwards", lambda: sessions.meter.rows),
         "iteration_seconds_total": ("time spent in forwards", lambda: sessions.meter.busy_s),
         "prefix_cache_hits_total": ("rows taken over, in sessions that have ended", lambda: sessions.counters.reused),
+        "asyncio_tasks": ("tasks of the event loop", lambda: len(asyncio.all_tasks())),
         "rows_total": ("rows computed in sessions that have ended", lambda: sessions.counters.rows),
     }
     for name, (text, value) in gauges.items():

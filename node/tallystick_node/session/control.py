@@ -80,6 +80,10 @@ class Control:
         if self._channel is not None:
             self._detach(self._channel)
 
+    def expel(self, error: TallystickError) -> None:
+        """Have `receive` raise this."""
+        self._arrived.put_nowait(error)
+
     def end(self) -> None:
         """The session has ended."""
         self._ended = True

@@ -61,8 +61,16 @@ class Downstream:
         """Whether no hop follows."""
         return self.node == ZERO_ADDRESS
 
+    def redirect(self, node: Address) -> None:
+        """Another node follows: whatever was tried with the one before is over."""
+        self.node = node
+        if self._redialling is not None:
+            self._redialling.cancel()
+
     async def dial(self) -> Link | None:
         """A new connection to the next hop in place of the old one; None at the end. It is used once `join` took it."""
+        if (filled := self._side.pop(self._session, None)) is not None:  # it got rows before it took its place
+            await self._end(filled)
         if self._link is not None:
             old, self._link = self._link, None
             await self._end(old)

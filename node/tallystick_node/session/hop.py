@@ -171,6 +171,10 @@ class Hop:
         self._claims = 0
 
     @property
+    def attempt(self) -> int:
+        return self._open.attempt
+
+    @property
     def previous(self) -> Address:
         return self._windows.terms.previous
 
@@ -257,6 +261,10 @@ class Hop:
         if signer != self.client or number <= self._claims:
             raise Unauthorized("the claim is not signed by the session's client, or is an old one")
         self._claims = number
+
+    def expel(self, error: TallystickError) -> None:
+        """End the session for a reason."""
+        self._control.expel(error)
 
     async def warn(self, error: TallystickError) -> None:
         """Tell the client something that is not an answer."""
@@ -632,7 +640,7 @@ class Hop:
             async with self._signing:
                 self._windows.replace_previous(_address(frame, "previous"))
         if "next" in frame.body:
-            self._downstream.node = _address(frame, "next")
+            self._downstream.redirect(_address(frame, "next"))
             await self._connect_next()
 
     async def _on_replay(self, frame: Frame) -> None:

@@ -87,6 +87,8 @@ class Dialler:
             await channel.send(Frame(Kind.PUSH_OPEN, {"push": seal(self._domain, push, self._key), "epoch": epoch}))
             opened = await expect(channel, Kind.PUSH_OPENED, OPEN_TIMEOUT_S)
             return Link(node, channel, take(opened.body, "position", int), take(opened.body, "epoch", int), epoch)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, TallystickError):
+                error.fields.setdefault("hop", node)
             await channel.close()
             raise

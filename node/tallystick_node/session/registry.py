@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,6 +116,7 @@ class Sessions:
         epoch = take(first.body, "epoch", int, 0)
         if not 0 <= epoch < MAX_EPOCH:
             raise BadMessage("the epoch is out of range")
+        await self._supersede(session, opened.attempt)
         control = Control(self._limits.lease_s)
         hop = self._admit(opened, session, control, epoch, wire_of(first.body.get("wire", "f32")))
         try:
@@ -165,6 +167,14 @@ class Sessions:
         hop = self._hops.get(session)
         return self._kept.find(session) if hop is None else hop.source
 
+    async def _supersede(self, session: SessionId, attempt: int) -> None:
+        """A client that opens its session a second time has lost the first one, which may still wait for it."""
+        old = self._hops.get(session)
+        if old is not None and old.attempt < attempt:
+            old.expel(SessionUnknown("the session was opened anew"))
+            while self._hops.get(session) is old:
+                await asyncio.sleep(DRAIN_POLL_S)
+
     async def serve_push(self, channel: Channel, first: Frame) -> None:
         """A connection whose first frame is PUSH_OPEN, from the hop that the client named as the previous one."""
         push, signer = unseal(self._shop.domain, PushOpen, sealed_field(first, "push"))
@@ -201,8 +211,10 @@ class Sessions:
         """Open no more sessions, tell the clients of those that are open to move on, and give them time for it."""
         self.draining = True
         notice = Draining("this node stops soon: put another one in its place", node=self._shop.node)
-        await asyncio.gather(*(hop.warn(notice) for hop in list(self._hops.values())))
         deadline = asyncio.get_running_loop().time() + timeout_s
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(hop.warn(notice) for hop in list(self._hops.values())))
         while self._hops and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(DRAIN_POLL_S)
 
