@@ -21,6 +21,8 @@ from tallystick.speculation.local import DraftModel
 from tallystick.speculation.lookup import PromptLookup
 from tallystick.speculation.pace import Limits
 from tallystick.speculation.steps import Speculation, Steps, named, room_behind
+from tallystick.tokens import Tokens
+from tallystick_devnet.demo import default_model
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.sampling import Sampling, draw
 from tallystick_protocol.types import WINDOW
@@ -126,6 +128,46 @@ async def test_a_draft_model_that_is_the_model_is_nearly_always_right(tmp_path: 
         hits += sum(itertools.takewhile(bool, (int(a == b) for a, b in zip(draft, true, strict=True))))
         ids += true[:3]
     assert hits >= 23  # the two programs round differently: a draw may fall between
+
+
+class Timed:
+    """A session whose passes take 20 ms and 0.5 ms for each row, by a clock of its own."""
+
+    def __init__(self, session: InProcess) -> None:
+        self._session = session
+        self._due = self.now = 0.0
+
+    @property
+    def ids(self) -> list[int]:
+        return self._session.ids
+
+    async def feed(self, ids: list[int], want: Sequence[bool] | None = None) -> None:
+        self._due = self.now + 0.02 + 0.0005 * len(ids)
+        await self._session.feed(ids, want)
+
+    async def result(self, position: int) -> bytes:
+        self.now = max(self.now, self._due)
+        return await self._session.result(position)
+
+    async def drop(self, length: int) -> None:
+        await self._session.drop(length)
+
+
+async def test_a_text_that_quotes_itself_takes_a_third_of_the_passes(tmp_path: Path) -> None:
+    """Counted, with the demo model, in "auto"."""
+    text = "The function returns a list of names. The function returns a list of values. "
+    prompt = Tokens(default_model() / "tokenizer.json").encode(2 * text + "The function returns")
+    spans = checkpoints.published(default_model(), tmp_path).cut(3)
+    vocab, count = spans[0].manifest.vocab, 90
+    expected = await plain(of_spans(spans), Sampling(), prompt, count, vocab)
+    session = of_spans(spans)
+    timed = Timed(session)
+    speculation = Speculation.of("auto", Sampling())
+    steps = Steps(timed, Sampling(), speculation, len(prompt) + count, vocab, lambda: timed.now)
+    assert await answer(steps, prompt, count) == expected
+    passes, rows = len(session.passes) - 1, sum(session.passes[1:])
+    assert passes <= count / 3, f"{passes} passes"
+    assert rows <= 1.05 * count, f"{rows} rows"
 
 
 # -- the distribution

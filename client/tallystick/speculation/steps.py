@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -31,7 +31,8 @@ EAGER = Limits(chance=0.2, gain=1.0)
 class Log(Protocol):
     """What a session is to whoever decides its tokens: rows that are appended, and perhaps taken back."""
 
-    ids: list[int]
+    @property
+    def ids(self) -> list[int]: ...
 
     async def feed(self, ids: list[int], want: Sequence[bool] | None = None) -> None: ...
 
@@ -71,14 +72,23 @@ class Steps:
     Each may raise RolledBack, NoRoute, Unreachable; after RolledBack, `start` again with the ids that are left.
     """
 
-    def __init__(self, session: Log, sampling: Sampling, speculation: Speculation, last: int, vocab: int) -> None:
-        """last: how many positions prompt and answer may take. vocab: ids that the model knows."""
+    def __init__(
+        self,
+        session: Log,
+        sampling: Sampling,
+        speculation: Speculation,
+        last: int,
+        vocab: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """last: how many positions prompt and answer may take. vocab: ids that the model knows. clock: seconds."""
         self.drafted = self.accepted = 0
         self._session = session
         self._sampling = sampling
         self._drafter = speculation.drafter
         self._pace = Pace(speculation.limits)
         self._last, self._vocab = last, vocab
+        self._clock = clock
         self._drafts: list[int] = []
         self._look: tuple[int, float] | None = None
         self._look_s = 0.0
@@ -93,7 +103,7 @@ class Steps:
     async def decide(self, ids: list[int]) -> list[int]:
         """The next tokens, at least one."""
         session, drafts, first = self._session, self._drafts, len(ids)
-        began = time.monotonic()
+        began = self._clock()
         tokens: list[int] = []
         for draft in (*drafts, None):
             position = first + len(tokens)
@@ -101,7 +111,7 @@ class Steps:
             if tokens[-1] != draft:
                 break
         accepted = len(tokens) - 1
-        waited = time.monotonic() - began
+        waited = self._clock() - began
         if accepted < len(drafts):
             await session.drop(first + accepted)
         self._account(accepted, tokens[0], waited)
@@ -110,16 +120,16 @@ class Steps:
 
     async def go_on(self, ids: list[int]) -> None:
         """Send the last token, and drafts behind it."""
-        self._sent_at = time.monotonic()
+        self._sent_at = self._clock()
         room = min(room_behind(len(ids) - 1), self._last - len(ids) - 1)
         wanted = self._pace.drafts(room) if self._drafter is not None else 0
         self._drafts = await self._propose(ids, wanted) if wanted else []
         fed = [ids[-1], *self._drafts]
         await self._session.feed(fed, [True] * len(fed))
         if not wanted and self._drafter is not None and self._pace.may_look(self._look_s):
-            began = time.monotonic()
+            began = self._clock()
             draft = await self._propose(ids, 1)
-            self._look_s = time.monotonic() - began
+            self._look_s = self._clock() - began
             self._look = (draft[0], self._look_s) if draft else None
 
     async def stop(self, ids: list[int]) -> None:
@@ -148,7 +158,7 @@ class Steps:
             self._pace.looked(draft == token, seconds)
             self._look = None
         if self._sent_at is not None:
-            took_s = time.monotonic() - self._sent_at
+            took_s = self._clock() - self._sent_at
             self._pace.passed(len(self._drafts), accepted, took_s if waited_s > took_s / 2 else None)
 
 
