@@ -111,24 +111,42 @@ async def test_layers_that_a_node_has_not_are_refused(
         await session.close()
 
 
-async def test_a_node_that_advertises_what_it_does_not_deliver_loses_its_traffic(
+async def test_a_node_that_advertises_what_it_does_not_deliver_loses_its_session_and_its_traffic(
     running: Running, overlapping: Overlapping, tmp_path: Path
 ) -> None:
-    """It is used once, for lack of others; then never while there are any. What was learnt outlives the client."""
+    """It is chosen for lack of others, left in the middle of the session, and not used again, by a later client either.
+
+    The rows are those of a session that was never moved.
+    """
     liar, honest = overlapping.nodes
     await asyncio.to_thread(liar.process.stop)
     running.net.restart(liar, running.model, SLOW)
     await asyncio.to_thread(liar.wait)
     others = {honest.address, *(node.address for node in running.nodes if node.span == running.spans[1])}
+    ids = list(range(20, 50))
     async with client_of(running, tmp_path, 0.0) as client:
+        record, manifest = await client.model(running.id)
         client.banned |= others
-        answer = await client.generate(PROMPT, max_tokens=9, model=running.id, verify="off", ignore_eos=True)
-        (lie,) = [hop for hop in answer.route if hop.node == liar.address]
+        verdict = Verdict("off")
+        session = await client.open_session(record, manifest, 128, verdict)
+        (lie,) = [hop for hop in session.route if hop.node == liar.address]
         assert lie.claimed.layer_s < 1e-4, "it says that it is the fastest"
+        session.avoid -= others
         client.banned -= others
-        for _ in range(3):
-            answer = await client.generate(PROMPT, max_tokens=6, model=running.id, verify="off", ignore_eos=True)
-            assert liar.address not in {hop.node for hop in answer.route}
+        rows = []
+        for position, token in enumerate(ids):
+            await session.feed([token])
+            rows.append(await session.result(position))
+        assert liar.address not in {hop.node for hop in session.route}
+        assert [(old, why) for old, _, why in verdict.replaced] == [(liar.address, "slow")]
+        await client.finish(session, "off")
+        await session.close()
+        usual = await client.open_session(record, manifest, 128, Verdict("off"))
+        assert liar.address not in {hop.node for hop in usual.route}
+        await usual.feed(ids, [True] * len(ids))
+        assert [await usual.result(position) for position in range(len(ids))] == rows
+        await client.finish(usual, "off")
+        await usual.close()
     async with client_of(running, tmp_path, 0.0) as client:
         _, route = await client.route(running.id)
         assert liar.address not in {hop.node for hop in route.hops}
