@@ -144,6 +144,7 @@ async def test_a_bad_fork_is_refused_and_changes_nothing(field: Field, what: str
             await theirs.step(ids(1, 2))
             error = await me.command(Kind.FORK, body(me, source, theirs), position)
             assert error is not None and error["code"] == code
+        assert await me.command(Kind.CROP, position=3) is None  # in the fork's place: all its rows stay
         await me.step(ids(5), 3)
         (receipt,) = await me.signed(4)
         assert receipt.input == rows_root(ids(1, 2, 99, 5))
@@ -216,6 +217,7 @@ async def test_forks_without_end_are_refused_until_rows_are_computed_again(field
             assert await session.command(Kind.FORK, body) is None
         refused = await session.command(Kind.FORK, body)
         assert refused is not None and refused["code"] == "rejected"
+        assert await session.command(Kind.CROP, position=3) is None
         await session.step(ids(4), 3)
         await session.signed(4)
         assert await session.command(Kind.FORK, body) is None
