@@ -137,6 +137,10 @@ class LocalNet:
         folder, cold = self._prepared.pop(0)
         return self._start(LocalNode(folder.name, cold, span, folder, None), model, command, settings)  # type: ignore[arg-type]
 
+    def launch(self, name: str, command: Sequence[str], log: Path) -> Process:
+        """A Python process that need not import everything anew, as the nodes' are."""
+        return self._nursery.start(name, command, log, _ENVIRONMENT)
+
     def restart(
         self, node: LocalNode, model: ModelId, command: Sequence[str] = NODE_COMMAND, settings: Sequence[str] = ()
     ) -> None:

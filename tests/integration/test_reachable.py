@@ -51,7 +51,7 @@ def reachable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
         net.prepare(4)
         nodes = [net.add_node(model, span) for span in spans]
         terms = ["--price", str(PRICE), "--credit-bytes", str(CREDIT)]
-        relay = start_relay(net.chain, net.folder / "relay", PASSWORD, terms)
+        relay = start_relay(net.chain, net.folder / "relay", PASSWORD, terms, launch=net.launch)
         net.chain.give(keystore_address(net.folder / "node3" / "hot.json"), tokens=Wei(ETHER))
         cheap = ["--host", "none", "--relays", relay.name, "--price", str(10**10)]
         relayed = net.add_node(model, spans[1], settings=cheap)
@@ -194,7 +194,7 @@ async def test_a_node_in_a_namespace_that_can_only_dial_out_serves_the_whole_mod
 ) -> None:
     net = reachable.net
     relay = await asyncio.to_thread(
-        start_relay, net.chain, net.folder / "lan relay", PASSWORD, ["--price", "0"], host=HOST
+        start_relay, net.chain, net.folder / "lan relay", PASSWORD, ["--price", "0"], host=HOST, launch=net.launch
     )
     await asyncio.to_thread(net.prepare, 1)
     folder, address = net._prepared.pop(0)
