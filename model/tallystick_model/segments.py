@@ -84,3 +84,22 @@ def token_types_of(segments: Sequence[Segment], parts: list[Part]) -> torch.Tens
 
 def cut(rows: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
     return list(rows[: sum(len(part) for part in parts)].split([len(part) for part in parts]))
+
+
+def whole_or_rows(index: int, segment: Segment) -> list[Part]:
+    """A segment as one part; behind a recurrent state, as transformers' generate does, a part for each row."""
+    if segment.first and isinstance(segment.cache, StockCache) and segment.cache.recurrent:
+        return [Part(index, row, row + 1) for row in range(len(segment))]
+    return [Part(index, 0, len(segment))]
+
+
+def roll_back(cache: Cache, length: int) -> None:
+    """Take a failed step back; where the architecture cannot, the session is lost."""
+    if isinstance(cache, StockCache):
+        try:
+            cache.crop(length)
+        except RuntimeError:
+            cache.lost = True
+    else:
+        cache.commit(max(length, cache.length))
+        cache.crop(length)

@@ -18,10 +18,22 @@ from tallystick_model.canonical.scopes import CanonicalOperators
 from tallystick_model.canonical.tiles import R
 from tallystick_model.devices import CPU, Placement, moved
 from tallystick_model.ghosts import Leave, Passage
+from tallystick_model.memory import all_finite
 from tallystick_model.plans import Key, Plan, write_plans
 from tallystick_model.probe import ordinary_id
 from tallystick_model.replay import ReplayCache
-from tallystick_model.segments import Cache, Segment, cut, offset_rows, only_last, place, token_types_of, wanted_in
+from tallystick_model.segments import (
+    Cache,
+    Segment,
+    cut,
+    offset_rows,
+    only_last,
+    place,
+    roll_back,
+    token_types_of,
+    wanted_in,
+    whole_or_rows,
+)
 from tallystick_model.skeleton import Skeleton, arguments_of
 from tallystick_model.stock import StockCache
 from tallystick_model.streams import pack_rows, unpack_rows
@@ -152,7 +164,7 @@ class SpanModel:
         except BaseException:
             for segment, length in zip(segments, before, strict=True):
                 if segment.cache is not None:
-                    _roll_back(segment.cache, length)
+                    roll_back(segment.cache, length)
             raise
 
     def prepare(self) -> bool:
@@ -188,7 +200,7 @@ class SpanModel:
                 raise BadTensor(f"token ids run from 0 to {manifest.vocab - 1}", vocab=manifest.vocab)
         elif rows.dtype != torch.float32 or rows.ndim != 2 or rows.shape[1] != manifest.width:
             raise BadTensor(f"span {self.span} takes fp32 rows of width {manifest.width}", width=manifest.width)
-        elif not bool(torch.isfinite(rows).all()):
+        elif not all_finite(rows):
             raise BadTensor("a hidden row holds NaN or infinity")
         if not len(segment):
             raise BadTensor("a segment without rows")
@@ -244,12 +256,12 @@ class SpanModel:
                     cache = segments[part.segment].cache
                     if cache is not None:
                         cache.commit(segments[part.segment].first + part.last)
-        return [torch.cat(out) + 0.0 for out in outs]  # -0.0 + 0.0 is +0.0
+        return [(torch.cat(out) if len(out) > 1 else out[0]) + 0.0 for out in outs]  # -0.0 + 0.0 is +0.0
 
     def _calls(self, segments: Sequence[Segment]) -> list[list[Part]]:
         numbered = list(enumerate(segments))
         if self.execution == "stock" or (not self._packs and not self.causal):
-            return [[part] for index, segment in numbered for part in _whole_or_rows(index, segment)]
+            return [[part] for index, segment in numbered for part in whole_or_rows(index, segment)]
         if not self._packs:  # a row's call then has the shapes of its position, whoever travels with it
             return [[Part(index, row, row + 1)] for index, segment in numbered for row in range(len(segment))]
         for segment in segments:
@@ -345,13 +357,15 @@ class SpanModel:
 
     def _inputs(self, segments: Sequence[Segment], parts: list[Part]) -> tuple[dict[str, Any], int]:
         """The model's arguments for packed rows, and how many: few canonical rows travel with copies of themselves."""
-        rows = torch.cat([segments[part.segment].rows[part.first : part.last] for part in parts])
-        positions = torch.cat([torch.arange(part.first, part.last) + segments[part.segment].first for part in parts])
+        given = [segments[part.segment].rows[part.first : part.last] for part in parts]
+        places = [segments[part.segment].first + row for part in parts for row in range(part.first, part.last)]
         types = token_types_of(segments, parts)
-        if self._packs and len(rows) < MIN_ROWS:
-            again = torch.arange(MIN_ROWS).clamp(max=len(rows) - 1)
-            rows, positions = rows[again], positions[again]
-            types = None if types is None else types[again]
+        missing = MIN_ROWS - len(places) if self._packs else 0
+        if missing > 0:
+            given += [given[-1][-1:]] * missing
+            places += places[-1:] * missing
+            types = None if types is None else torch.cat([types, *[types[-1:]] * missing])
+        rows, positions = torch.cat(given), torch.tensor(places)
         cache = segments[parts[0].segment].cache
         if isinstance(cache, ReplayCache):
             rows = cache.with_rows(segments[parts[0].segment].first + parts[0].first, rows)
@@ -384,22 +398,3 @@ class SpanModel:
         if cache is not None and cache.memory is not None:
             inputs["encoder_outputs"] = self._spliced.anatomy.memory_type(last_hidden_state=cache.memory)
         return {name: value for name, value in inputs.items() if name in self._arguments}
-
-
-def _whole_or_rows(index: int, segment: Segment) -> list[Part]:
-    """A segment as one part; behind a recurrent state, as transformers' generate does, a part for each row."""
-    if segment.first and isinstance(segment.cache, StockCache) and segment.cache.recurrent:
-        return [Part(index, row, row + 1) for row in range(len(segment))]
-    return [Part(index, 0, len(segment))]
-
-
-def _roll_back(cache: Cache, length: int) -> None:
-    """Take a failed step back; where the architecture cannot, the session is lost."""
-    if isinstance(cache, StockCache):
-        try:
-            cache.crop(length)
-        except RuntimeError:
-            cache.lost = True
-    else:
-        cache.commit(max(length, cache.length))
-        cache.crop(length)

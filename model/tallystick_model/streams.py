@@ -68,10 +68,14 @@ class Stream:
 
     def to_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """(n, width) fp32."""
+        if self.shape[0] == 1 and len(self.shape) == 3 and self.shape[1] == -1 and tensor.dtype == torch.float32:
+            return tensor[0]
         return tensor.movedim(self.row_axis, 0).reshape(tensor.shape[self.row_axis], -1).to(torch.float32)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The tensor, laid out in memory as the layer before would have left it."""
+        if self.shape == (1, -1, self.width) and self.order == (0, 1, 2) and rows.dtype == self.dtype:
+            return rows[None].contiguous()
         others = [length for length in self.shape if length != -1]
         tensor = rows.view(len(rows), *others).movedim(0, self.row_axis)
         kept = tensor.to(self.dtype)

@@ -90,11 +90,12 @@ class Batch:
                 self._targets.append(segment.cache.rows(segment.first, last))
         lengths = [segment.end - segment.begin for segment in self._placed]
         rest = keys.shape[2] - sum(lengths)
-        parts = [*lengths, rest] if rest else lengths
-        targets = [views[layer] for views in self._targets]
         for side, held in enumerate((keys, values)):
-            given = held.split(parts, dim=2)[: len(lengths)]
-            torch._foreach_copy_([target[side] for target in targets], given)
+            if len(lengths) == 1:
+                self._targets[0][layer][side].copy_(held.narrow(2, 0, lengths[0]) if rest else held)
+                continue
+            given = torch.split_with_sizes(held, [*lengths, rest] if rest else lengths, 2)
+            torch._foreach_copy_([target[layer][side] for target in self._targets], given[: len(lengths)])
 
     def reach(self, rule: Mask, folds: int, device: torch.device = CPU) -> list[tuple[Views, torch.Tensor]]:
         """For every tile of causal segments the keys and values that it may see, and its mask (folds * R, keys)."""
