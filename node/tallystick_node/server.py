@@ -76,6 +76,13 @@ def create_app(
     return app
 
 
+def _num_tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # asked without an event loop
+        return 0
+
+
 def _metrics(sessions: Sessions) -> CollectorRegistry:
     """vLLM's names where they exist. No label takes a value that a peer chose."""
     registry = CollectorRegistry()
@@ -90,7 +97,7 @@ def _metrics(sessions: Sessions) -> CollectorRegistry:
         "iteration_tokens_total": ("rows computed in forwards", lambda: sessions.meter.rows),
         "iteration_seconds_total": ("time spent in forwards", lambda: sessions.meter.busy_s),
         "prefix_cache_hits_total": ("rows taken over, in sessions that have ended", lambda: sessions.counters.reused),
-        "asyncio_tasks": ("tasks of the event loop", lambda: len(asyncio.all_tasks())),
+        "asyncio_tasks": ("tasks of the event loop", _num_tasks),
         "rows_total": ("rows computed in sessions that have ended", lambda: sessions.counters.rows),
     }
     for name, (text, value) in gauges.items():
