@@ -101,6 +101,17 @@ def test_after_a_change_it_is_measured_anew_and_what_was_seen_is_kept() -> None:
     assert served.monitor.should_switch(served.position, 1000) is None
 
 
+def test_what_a_node_only_says_must_promise_more_than_what_it_has_shown() -> None:
+    for shown in (False, True):
+        served = Served([A, B], [C := node("c", 0, 4)])
+        if shown:
+            for _ in range(3):
+                served.reputation.observe([C], step_s([C]))
+        served.steps(STEPS, served.usual_s * 1.8)
+        switch = served.monitor.should_switch(served.position, 10_000)
+        assert (switch is not None) == shown
+
+
 def test_two_like_nodes_are_not_exchanged_to_and_fro() -> None:
     served = Served([A, B], [node("c", 0, 4), node("d", 4, 8)])
     changes = 0

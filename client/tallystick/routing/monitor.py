@@ -27,6 +27,9 @@ MARGIN = 1.5
 LEAST_GAIN = 0.15
 """And shorten the step by this part of it, lest two like nodes be exchanged to and fro."""
 
+UNPROVEN_GAIN = 0.4
+"""Where it rests on what the other node says alone: all nodes may be slower at present than they think."""
+
 
 @dataclass(frozen=True, slots=True)
 class Switch:
@@ -104,7 +107,8 @@ class Monitor:
             for other in stand_ins(self._candidates, hop, taken, work):
                 shorter_s = present_s - swapped_s(hops, index, other, work)
                 gain_s = remaining * shorter_s - MARGIN * self.replay_s(other, position)
-                if shorter_s > LEAST_GAIN * step_s and gain_s > 0 and (best is None or gain_s > best.gain_s):
+                least = LEAST_GAIN if self._reputation.is_sure_of(other.node) else UNPROVEN_GAIN
+                if shorter_s > least * step_s and gain_s > 0 and (best is None or gain_s > best.gain_s):
                     best = Switch(index, other, gain_s)
         return best
 

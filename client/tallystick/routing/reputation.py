@@ -73,8 +73,10 @@ class Reputation:
     def __len__(self) -> int:
         return len(self._beliefs)
 
-    def knows(self, node: Address) -> bool:
-        return node in self._beliefs
+    def is_sure_of(self, node: Address) -> bool:
+        """Whether what is expected of a node rests on measurements rather than on its word."""
+        known = self._beliefs.get(node)
+        return known is not None and self._now(node, known.claim).doubt < 0.5
 
     def inform(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """Candidates with what is to be expected of them."""

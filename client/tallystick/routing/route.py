@@ -92,11 +92,12 @@ def standbys(
     operators = {hop.operator for hop in hops}
     found: list[Candidate | None] = []
     for index, hop in enumerate(hops):
-        ranked = [
-            (c.operator in operators, c.operator == hop.operator, swapped_s(hops, index, c, work), c.node, c)
-            for c in stand_ins(candidates, hop, taken, work)
-        ]
-        found.append(min(ranked)[-1] if ranked else None)
+
+        def rank(other: Candidate, index: int = index, hop: Candidate = hop) -> tuple[bool, bool, float, str]:
+            cost_s = swapped_s(hops, index, other, work)
+            return other.operator in operators, other.operator == hop.operator, cost_s, other.node
+
+        found.append(min(stand_ins(candidates, hop, taken, work), key=rank, default=None))
     return found
 
 
