@@ -77,12 +77,11 @@ def test_a_slow_hop_is_left_for_one_that_is_worth_its_replay() -> None:
     assert served.monitor.should_switch(served.position, 1000, avoid={samples.address("c")}) is None
 
 
-def test_the_hop_that_was_measured_to_be_slow_is_the_one_that_is_left() -> None:
+def test_the_hop_of_which_less_is_known_is_the_one_that_is_left() -> None:
     served = Served([A, B], [node("c", 0, 4), node("d", 4, 8)])
-    for _ in range(STEPS):
-        served.monitor.hop_took(0, 0.009)
-        served.monitor.hop_took(1, 0.109)
-        served.steps(1, served.usual_s + 0.1)
+    for _ in range(3):
+        served.reputation.observe([A], step_s([A]))
+    served.steps(STEPS, served.usual_s + 0.1)
     switch = served.monitor.should_switch(served.position, 1000)
     assert switch is not None and switch.index == 1
 

@@ -71,14 +71,6 @@ def test_what_was_measured_is_told_apart_by_who_is_known() -> None:
     assert blamed[new.node] == pytest.approx(0.012, rel=0.15)
 
 
-def test_single_hops_that_were_measured_need_no_telling_apart() -> None:
-    reputation = Reputation(clock=Clock())
-    hops = [node("a", 0, 4, 0.002), node("b", 4, 8, 0.002)]
-    reputation.observe(hops, step_s([replace(h, expected=h.claimed) for h in hops]) + 0.04, own_s={0: 0.008, 1: 0.048})
-    assert reputation.expect(hops[0].node, hops[0].claimed, 4).layer_s == pytest.approx(0.002, rel=0.3)
-    assert reputation.expect(hops[1].node, hops[1].claimed, 4).layer_s == pytest.approx(0.012, rel=0.1)
-
-
 def test_a_claim_to_have_become_slower_is_believed_and_faster_of_who_was_honest() -> None:
     reputation = Reputation(clock=Clock())
     honest, liar = node("honest", 0, 4, 0.01), node("liar", 0, 4, 0.001)
@@ -138,7 +130,7 @@ def test_odd_measurements_break_nothing(step: float) -> None:
     reputation = Reputation(clock=Clock())
     hops = [node("a", 0, 4, 0.0), node("b", 4, 8, 1e300)]
     for _ in range(3):
-        reputation.observe(hops, step, deviation_s=step, own_s={0: step})
+        reputation.observe(hops, step, deviation_s=step)
         for hop in hops:
             expected = reputation.expect(hop.node, hop.claimed, 4)
             assert 0 <= expected.layer_s <= 3600 and 0 <= expected.failure <= 1

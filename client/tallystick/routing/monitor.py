@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from tallystick.routing.candidates import Candidate
@@ -59,7 +59,6 @@ class Monitor:
         self._clock = clock
         self._fed: tuple[int, float] | None = None
         self._steps: deque[float] = deque(maxlen=STEPS)
-        self._own: dict[int, deque[float]] = {}
         self._count = self._looked = 0
         self._closed = False
 
@@ -69,7 +68,6 @@ class Monitor:
             self._book()
             self._hops = list(self._route)
             self._steps.clear()
-            self._own.clear()
         self._fed = (first, self._clock()) if last - first == 1 else None
 
     def arrived(self, position: int) -> None:
@@ -78,10 +76,6 @@ class Monitor:
             self._steps.append(self._clock() - self._fed[1])
             self._fed = None
             self._count += 1
-
-    def hop_took(self, index: int, seconds: float) -> None:
-        """What a hop took by itself in one step, where that can be measured."""
-        self._own.setdefault(index, deque(maxlen=STEPS)).append(seconds)
 
     def look(self, position: int, room: int, avoid: Collection[Address] = ()) -> Switch | None:
         """`should_switch`, now and then. room: positions that are left; as many tokens are expected as came already."""
@@ -136,11 +130,11 @@ class Monitor:
     def _book(self) -> None:
         if len(self._steps) >= STEPS // 4:
             step_s = statistics.median(self._steps)
-            self._reputation.observe(self._hops, step_s, _deviation(self._steps, step_s), self._own_s())
+            self._reputation.observe(self._hops, step_s, _deviation(self._steps, step_s))
 
     def _as_measured(self, step_s: float) -> list[Candidate]:
         """The hops with what the measured steps make of them."""
-        beliefs = self._reputation.after(self._hops, step_s, own_s=self._own_s(), noise=0.0)
+        beliefs = self._reputation.after(self._hops, step_s, noise=0.0)
         return [
             replace(
                 hop,
@@ -152,9 +146,6 @@ class Monitor:
             )
             for hop in self._hops
         ]
-
-    def _own_s(self) -> Mapping[int, float]:
-        return {index: statistics.median(times) for index, times in self._own.items()}
 
 
 def _deviation(steps: Sequence[float], median: float) -> float:

@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,27 +92,13 @@ class Reputation:
         failure = (belief.failures + FAILURES) / (belief.sessions + SESSIONS)
         return Expected(layer_s, bounded(claimed.prefill_s * scale), bounded(claimed.wait_s), failure)
 
-    def observe(
-        self,
-        hops: Sequence[Candidate],
-        step_s: float,
-        deviation_s: float = 0.0,
-        own_s: Mapping[int, float] | None = None,
-    ) -> None:
-        """A session ended in which a decode step took so long (a median), give or take its deviation.
-
-        own_s: what single hops were measured to take by themselves, where that is known.
-        """
-        self._beliefs |= self.after(hops, step_s, deviation_s, own_s)
+    def observe(self, hops: Sequence[Candidate], step_s: float, deviation_s: float = 0.0) -> None:
+        """A session ended in which a decode step took so long (a median), give or take its deviation."""
+        self._beliefs |= self.after(hops, step_s, deviation_s)
         self._forget_some()
 
     def after(
-        self,
-        hops: Sequence[Candidate],
-        step_s: float,
-        deviation_s: float = 0.0,
-        own_s: Mapping[int, float] | None = None,
-        noise: float = NOISE,
+        self, hops: Sequence[Candidate], step_s: float, deviation_s: float = 0.0, noise: float = NOISE
     ) -> dict[Address, Belief]:
         """The beliefs about a route's nodes as they would be after such an observation.
 
@@ -121,11 +107,6 @@ class Reputation:
         beliefs = [self._now(hop.node, claim_of(hop)) for hop in hops]
         now = self._clock()
         if math.isfinite(step_s) and step_s > 0:
-            for index, seconds in (own_s or {}).items():
-                if math.isfinite(seconds):
-                    beliefs[index : index + 1] = _told_apart(
-                        hops[index : index + 1], beliefs[index : index + 1], max(seconds, 0.0), noise, deviation_s
-                    )
             computing_s = step_s - links_s(hops, measured_work()) - HOP_S * len(hops)
             beliefs = _told_apart(hops, beliefs, max(computing_s, 0.0), noise, deviation_s)
         return {hop.node: replace(belief, at=now) for hop, belief in zip(hops, beliefs, strict=True)}
