@@ -150,11 +150,16 @@ def test_steps_of_which_nothing_came_or_that_were_fed_together_are_not_timed() -
     assert served.monitor.should_switch(served.position, 1000) is None
 
 
-def test_a_price_counts() -> None:
-    offered = node("c", 0, 4, price=10**17)
-    served = Served([A, replace(B)], [offered])
+def test_a_price_is_weighed_against_the_time_and_is_no_reason_by_itself() -> None:
+    served = Served([A, B], [node("c", 0, 4, price=10**17)])
     served.steps(STEPS, served.usual_s + 0.1)
     assert served.monitor.should_switch(served.position, 1000) is None
+    dear = [replace(hop, offer=replace(hop.offer, price=10**17)) for hop in (A, B)]
+    served = Served(dear, [node("c", 0, 4, price=1), node("d", 4, 8, price=1)])
+    served.steps(STEPS, served.usual_s)
+    assert served.monitor.should_switch(served.position, 1000) is None
+    served.steps(STEPS, served.usual_s + 0.1)
+    assert served.monitor.should_switch(served.position, 1000) is not None
 
 
 def test_it_is_looked_at_now_and_then_and_as_much_is_expected_as_came() -> None:

@@ -186,6 +186,13 @@ def test_load_spreads_over_like_nodes_and_stays_away_from_worse_ones() -> None:
     assert all(60 < drawn.count(name) < 140 for name in set(drawn))
 
 
+def test_load_does_not_spread_to_slow_nodes_where_money_dwarfs_time() -> None:
+    offered = [one(name, 0, 4, price=10**15, expected=SLOW if name == "slow" else FAST) for name in ("a", "b", "slow")]
+    work, coins = Workload(4, weights=Weights(seconds_per_wei=1e-9)), random.Random(5)
+    drawn = {nodes(choose(offered, work, uniform=coins.random).hops)[0] for _ in range(60)}
+    assert drawn == {"a", "b"}
+
+
 def test_a_drawn_route_costs_little_more_than_the_best() -> None:
     coins = random.Random(4)
     for _ in range(60):

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from tallystick.routing.candidates import Candidate
+from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.choice import stand_ins
 from tallystick.routing.cost import BYTES_PER_S, Workload, bounded, unit_price_s
 from tallystick.routing.reputation import Reputation, claim_of
@@ -95,12 +95,14 @@ class Monitor:
         hops = self._as_measured(step_s)
         taken = {hop.node for hop in hops} | set(avoid)
         work = replace(self._work, prompt=0)
+        free = replace(work, weights=Weights(0.0))
         best: Switch | None = None
         for index, hop in enumerate(hops):
-            present_s = swapped_s(hops, index, hop, work)
+            present_s, present_cost_s = swapped_s(hops, index, hop, free), swapped_s(hops, index, hop, work)
             for other in stand_ins(self._candidates, hop, taken, work):
-                shorter_s = present_s - swapped_s(hops, index, other, work)
-                gain_s = remaining * shorter_s - MARGIN * self.replay_s(other, position)
+                shorter_s = present_s - swapped_s(hops, index, other, free)
+                cheaper_s = present_cost_s - swapped_s(hops, index, other, work)
+                gain_s = remaining * cheaper_s - MARGIN * self.replay_s(other, position)
                 least = LEAST_GAIN if self._reputation.is_sure_of(other.node) else UNPROVEN_GAIN
                 if shorter_s > least * step_s and gain_s > 0 and (best is None or gain_s > best.gain_s):
                     best = Switch(index, other, gain_s)

@@ -13,7 +13,7 @@ from tallystick.routing.planner import plan
 from tallystick_protocol.types import Address, Digest, Span
 
 SPREAD = 0.1
-"""A route may cost this much more than the best one, relatively, for the sake of spreading load."""
+"""A route may cost this much more than the best one, and take this much longer, for the sake of spreading load."""
 
 DRAWS = 3
 """Draws, each from a narrower range, before the best route itself is taken."""
@@ -66,7 +66,7 @@ def choose(
         drawn = [_delayed(c, range_s * uniform()) for c in candidates if c.node not in avoid]
         found = plan(drawn, work, goal, numeric_class=numeric_class, whole=whole)
         found = [own[hop.node].over(hop.span) for hop in found]
-        if route_s(found, work) <= (1 + spread) * best_s:
+        if route_s(found, work) <= (1 + spread) * best_s and step_s(found) <= (1 + spread) * step_s(best):
             hops = found
             break
         range_s /= 2
