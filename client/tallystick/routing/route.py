@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import stand_ins
-from tallystick.routing.cost import Workload, hop_s, links_s, route_s, step_s
+from tallystick.routing.cost import LONGEST_S, Workload, hop_s, links_s, route_s, step_s
 from tallystick.routing.planner import plan
 from tallystick_protocol.types import Address, Digest, Span
 
@@ -60,7 +60,7 @@ def choose(
     candidates = list(candidates)
     best = plan(candidates, work, goal, avoid=avoid, numeric_class=numeric_class, whole=whole)
     best_s = route_s(best, work)
-    hops, range_s = best, spread * best_s / max(len(best), 1)
+    hops, range_s = best, min(spread * best_s / max(len(best), 1), LONGEST_S / 2)
     own = {c.node: c for c in candidates}
     for _ in range(DRAWS if spread > 0 else 0):
         drawn = [_delayed(c, range_s * uniform()) for c in candidates if c.node not in avoid]
