@@ -145,7 +145,7 @@ class Audit:
                 window, receipt = window - 1, self._pending.pop(window - 1)
             if receipt is None:
                 return
-            self._session.check_receipt(self.remote, receipt, window)
+            self._session.books.check_receipt(self.remote, receipt, window)
             self.remote.owe(receipt, window)
 
     async def rejoin(self, remote: Remote, position: int, _: int) -> None:
@@ -229,7 +229,7 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
             if remote.failure is not None:
                 raise remote.failure
             if (receipt := heard.pop(checked, None)) is not None:
-                session.check_receipt(remote, receipt, checked)
+                session.books.check_receipt(remote, receipt, checked)
                 remote.owe(receipt, checked)
                 checked += 1
                 await remote.pay(remote.rows_due, session.setting.purse)
@@ -245,5 +245,5 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
         return remote.standing.receipts[disagreement.window]
     finally:
         session.witnesses.discard(remote)
-        session.note_payment(remote)
+        session.books.note_payment(remote)
         await remote.close()

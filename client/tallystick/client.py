@@ -320,7 +320,7 @@ class AsyncClient(Tasks):
         session = await self._open(setting, route, verdict)
         if held is not None and session.holds.hops == held.hops:
             try:
-                taken = await session.take_over(held, 0, shared)
+                taken = await session.rewinding.take_over(held, 0, shared)
             except BaseException:
                 await session.close()
                 raise

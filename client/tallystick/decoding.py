@@ -88,7 +88,7 @@ class Decoder:
 
     async def crop(self, length: int, *, beam: int = 0) -> None:
         """Forget a beam's positions from `length` on."""
-        await self._sessions[beam].crop(length)
+        await self._sessions[beam].rewinding.crop(length)
 
     async def reorder(self, parents: list[int]) -> None:
         """Beam i goes on from what beam parents[i] holds. Sessions are forked at the nodes; nothing is computed."""
@@ -105,8 +105,10 @@ class Decoder:
                 forks.append((session, self._sessions[parent]))
         self._sessions = [session for session in placed if session is not None]
         for source in {source.id: source for _, source in forks}.values():
-            await source.computed()
-        await asyncio.gather(*(session.fork_from(source, _shared(session, source)) for session, source in forks))
+            await source.rewinding.computed()
+        await asyncio.gather(
+            *(session.rewinding.fork_from(source, _shared(session, source)) for session, source in forks)
+        )
 
     async def finish(self) -> None:
         """Have everything signed, audited as the policy says, and paid."""

@@ -32,8 +32,8 @@ class Farewells:
 
     def drop(self, hop: Remote) -> None:
         """A hop was lost."""
-        self._session.pending.pop(hop, None)
-        self._session.note_payment(hop)
+        self._session.books.pending.pop(hop, None)
+        self._session.books.note_payment(hop)
         self._start(hop.close())
 
     async def settle(self) -> None:
@@ -49,11 +49,11 @@ class Farewells:
         session = self._session
         try:
             await hop.command(Frame(Kind.CLOSE), FAREWELL_S)
-            session.check_hop(index, hop)
+            session.books.check_hop(index, hop)
             await hop.pay(hop.rows_due, session.setting.purse)
             await hop.command(Frame(Kind.CLOSE), FAREWELL_S)
         except TallystickError as error:
             log.info("%s was left without a farewell (%s)", hop.node, error)
-        session.pending.pop(hop, None)
-        session.note_payment(hop, length)
+        session.books.pending.pop(hop, None)
+        session.books.note_payment(hop, length)
         await hop.close()

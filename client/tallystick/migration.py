@@ -64,7 +64,7 @@ class Migration:
         for frame in self._results:
             self._session.take_result(self._remote, frame)
         for window, receipt in self._pending.items():
-            self._session.pending[self._remote][window] = receipt
+            self._session.books.pending[self._remote][window] = receipt
 
     async def call_off(self) -> None:
         """Let the node go, paid for what it has signed."""
@@ -72,7 +72,7 @@ class Migration:
         await asyncio.gather(self.task, return_exceptions=True)
         if self._remote is not None:
             self._session.witnesses.discard(self._remote)
-            self._session.note_payment(self._remote)
+            self._session.books.note_payment(self._remote)
             await self._remote.close()
 
     async def _fill(self) -> None:
@@ -135,7 +135,7 @@ class Migration:
                     self._pending[window] = receipt
                     break
                 upstream = above[window]
-            session.check_receipt(remote, receipt, window)
+            session.books.check_receipt(remote, receipt, window)
             check_input(receipt, upstream, session.input_rows(receipt.first, receipt.last))
             remote.owe(receipt, window)
         await remote.pay(remote.rows_due, session.setting.purse)

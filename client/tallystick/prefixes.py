@@ -1,7 +1,7 @@
 """What the nodes may still hold of earlier generations: a new one with the same beginning need not pay for it again.
 
 A node keeps the rows of a session that ended in order for some minutes. A session of the same client on the same nodes
-takes them over (`Session.take_over`); a node that has them no more refuses, and the rows are fed as usual.
+takes them over (`Rewinding.take_over`); a node that has them no more refuses, and the rows are fed as usual.
 """
 
 from __future__ import annotations

@@ -165,7 +165,8 @@ class Remote:
                 issued=now,
                 expires=now + OPEN_LIFETIME_S,
             )
-            await channel.send(Frame(Kind.OPEN, {"open": seal(domain, asked, key), "epoch": opening.epoch, "wire": opening.wire}))
+            body = {"open": seal(domain, asked, key), "epoch": opening.epoch, "wire": opening.wire}
+            await channel.send(Frame(Kind.OPEN, body))
             answer = await expect(channel, Kind.OPENED, OPEN_TIMEOUT_S)
             opened, signer = unseal(domain, Opened, sealed_field(answer, "opened"))
             if signer != candidate.signer or opened.open != digest(domain, asked) or opened.spki != channel.spki:

@@ -65,7 +65,7 @@ class Repair:
 
     async def mend_first(self) -> bool:
         """Mend the first thing that is broken; False when nothing is."""
-        for index, disagreement in list(self._session.disputes.items()):
+        for index, disagreement in list(self._session.books.disputes.items()):
             if disagreement.ruling is not None or disagreement.failure is not None:
                 await self._resolve(index, disagreement)
                 return True
@@ -241,7 +241,7 @@ class Repair:
         """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
         audit = next(audit for audit in self._session.audits if audit.index == index)
         hop, ruling = self._session.hops[index], disagreement.ruling
-        del self._session.disputes[index]
+        del self._session.books.disputes[index]
         window = disagreement.window
         liar = ruling.liar if ruling is not None else None
         passed = False if liar is not None else None
@@ -269,7 +269,7 @@ class Repair:
     async def _change_auditor(self, audit: Audit) -> None:
         await audit.pause()
         self._session.audits.remove(audit)
-        self._session.note_payment(audit.remote)
+        self._session.books.note_payment(audit.remote)
         await audit.remote.close()
         self.unaudited[audit.index] = time.monotonic() + self._session.setting.wait_s
         await self._find_auditors()
@@ -298,7 +298,7 @@ class Repair:
         await self._session.until(
             lambda: all(hop.standing.covered >= position for hop in others), SETTLE_TIMEOUT_S, "receipts"
         )
-        for task in self._session.arbitrations.values():
+        for task in self._session.books.arbitrations.values():
             task.cancel()  # what else was in dispute is computed anew
         for audit in self._session.audits:
             await audit.pause()
@@ -307,7 +307,7 @@ class Repair:
             await self._crop(hop, position, len(self._session.ids))
         for audit in self._session.audits:
             await audit.crop(position)
-        self._session.disputes = {}
+        self._session.books.disputes = {}
         self._session.forget(position)
         lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
         await self._replace(index, why or lie)
@@ -320,4 +320,4 @@ class Repair:
         hop.rewound(epoch, position)
         await hop.command(Frame(Kind.CROP, {"epoch": epoch}, position))
         hop.crop(position, computed)
-        self._session.pending[hop] = {}
+        self._session.books.pending[hop] = {}

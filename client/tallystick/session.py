@@ -8,20 +8,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from tallystick.admission import has_class
-from tallystick.auditing import Audit, Disagreement, arbitrate
-from tallystick.checks import check_input, check_output, check_terms
+from tallystick.auditing import Audit
+from tallystick.books import Books
 from tallystick.farewells import Farewells
 from tallystick.openings import Openings
 from tallystick.prefixes import Prefix
 from tallystick.remote import Hearing, Remote
 from tallystick.repair import SETTLE_TIMEOUT_S, Repair
 from tallystick.results import Results
+from tallystick.rewinding import Rewinding
 from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.monitor import Monitor
@@ -29,21 +28,17 @@ from tallystick.setting import Setting
 from tallystick.verdict import Verdict
 from tallystick.watch import LOOK_EVERY_S, Watch
 from tallystick_protocol.errors import (
-    CorruptResult,
     TallystickError,
     Unreachable,
 )
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, Address, SessionId, Wei, window_of
-from tallystick_protocol.vouchers import charge
+from tallystick_protocol.types import Address, SessionId, window_of
 
 log = logging.getLogger(__name__)
 
 STEP_ROWS = 64
 STEP_TIMEOUT_S = 60.0
-FORK_REFUSALS = ("bad_position", "session_unknown", "rejected", "overloaded")
-"""What a hop answers that cannot take over a session's rows, and can go on otherwise."""
 
 
 class Session:
@@ -57,11 +52,9 @@ class Session:
         self.avoid: set[Address] = set()
         self.lost: set[Address] = set()
         self.ids: list[int] = []
-        self._want: list[bool] = []
-        self._results = Results(setting)
-        self.pending: dict[Remote, dict[int, Receipt]] = {}
+        self.want: list[bool] = []
+        self.results = Results(setting)
         self.audits: list[Audit] = []
-        self.disputes: dict[int, Disagreement] = {}
         self.repair = Repair(self)
         self.openings = Openings(self)
         self.attempt = 0
@@ -70,13 +63,13 @@ class Session:
         self.watch = Watch(self)
         self.ring: Ring | None = None
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
-        self._is_rewinding = False
+        self.books = Books(self)
+        self.rewinding = Rewinding(self)
         self._flushed = -1
-        self._work = asyncio.Event()
-        self._news = asyncio.Event()
-        self._tender: asyncio.Task[None] | None = None
+        self.work = asyncio.Event()
+        self.news = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
         self.farewells = Farewells(self)
-        self.arbitrations: dict[int, asyncio.Task[None]] = {}
 
     @property
     def one_shot(self) -> bool:
@@ -85,7 +78,7 @@ class Session:
     @property
     def is_open(self) -> bool:
         """Whether every hop has been opened once."""
-        return self._tender is not None
+        return self._keeper is not None
 
     @property
     def id(self) -> SessionId:
@@ -122,11 +115,11 @@ class Session:
             await self.openings.open_hop(index)
         for index in audited:
             await self.openings.open_audit(index, drawn[index])
-        self._tender = asyncio.create_task(self._tend())
+        self._keeper = asyncio.create_task(self.books.keep())
 
     def attach(self, remote: Remote) -> None:
         """Begin to hear a hop that has been opened."""
-        self.pending[remote] = {}
+        self.books.pending[remote] = {}
         insist_s = partial(self.repair.insist_s, remote)
         remote.listen(
             Hearing(self._on_receipt, self.take_result, self.wake, self._rejoin, self._first_missing, insist_s)
@@ -138,14 +131,18 @@ class Session:
             await self.resend(remote, position)
 
     def _first_missing(self) -> int:
-        rows = self._results.rows
-        return next((at for at, wanted in enumerate(self._want) if wanted and at not in rows), len(self._want))
+        rows = self.results.rows
+        return next((at for at, wanted in enumerate(self.want) if wanted and at not in rows), len(self.want))
+
+    async def drop(self, length: int) -> None:
+        """Forget rows from `length` on without waiting for anybody: `Rewinding.drop`."""
+        await self.rewinding.drop(length)
 
     def forget(self, position: int) -> None:
         """Forget the rows from `position` on, and what came of them."""
-        del self.ids[position:], self._want[position:]
+        del self.ids[position:], self.want[position:]
         self._flushed = -1
-        self._results.forget(position)
+        self.results.forget(position)
         self.repair.forget(position)
 
     # -- rows
@@ -157,7 +154,7 @@ class Session:
         """
         start = len(self.ids)
         self.ids += ids
-        self._want += [i == len(ids) - 1 for i in range(len(ids))] if want is None else list(want)
+        self.want += [i == len(ids) - 1 for i in range(len(ids))] if want is None else list(want)
         if (switch := self.monitor.look(start, self.setting.max_length - start, self.unfit)) is not None:
             self.repair.migrate(switch.index, switch.candidate, "slow")
         self.monitor.fed(start, len(self.ids))
@@ -168,10 +165,10 @@ class Session:
         """Append token ids that the ring has brought to the first hop already, or should have; all results wanted."""
         start = len(self.ids)
         self.ids += ids
-        self._want += [True] * len(ids)
+        self.want += [True] * len(ids)
         self.watch.fed(start, len(self.ids))
         try:
-            await self.hops[0].send_rows(self.input_rows(start, len(self.ids)), start, self._want[start:], confirm=True)
+            await self.hops[0].send_rows(self.input_rows(start, len(self.ids)), start, self.want[start:], confirm=True)
         except Unreachable:
             return  # as in `send_ids`
 
@@ -191,44 +188,7 @@ class Session:
     async def send_ids_to(self, remote: Remote, first: int, last: int) -> None:
         """Send the token ids of positions [first, last) to a hop that takes ids. Raises Unreachable."""
         types = self.setting.sides.token_types[first:last]
-        await remote.send_rows(self.input_rows(first, last), first, self._want[first:last], types)
-
-    # -- going back, and on from elsewhere
-
-    async def crop(self, length: int) -> None:
-        """Forget the rows from `length` on, everywhere; what was computed is due. Raises RolledBack, NoRoute."""
-        await self._settle_windows(length)
-        computed = len(self.ids)
-        async with self._rewinding(Frame(Kind.CROP, position=length), lambda remote: remote.crop(length, computed)):
-            self.forget(length)
-
-    async def drop(self, length: int) -> None:
-        """Forget rows from `length` on that complete no window, as rejected drafts do, without waiting for anybody."""
-        computed = len(self.ids)
-        is_signed = any(hop.standing.covered > length for hop in self.hops)
-        if self.one_shot or is_signed or length // WINDOW != computed // WINDOW:
-            await self.crop(length)
-            return
-        if length == computed:
-            return
-        self.epoch += 1
-        self.forget(length)
-        for remote in [*self.everybody(), *self.witnesses]:
-            try:
-                await remote.drop(self.epoch, length, computed if remote in self.hops else length)
-            except Unreachable:
-                continue  # `until` mends it
-
-    async def fork_from(self, other: Session, shared: int) -> None:
-        """Hold what `other` holds; both begin with the same `shared` rows. Nothing is computed where the hops are the
-        same; else the rows are fed again. Raises RolledBack, NoRoute."""
-        held = other.holds
-        await self._settle_windows(shared)
-        if self.holds.hops != held.hops:
-            await self.crop(shared)
-        elif await self.take_over(held, shared, len(held.ids)):
-            return
-        await self.feed(list(held.ids[shared:]), held.want[shared:])
+        await remote.send_rows(self.input_rows(first, last), first, self.want[first:last], types)
 
     @property
     def holds(self) -> Prefix:
@@ -238,95 +198,9 @@ class Session:
             self.setting.form,
             tuple((hop.node, hop.candidate.span) for hop in self.hops),
             tuple(self.ids),
-            tuple(self._want),
-            dict(self._results.rows),
+            tuple(self.want),
+            dict(self.results.rows),
         )
-
-    async def take_over(self, held: Prefix, shared: int, length: int) -> bool:
-        """Hold rows [shared, length) of what another session of these hops holds, open or not; both begin with the same
-        `shared` rows. False, and only those are held, where a hop has them no more. Nothing is computed or due."""
-        frame = Frame(Kind.FORK, {"from": held.session, "to": length}, shared)
-        computed = len(self.ids)
-        refused: list[Remote] = []
-        async with self._rewinding(frame, lambda remote: remote.fork(shared, length, computed), refused):
-            for hop in refused:  # it is owed a crop in the fork's place: marks on push connections are counted
-                await self._rewind_hop(hop, Frame(Kind.CROP, position=shared), lambda hop: hop.crop(shared, computed))
-            self.forget(shared)
-            if not refused:
-                self.ids += held.ids[shared:length]
-                self._want += held.want[shared:length]
-                self._results.rows |= {at: row for at, row in held.results.items() if shared <= at < length}
-        if refused:
-            async with self._rewinding(Frame(Kind.CROP, position=shared), lambda remote: remote.crop(shared, shared)):
-                pass  # those that did fork
-        return not refused
-
-    async def computed(self) -> None:
-        """Wait until every hop has computed what was fed. Raises RolledBack, NoRoute."""
-        length = len(self.ids)
-        if self._want and self._want[-1]:
-            await self.result(length - 1)
-            return
-        await self._flush()
-        await self.until(lambda: all(hop.standing.covered >= length for hop in self.hops), STEP_TIMEOUT_S, "the rows")
-
-    async def _settle_windows(self, length: int) -> None:
-        """Wait until every complete window before `length` is signed for: its rows stay.
-
-        Where hops are audited, until all that was computed is signed, judged and paid: what is dropped was looked at.
-        """
-        if self.has_audits:
-            await self.finish()
-            return
-        complete = 0 if self.one_shot else length // WINDOW * WINDOW
-        await self.until(
-            lambda: all(hop.standing.covered >= complete for hop in self.hops), SETTLE_TIMEOUT_S, "receipts"
-        )
-
-    @asynccontextmanager
-    async def _rewinding(
-        self, frame: Frame, note: Callable[[Remote], None], refused: list[Remote] | None = None
-    ) -> AsyncIterator[None]:
-        """Give every hop and auditor the command that takes rows back; within, the session's own books follow.
-
-        A hop that fails is repaired later; one that only cannot do it is put into `refused`, if that is given.
-        Receipts that come meanwhile wait.
-        """
-        await self.repair.call_off()
-        self._is_rewinding = True
-        self.epoch += 1
-        try:
-            for audit in self.audits:
-                await audit.pause()
-            for hop in self.hops:
-                await self._rewind_hop(hop, frame, note, refused)
-            for audit in self.audits:
-                try:
-                    await audit.crop(frame.position)
-                except TallystickError as error:
-                    audit.remote.failure = audit.remote.failure or error
-            yield
-        finally:
-            self._is_rewinding = False
-            for audit in self.audits:
-                audit.start()
-            self.wake()
-
-    async def _rewind_hop(
-        self, hop: Remote, frame: Frame, note: Callable[[Remote], None], refused: list[Remote] | None = None
-    ) -> None:
-        def on_done() -> None:
-            note(hop)
-            self.pending[hop] = {}  # what it signed before
-
-        try:
-            hop.rewound(self.epoch, frame.position)
-            await hop.command(replace(frame, body={**frame.body, "epoch": self.epoch}), on_done=on_done)
-        except TallystickError as error:
-            if refused is not None and error.code in FORK_REFUSALS:
-                refused.append(hop)
-                return
-            hop.failure = hop.failure or error
 
     def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
         """Rows for the auditor of hop `index` did not come: refusing to send them is failing, as the hop before."""
@@ -341,14 +215,14 @@ class Session:
 
     async def result(self, position: int) -> bytes:
         """The row that left the model at a position. Raises RolledBack, NoRoute, Unreachable after STEP_TIMEOUT_S."""
-        await self.until(lambda: position in self._results.rows, STEP_TIMEOUT_S, f"position {position}")
-        return self._results.rows[position]
+        await self.until(lambda: position in self.results.rows, STEP_TIMEOUT_S, f"position {position}")
+        return self.results.rows[position]
 
     async def finish(self) -> None:
         """Have every row signed, checked as the policy says, and paid. Raises RolledBack."""
         if not self.ids:
             return
-        await self._flush()
+        await self.flush()
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
 
     async def flush_again(self, remote: Remote) -> None:
@@ -356,7 +230,8 @@ class Session:
         if self._flushed == len(self.ids):
             await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
+        """Have everything signed that is computed."""
         self._flushed = len(self.ids)
         for remote in self.everybody():
             try:
@@ -374,7 +249,7 @@ class Session:
     def _all_settled(self) -> bool:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
-        open_questions = self.disputes or self.repair.unaudited
+        open_questions = self.books.disputes or self.repair.unaudited
         judged = not open_questions and all(audit.judged_to() == length for audit in self.audits)
         paid = all(remote.rows_paid >= remote.rows_due for remote in self.everybody())
         return signed and judged and paid
@@ -391,13 +266,13 @@ class Session:
 
     async def close(self) -> None:
         """Close every hop. What is signed and checked has been paid before."""
-        for task in (self._tender, *self.arbitrations.values(), *(audit.task for audit in self.audits)):
+        for task in (self._keeper, *self.books.arbitrations.values(), *(audit.task for audit in self.audits)):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await self.repair.call_off()
         for remote in self.everybody():
-            self.note_payment(remote)
+            self.books.note_payment(remote)
             await remote.close()
         await self.farewells.settle()
         self.openings.release()
@@ -408,11 +283,11 @@ class Session:
 
     def wake(self) -> None:
         """Something has changed: look at everything again."""
-        self._work.set()
-        self._news.set()
+        self.work.set()
+        self.news.set()
 
     def _on_receipt(self, remote: Remote, receipt: Receipt) -> None:
-        self.pending[remote][self.window_index(receipt)] = receipt
+        self.books.pending[remote][self.window_index(receipt)] = receipt
 
     def window_index(self, receipt: Receipt) -> int:
         return 0 if self.one_shot else window_of(receipt.first)
@@ -423,103 +298,11 @@ class Session:
             known = len(self.ids)
             ahead = 0 if self.ring is None else self.ring.until
             kept = min(remote.kept_of(take(frame.body, "epoch", int, 0)), max(known, ahead))
-            self._results.take(remote.node, frame, lambda at: at < kept and (at >= known or self._want[at]))
+            self.results.take(remote.node, frame, lambda at: at < kept and (at >= known or self.want[at]))
             if self.ring is not None:
                 self.ring.check(remote.node, frame)
             self.watch.answered(frame.position)
             self.monitor.arrived(frame.position)
-
-    async def _tend(self) -> None:
-        """Check receipts as they come, in order of hops and windows; pay; compare audits."""
-        while True:
-            await self._work.wait()
-            self._work.clear()
-            if self._is_rewinding:
-                continue
-            for index, hop in enumerate(self.hops):
-                try:
-                    self.check_hop(index, hop)
-                    await self._pay_hop(index, hop)
-                except TallystickError as error:
-                    hop.failure = hop.failure or error
-            for audit in list(self.audits):
-                audit.wake()
-                await self._tend_audit(audit)
-            self._news.set()
-
-    def check_hop(self, index: int, hop: Remote) -> None:
-        """Check every pending receipt that can be: in order of windows, after the hop before."""
-        pending = self.pending.get(hop, {})
-        while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
-            receipt := _extension(hop, pending)
-        ) is not None:
-            window = self.window_index(receipt)
-            upstream = None
-            if index:
-                above = self.hops[index - 1].standing.receipts
-                if len(above) <= window or above[window].last < receipt.last:
-                    return
-                upstream = above[window]
-                if upstream.positions != receipt.positions:
-                    return
-            del pending[window]
-            self.check_receipt(hop, receipt, window)
-            check_input(receipt, upstream, self.input_rows(receipt.first, receipt.last))
-            if index == len(self.hops) - 1:
-                check_output(receipt, self._result_rows(receipt))
-            hop.owe(receipt, window)
-            self.verdict.receipts += 1
-            self._work.set()
-
-    def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
-        """Raises CorruptResult unless the receipt says what was agreed for this window."""
-        beyond = len(self.ids) if self.one_shot else min(len(self.ids), (window + 1) * WINDOW)
-        if receipt.last > beyond or (not self.one_shot and receipt.first != window * WINDOW):
-            raise CorruptResult(f"{remote.node} signed positions {receipt.positions}", hop=remote.node)
-        want = tuple(self._want[receipt.first : receipt.last])
-        context = self.setting.context(remote.candidate.span, want)
-        arrived = remote.arrivals.pop(receipt, int(time.time()))
-        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, arrived)
-
-    def _result_rows(self, receipt: Receipt) -> list[bytes]:
-        rows = self._results.rows
-        return [rows.get(position, b"") if self._want[position] else b"" for position in receipt.positions]
-
-    async def _pay_hop(self, index: int, hop: Remote) -> None:
-        """Everything due, unless this hop is being audited: then what the audit has passed."""
-        audit = next((audit for audit in self.audits if audit.index == index), None)
-        if audit is None and index not in self.repair.unaudited:
-            await hop.pay(hop.rows_due, self.setting.purse)
-        elif audit is not None and audit.approved and index not in self.disputes:
-            await hop.pay(hop.due_after.get(audit.approved - 1, 0), self.setting.purse)
-
-    # -- audits
-
-    async def _tend_audit(self, audit: Audit) -> None:
-        hop = self.hops[audit.index]
-        try:
-            for check in audit.compare(hop):
-                self.verdict.checks.append(check)
-        except Disagreement as disagreement:
-            if audit.index not in self.disputes:
-                self.disputes[audit.index] = disagreement
-                log.info("%s and %s differ in window %d", hop.node, audit.remote.node, disagreement.window)
-                self.arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
-        except TallystickError as error:
-            audit.remote.failure = audit.remote.failure or error
-        if audit.approved:
-            try:
-                await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), self.setting.purse)
-            except Unreachable as error:
-                log.info("the auditor %s is gone (%s)", audit.remote.node, error)
-
-    async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
-        """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
-        try:
-            disagreement.ruling = await arbitrate(self, audit, disagreement)
-        except TallystickError as error:
-            disagreement.failure = error
-        self.wake()
 
     # -- failures
 
@@ -527,7 +310,7 @@ class Session:
         """Wait for something while repairing what breaks. Raises RolledBack, NoRoute, Unreachable."""
         deadline = time.monotonic() + timeout_s
         while not done():
-            self._news.clear()
+            self.news.clear()
             if await self.repair.mend_first():
                 deadline = time.monotonic() + timeout_s
                 continue
@@ -538,28 +321,7 @@ class Session:
                 raise Unreachable(f"nothing came for {timeout_s:g} s while waiting for {what}")
             try:
                 async with asyncio.timeout(min(left, LOOK_EVERY_S)):
-                    await self._news.wait()
+                    await self.news.wait()
             except TimeoutError:
-                self._work.set()
+                self.work.set()
             await self.watch.look()
-
-    def note_payment(self, remote: Remote, length: int | None = None) -> None:
-        """A hop's session has ended: what was paid, withheld, and may be claimed. length: rows it got, if not all."""
-        paid, due = remote.rows_paid, remote.rows_due
-        for book, rows in ((self.verdict.paid, paid), (self.verdict.withheld, due - paid)):
-            wei = charge(
-                remote.candidate.span, remote.opening.num_layers, Wei(remote.candidate.offer.price), max(rows, 0)
-            )
-            if wei or book is self.verdict.paid:
-                book[remote.node] = Wei(book.get(remote.node, Wei(0)) + wei)
-        if remote.node not in {accusation.node for accusation in self.verdict.accusations}:
-            fed = remote.rows_fed(len(self.ids) if length is None else length) - paid
-            units = remote.candidate.span.units(remote.opening.num_layers)
-            self.setting.purse.expect(remote.node, Wei(max(fed, 0) * units * remote.candidate.offer.price))
-
-
-def _extension(hop: Remote, pending: dict[int, Receipt]) -> Receipt | None:
-    """A pending receipt that extends the last window, which stands partially."""
-    last = len(hop.standing.receipts) - 1
-    found = pending.get(last) if last >= 0 else None
-    return found if found is not None and found.last > hop.standing.covered else None

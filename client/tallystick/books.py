@@ -1,0 +1,155 @@
+"""What a session's nodes have signed: receipts checked, audits compared, vouchers sent, beside the rows.
+
+Nothing here is waited for by a token. What goes wrong becomes a node's failure or a dispute, which `repair` mends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from tallystick.auditing import Audit, Disagreement, arbitrate
+from tallystick.checks import check_input, check_output, check_terms
+from tallystick.remote import Remote
+from tallystick_protocol.errors import CorruptResult, TallystickError, Unreachable
+from tallystick_protocol.receipts import Receipt
+from tallystick_protocol.types import WINDOW, Wei
+from tallystick_protocol.vouchers import charge
+
+if TYPE_CHECKING:
+    from tallystick.session import Session
+
+log = logging.getLogger(__name__)
+
+
+class Books:
+    """The books of one session: receipts that are still to be checked, disputes, and what is owed to whom."""
+
+    def __init__(self, session: Session) -> None:
+        self.pending: dict[Remote, dict[int, Receipt]] = {}
+        self.disputes: dict[int, Disagreement] = {}
+        self.arbitrations: dict[int, asyncio.Task[None]] = {}
+        self._session = session
+
+    async def keep(self) -> None:
+        """Check receipts as they come, in order of hops and windows; pay; compare audits."""
+        session = self._session
+        while True:
+            await session.work.wait()
+            session.work.clear()
+            if session.rewinding.is_going_on:
+                continue
+            for index, hop in enumerate(session.hops):
+                try:
+                    self.check_hop(index, hop)
+                    await self._pay_hop(index, hop)
+                except TallystickError as error:
+                    hop.failure = hop.failure or error
+            for audit in list(session.audits):
+                audit.wake()
+                await self._tend_audit(audit)
+            session.news.set()
+
+    def check_hop(self, index: int, hop: Remote) -> None:
+        """Check every pending receipt that can be: in order of windows, after the hop before."""
+        session = self._session
+        pending = self.pending.get(hop, {})
+        while (receipt := pending.get(len(hop.standing.receipts))) is not None or (
+            receipt := _extension(hop, pending)
+        ) is not None:
+            window = session.window_index(receipt)
+            upstream = None
+            if index:
+                above = session.hops[index - 1].standing.receipts
+                if len(above) <= window or above[window].last < receipt.last:
+                    return
+                upstream = above[window]
+                if upstream.positions != receipt.positions:
+                    return
+            del pending[window]
+            self.check_receipt(hop, receipt, window)
+            check_input(receipt, upstream, session.input_rows(receipt.first, receipt.last))
+            if index == len(session.hops) - 1:
+                check_output(receipt, self._result_rows(receipt))
+            hop.owe(receipt, window)
+            session.verdict.receipts += 1
+            session.work.set()
+
+    def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
+        """Raises CorruptResult unless the receipt says what was agreed for this window."""
+        session = self._session
+        beyond = len(session.ids) if session.one_shot else min(len(session.ids), (window + 1) * WINDOW)
+        if receipt.last > beyond or (not session.one_shot and receipt.first != window * WINDOW):
+            raise CorruptResult(f"{remote.node} signed positions {receipt.positions}", hop=remote.node)
+        want = tuple(session.want[receipt.first : receipt.last])
+        context = session.setting.context(remote.candidate.span, want)
+        arrived = remote.arrivals.pop(receipt, int(time.time()))
+        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, arrived)
+
+    def _result_rows(self, receipt: Receipt) -> list[bytes]:
+        session = self._session
+        rows = session.results.rows
+        return [rows.get(position, b"") if session.want[position] else b"" for position in receipt.positions]
+
+    async def _pay_hop(self, index: int, hop: Remote) -> None:
+        """Everything due, unless this hop is being audited: then what the audit has passed."""
+        session = self._session
+        audit = next((audit for audit in session.audits if audit.index == index), None)
+        if audit is None and index not in session.repair.unaudited:
+            await hop.pay(hop.rows_due, session.setting.purse)
+        elif audit is not None and audit.approved and index not in self.disputes:
+            await hop.pay(hop.due_after.get(audit.approved - 1, 0), session.setting.purse)
+
+    # -- audits
+
+    async def _tend_audit(self, audit: Audit) -> None:
+        session = self._session
+        hop = session.hops[audit.index]
+        try:
+            for check in audit.compare(hop):
+                session.verdict.checks.append(check)
+        except Disagreement as disagreement:
+            if audit.index not in self.disputes:
+                self.disputes[audit.index] = disagreement
+                log.info("%s and %s differ in window %d", hop.node, audit.remote.node, disagreement.window)
+                self.arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
+        except TallystickError as error:
+            audit.remote.failure = audit.remote.failure or error
+        if audit.approved:
+            try:
+                await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), session.setting.purse)
+            except Unreachable as error:
+                log.info("the auditor %s is gone (%s)", audit.remote.node, error)
+
+    async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
+        """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
+        session = self._session
+        try:
+            disagreement.ruling = await arbitrate(session, audit, disagreement)
+        except TallystickError as error:
+            disagreement.failure = error
+        session.wake()
+
+    def note_payment(self, remote: Remote, length: int | None = None) -> None:
+        """A hop's session has ended: what was paid, withheld, and may be claimed. length: rows it got, if not all."""
+        session = self._session
+        paid, due = remote.rows_paid, remote.rows_due
+        for book, rows in ((session.verdict.paid, paid), (session.verdict.withheld, due - paid)):
+            wei = charge(
+                remote.candidate.span, remote.opening.num_layers, Wei(remote.candidate.offer.price), max(rows, 0)
+            )
+            if wei or book is session.verdict.paid:
+                book[remote.node] = Wei(book.get(remote.node, Wei(0)) + wei)
+        if remote.node not in {accusation.node for accusation in session.verdict.accusations}:
+            fed = remote.rows_fed(len(session.ids) if length is None else length) - paid
+            units = remote.candidate.span.units(remote.opening.num_layers)
+            session.setting.purse.expect(remote.node, Wei(max(fed, 0) * units * remote.candidate.offer.price))
+
+
+def _extension(hop: Remote, pending: dict[int, Receipt]) -> Receipt | None:
+    """A pending receipt that extends the last window, which stands partially."""
+    last = len(hop.standing.receipts) - 1
+    found = pending.get(last) if last >= 0 else None
+    return found if found is not None and found.last > hop.standing.covered else None
