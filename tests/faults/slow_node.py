@@ -21,7 +21,7 @@ class SlowEngine(Engine):
 
     @property
     def load(self) -> Load:
-        return Load(waiting_jobs=0, waiting_rows=0, step_s=1e-5, batch=1.0, rows_per_s=1e5)
+        return Load(waiting_jobs=0, waiting_rows=0, step_s=1e-5, batch=1.0, rows_per_s=1e5, single_s=1e-5)
 
     def _compute(self, batch: Any) -> Any:
         time.sleep(FORWARD_S)

@@ -70,6 +70,7 @@ async def test_spans_are_left_early_and_entered_late_with_every_part_recomputed_
         assert answer.verdict.paid[hop.node] == due, "a part is paid for its own layers"
 
 
+@pytest.mark.nightly
 async def test_a_part_that_is_lost_is_taken_over_by_who_covers_it(
     running: Running, overlapping: Overlapping, tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ async def test_layers_that_a_node_has_not_are_refused(
         await session.close()
 
 
+@pytest.mark.nightly
 async def test_a_node_that_advertises_what_it_does_not_deliver_loses_its_session_and_its_traffic(
     running: Running, overlapping: Overlapping, tmp_path: Path
 ) -> None:

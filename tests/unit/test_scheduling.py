@@ -184,3 +184,17 @@ def test_load_says_how_long_what_waits_will_take() -> None:
     assert load.rows_per_s == pytest.approx(200)
     assert [load.step_s, load.batch, load.backlog_s] == pytest.approx([0.1, 5, 2.0])
     assert [meter.forwards, meter.rows, meter.busy_s] == pytest.approx([50, 1000, 5.0])
+
+
+def test_steps_and_prompts_are_averaged_apart_and_parts_count_as_the_whole_span() -> None:
+    meter = Meter()
+    assert (meter.load(0, 0).single_s, meter.load(0, 0).bulk_row_s) == (None, None)
+    for seconds in (0.03, 0.01):
+        meter.note(2, 2, seconds)
+    meter.note(1, 1, 0.005, share=0.25)
+    meter.note(33, 2, 0.066, share=0.5)
+    load = meter.load(0, 0)
+    assert load.single_s == pytest.approx(0.02) and load.bulk_row_s == pytest.approx(0.004)
+    for _ in range(100):
+        meter.note(1, 1, 0.1)
+    assert meter.load(0, 0).single_s == pytest.approx(0.1, rel=0.01)

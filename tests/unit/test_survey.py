@@ -154,6 +154,7 @@ def test_what_a_node_says_becomes_what_is_expected() -> None:
     told = {"rows_per_s": 100, "step_ms": 20.0, "backlog_ms": 5, "parts": True, "links_ms": {node.lower(): 12.5}}
     claims = read_claims(told, 4)
     assert claims == Claims(Expected(0.005, 0.0025, 0.005), True, {node: 0.0125})
+    assert read_claims({**told, "row_ms": 2}, 4).delivers == Expected(0.005, 0.0005, 0.005)
     assert read_claims({"rows_per_s": 100}, 4).delivers == Expected(STEP_ROWS / 400, 1 / 400)
 
 
@@ -174,7 +175,7 @@ odd = st.one_of(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.dictionaries(st.sampled_from(["rows_per_s", "step_ms", "backlog_ms", "parts", "links_ms"]), odd))
+@given(st.dictionaries(st.sampled_from(["rows_per_s", "step_ms", "row_ms", "backlog_ms", "parts", "links_ms"]), odd))
 def test_odd_claims_never_raise_and_stay_within_bounds(status: dict[str, object]) -> None:
     claims = read_claims(status, 4)
     figures = [claims.delivers.layer_s, claims.delivers.prefill_s, claims.delivers.wait_s, *claims.links.values()]

@@ -33,8 +33,8 @@ class Claims:
 def read_claims(status: object, num_layers: int) -> Claims:
     """The `status` of `/v1/info` of a node that serves so many layers. What makes no sense counts as not said.
 
-    rows_per_s: through its span, as it measured before serving. step_ms: a forward's time at present. backlog_ms: how
-    long what waits will take. parts: whether it serves parts. links_ms: by node.
+    rows_per_s: through its span, as it measured before serving. step_ms: a decode step's forward at present; row_ms: a
+    row in a prompt's. backlog_ms: how long what waits will take. parts: whether it serves parts. links_ms: by node.
     """
     told: Mapping[Any, Any] = status if isinstance(status, dict) else {}
     rate = _figure(told.get("rows_per_s"))
@@ -43,7 +43,11 @@ def read_claims(status: object, num_layers: int) -> Claims:
         layer_s = step_ms / 1e3 / num_layers
     else:
         layer_s = min(STEP_ROWS / rate / num_layers, LONGEST_S) if rate else LAYER_S
-    prefill_s = min(1 / rate / num_layers, LONGEST_S) if rate else layer_s / STEP_ROWS
+    row_ms = _figure(told.get("row_ms"))
+    if row_ms is not None:
+        prefill_s = row_ms / 1e3 / num_layers
+    else:
+        prefill_s = min(1 / rate / num_layers, LONGEST_S) if rate else layer_s / STEP_ROWS
     wait_s = (_figure(told.get("backlog_ms")) or 0.0) / 1e3
     return Claims(Expected(layer_s, prefill_s, wait_s), told.get("parts") is True, _links(told.get("links_ms")))
 

@@ -217,7 +217,8 @@ class Engine:
             task = batch[0][0]
             task.withdrawn = True
             return [(task, None, error)]
-        self.meter.note(sum(count for _, count in batch), len(batch), time.perf_counter() - began)
+        took_s, share = time.perf_counter() - began, len(model.span) / len(self.model.span)
+        self.meter.note(sum(count for _, count in batch), len(batch), took_s, share)
         done = [_completed(task, count, result) for (task, count), result in zip(batch, results, strict=True)]
         return [answer for answer in done if answer is not None]
 
