@@ -21,9 +21,9 @@ from tallystick_node.moving import drain, look_around, relocation_in, watch_clas
 from tallystick_node.reach.presence import Presence
 from tallystick_node.scheduling.engine import Engine
 from tallystick_node.server import create_app
-from tallystick_node.session.hop import Shop
 from tallystick_node.session.links import Dialler
 from tallystick_node.session.registry import Limits, Sessions
+from tallystick_node.session.shop import Shop
 from tallystick_node.stake import Lookups, Redeemer, Registration, enroll, register
 from tallystick_node.status import pace
 from tallystick_node.till import Till

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tallystick_node.session.hop import Shop
+from tallystick_node.session.shop import Shop
 
 
 def pace(shop: Shop, rows_per_s: float | None) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from functools import partial
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.session.admission import Admission
 from tallystick_node.session.control import Control
-from tallystick_node.session.hop import Hop, Shop
+from tallystick_node.session.hop import Hop
 from tallystick_node.session.inbox import MAX_EPOCH
 from tallystick_node.session.kept import KeptRows, Source
 from tallystick_node.session.rows import RowFormat
+from tallystick_node.session.shop import Shop
 from tallystick_protocol.errors import (
     BadMessage,
     BadSignature,
