@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from harness import samples
 from harness.tls_server import TlsServer, tls_server, until_closed
-from tallystick_node.reach.desk import ReachDesk
 from tallystick_node.relay import hello
 from tallystick_node.relay import switchboard as switchboard_module
 from tallystick_node.relay.account import Account, Tariff
@@ -29,10 +28,8 @@ from tallystick_node.relay.switchboard import Registration, RelayLimits, Switchb
 from tallystick_node.relay.wallet import RelayBill, RelayPurse, Terms
 from tallystick_node.till import Funds, Till
 from tallystick_protocol.errors import (
-    BadMessage,
     BadSignature,
     InsufficientFunds,
-    Overloaded,
     PaymentRequired,
     Rejected,
     TallystickError,
@@ -44,9 +41,6 @@ from tallystick_protocol.messages import RelayRegister
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import seal
 from tallystick_protocol.transport.contact import Addr, Contact, label
-from tallystick_protocol.transport.directory import Directory
-from tallystick_protocol.transport.reach import Reach, seal_reach
-from tallystick_protocol.transport.scopes import like
 from tallystick_protocol.types import ZERO32, Address, Digest, Wei
 from tallystick_protocol.vouchers import Voucher
 
@@ -558,36 +552,3 @@ async def test_a_bill_is_paid_while_bytes_flow_and_at_the_end() -> None:
     await bill.close()
     last = await asyncio.wait_for(control.told.get(), 5.0)
     assert int.from_bytes(last.body["voucher"][64:96], "big") == 2 * (1000 + (1 << 18) + 10)
-
-
-# -- being dialled on request
-
-
-async def test_a_staked_nodes_addresses_are_dialled_and_nothing_else(tmp_path: Path) -> None:
-    async with tls_server(NODE, tmp_path / "node") as server:
-        places = (*server.contact.addrs, Addr("tcp", "127.0.0.1", 1), Addr("tcp", "10.255.0.1", 80), Addr("x", "?", 1))
-        peers = Peers(like(["127.0.0.1"]))
-        directory = Directory(peers, samples.STAKING, lambda _: NODE, lambda _: None)
-        staked = {NODE}
-        desk = ReachDesk(RELAY, directory, peers, lambda: None, staked.__contains__)
-
-        def reach(seq: int, addrs: tuple[Addr, ...] = places, signer: str = "hot") -> bytes:
-            record = Reach(NODE, seq, int(time.time()) + 60, server.keys.pins, addrs)
-            return seal_reach(samples.STAKING, record, samples.key(signer))
-
-        assert await desk.take(reach(1)) == [True, False, False, False]
-        assert desk.give(NODE) == directory.sealed(NODE) is not None
-        with pytest.raises(Overloaded, match="a moment ago"):
-            await desk.take(reach(2))
-        desk._asked.clear()
-        assert await desk.take(reach(3, (Addr("tcp", "127.0.0.1", 1),))) == [False]
-        known = directory.known(NODE)
-        assert known is not None and known.seq == 1, "an address that nobody reached is not handed on"
-        desk._asked.clear()
-        staked.clear()
-        with pytest.raises(Unauthorized, match="no stake"):
-            await desk.take(reach(4))
-        with pytest.raises(BadMessage):
-            await desk.take(b"{}")
-        assert server.requests == [] and desk.give(samples.address("nobody")) is None
-        await peers.close()

@@ -24,6 +24,7 @@ from tallystick_protocol.peer import Peers
 from tallystick_protocol.signing import Key
 from tallystick_protocol.transport.contact import Contact, label
 from tallystick_protocol.transport.directory import Directory
+from tallystick_protocol.transport.scopes import is_loopback
 from tallystick_protocol.types import Address, ModelId, Wei
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ class Presence:
         self._chain = chain
         self._listening = listening
         self._model: ModelId | None = None
-        self._direct = direct_addrs(listening, config.announce)
         self._relays = [parse_relay(text) for text in config.relays]
+        inward = bool(self._relays) and not config.announce and is_loopback(config.host)
+        self._direct = () if inward else direct_addrs(listening, config.announce)
         places = [*self._direct, *(addr for relay in self._relays for addr in relay.addrs)]
         self._may_dial = dial_policy(config.host, places)
         self.peers = Peers(self._may_dial)

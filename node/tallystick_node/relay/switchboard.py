@@ -150,6 +150,8 @@ class Switchboard:
             await splice(caller, node, account, self._limits.idle_s)
         except TallystickError as error:
             log.info("a connection to %s was cut: %s", registration.node, error)
+        except OSError as error:
+            log.debug("a connection to %s ended early (%s)", registration.node, error)
         finally:
             account.num_sockets -= 1
             self.num_bytes += account.num_bytes - before
