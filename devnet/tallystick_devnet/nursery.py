@@ -76,7 +76,7 @@ class Nursery:
                 stderr=self._log.open("wb"),
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"},
             )
             threading.Thread(target=self._listen, args=(self._popen,), daemon=True).start()
         return self._popen

@@ -89,6 +89,8 @@ def _flags(options: argparse.Namespace, settings: type[BaseSettings]) -> dict[st
 
 
 def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # both are read when torch is loaded: threads that wait sleep,
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # and large tensors lie in huge pages
     from tallystick_node.node import Node
     from tallystick_node.scheduling.engine import Engine
 
