@@ -255,8 +255,9 @@ async def test_a_voucher_on_another_session_pays_the_same_ledger(field: Field, s
 # -- credit
 
 
-def credit_rows(target: Target) -> int:
-    return int(target.offer.credit) // target.cost(1)
+def credit_rows(target: Target, sessions: int = 1) -> int:
+    """Rows that a client with so many open sessions gets before a voucher: the offer's credit, and a window for each."""
+    return int(target.offer.credit) // target.cost(1) + WINDOW * sessions
 
 
 async def test_service_stops_at_the_credit_limit_and_goes_on_after_a_voucher(field: Field) -> None:
@@ -273,9 +274,9 @@ async def test_service_stops_at_the_credit_limit_and_goes_on_after_a_voucher(fie
 
 
 async def test_sessions_side_by_side_do_not_multiply_the_credit(field: Field) -> None:
-    """What is owed and not signed for stays within one credit over all of a client's sessions at a node."""
+    """What is owed and not signed for stays within one credit, and a window for each of a client's open sessions."""
     target, count = field.first, 4
-    rows = credit_rows(target) * 3 // 4
+    rows = credit_rows(target, count) * 3 // 4
     async with field.attacker.open(target) as payer:
         await pay_up(field, payer)
         before = payer.owed
@@ -290,7 +291,7 @@ async def test_sessions_side_by_side_do_not_multiply_the_credit(field: Field) ->
 
 
 async def test_a_voucher_wakes_every_session_of_its_client(field: Field) -> None:
-    target, limit = field.first, credit_rows(field.first)
+    target, limit = field.first, credit_rows(field.first, 2)
     async with field.attacker.open(target) as one, field.attacker.open(target) as two:
         await pay_up(field, one)
         await one.step(ids(*[7] * limit))
@@ -342,7 +343,10 @@ BAD_OPENINGS: dict[str, tuple[str, Callable[[Field], bytes]]] = {
     "under an unknown offer": ("rejected", lambda f: f.opening(offer=secrets.token_bytes(32))),
     "under another node's offer": ("rejected", lambda f: f.opening(offer=f.middle.offer_digest)),
     "for another model": ("unknown_model", lambda f: f.opening(model=secrets.token_bytes(32))),
-    "for too few layers": ("wrong_layers", lambda f: f.opening(end=f.first.offer.end - 1)),
+    "for no layers of its own": (
+        "wrong_layers",
+        lambda f: f.opening(start=f.first.offer.end, end=f.first.offer.end + 1),
+    ),
     "for too many layers": ("wrong_layers", lambda f: f.opening(end=f.first.offer.end + 1)),
     "for another span": (
         "wrong_layers",
@@ -399,11 +403,11 @@ async def test_an_expired_offer_opens_nothing(field: Field) -> None:
         node=field.first.node,
         model=field.first.offer.model,
         clock=lambda: NOW,
-        engine=SimpleNamespace(model=SimpleNamespace(span=offer.span)),
+        engine=SimpleNamespace(model=None, part=lambda span: SimpleNamespace(span=span)),
     )
     sessions = Sessions(cast(Any, shop), field.hop.hot, {its_digest: offer}, Limits(1 << 30, 1, 0.0))
     sealed = field.opening(offer=its_digest, issued=NOW)
-    error = await raised(sessions.serve_client(cast(Any, None), Frame(Kind.OPEN, {"open": sealed})))
+    error = await raised(sessions.serve_client(cast(Any, SimpleNamespace(spki=ZERO32)), Frame(Kind.OPEN, {"open": sealed})))
     assert isinstance(error, Rejected) and "offer" in error.message and len(sessions) == 0
 
 
@@ -908,7 +912,7 @@ async def test_a_client_that_is_cut_off_in_mid_step_leaves_nothing_behind(field:
             session.abort()
         await field.attacker.idle(target)
     owed, _ = await field.attacker.owed(target)
-    assert owed - before <= 3 * target.offer.credit
+    assert owed - before <= 3 * target.cost(credit_rows(target))
 
 
 # -- HTTP
@@ -1051,6 +1055,7 @@ async def test_metrics_have_the_documented_names_and_no_secrets(running: Running
     text = (await spoken(field.first, request("/metrics"))).decode().partition("\r\n\r\n")[2]
     names = {line.split()[0].partition("{")[0] for line in text.splitlines() if line.startswith("tallystick_")}
     assert names == {
+        "tallystick_asyncio_tasks",
         "tallystick_num_requests_running",
         "tallystick_num_requests_waiting",
         "tallystick_kv_cache_usage_perc",

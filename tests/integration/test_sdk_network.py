@@ -147,7 +147,7 @@ def test_a_session_that_broke_is_opened_again_in_mid_tuning(
         if step == 1:
             passing: Any = served._passing
             for bench in passing._lanes[1]._benches.values():
-                client.wait(bench.remote._channel.close())
+                client.wait(bench.remote.line._channel.close())
 
     with opened(client, running) as served:
         losses, _ = steps(served, 2, cut)
