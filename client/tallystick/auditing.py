@@ -89,7 +89,8 @@ class Audit:
 
     def judged_to(self) -> int:
         """Positions of the audited hop that were compared, and agreed."""
-        return self._session.hops[self.index].standing.receipts[self.approved - 1].last if self.approved else 0
+        receipts = self._session.hops[self.index].standing.receipts[: self.approved]  # fewer, if it is a new one
+        return receipts[-1].last if receipts else 0
 
     def on_receipt(self, remote: Remote, receipt: Receipt) -> None:
         self._pending[self._session.window_index(receipt)] = receipt
@@ -165,10 +166,15 @@ class Audit:
     async def _feed_now(self) -> None:
         hop = self._session.hops[self.index]
         target = hop.standing.covered
-        if self.index:  # the hop before may be a new one, which is still computing them
-            target = min(target, self._session.hops[self.index - 1].standing.covered)
+        involved = [hop, self.remote]
+        if self.index:
+            feeder = self._session.hops[self.index - 1]
+            target = min(target, feeder.standing.covered)  # it may be a new one, which is still computing them
+            involved.append(feeder)
+        if any(remote.failure is not None for remote in involved):
+            return  # whoever mends that wakes us
         try:
-            if target > self._fed and hop.failure is None:
+            if target > self._fed:
                 await send_kept(self._session, self.index, self.remote, self._fed, target)
                 self._fed = target
             if target == self._fed and target % WINDOW and self._flushed != target:

@@ -226,8 +226,11 @@ class Line:
         return False
 
     async def _resume(self, comeback: Comeback) -> None:
-        async with asyncio.timeout(RESUME_TIMEOUT_S):
-            channel = await comeback.dial()
+        try:
+            async with asyncio.timeout(RESUME_TIMEOUT_S):
+                channel = await comeback.dial()
+        except TimeoutError:
+            raise Unreachable(f"{self.node} does not answer", hop=self.node) from None
         try:
             await channel.send(comeback.claim(channel.spki))
             resumed = await expect(channel, Kind.RESUMED, RESUME_TIMEOUT_S)

@@ -45,6 +45,7 @@ class Openings:
         self._nonce = fresh_nonce()
         self._reserved: list[Need] = []
         self._give_up_at: dict[int, float] = {}
+        self._opened: set[Address] = set()
 
     async def open_hop(self, index: int) -> None:
         """Open hop `index` on the candidate that the route names, or on one that can stand in for it."""
@@ -146,6 +147,9 @@ class Openings:
         setting = self._session.setting
         remembered = setting.purse.remembers(candidate.node)
         await self.reserve([candidate])
+        if candidate.node in self._opened:  # what was set aside for it may be spent
+            await asyncio.to_thread(setting.purse.top_up, candidate.node)
+        self._opened.add(candidate.node)
         ask = partial(Remote.open, setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
         try:
             remote = await ask()

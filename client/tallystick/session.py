@@ -122,7 +122,7 @@ class Session:
         self.books.pending[remote] = {}
         insist_s = partial(self.repair.insist_s, remote)
         remote.listen(
-            Hearing(self._on_receipt, self.take_result, self.wake, self._rejoin, self._first_missing, insist_s)
+            Hearing(self._on_receipt, self.take_result, self.wake, self._rejoin, self.first_missing, insist_s)
         )
 
     async def _rejoin(self, remote: Remote, position: int, _: int) -> None:
@@ -130,7 +130,8 @@ class Session:
         if remote is self.hops[0]:
             await self.resend(remote, position)
 
-    def _first_missing(self) -> int:
+    def first_missing(self) -> int:
+        """The first position whose result is wanted and not there; all of them are: the number of positions."""
         rows = self.results.rows
         return next((at for at, wanted in enumerate(self.want) if wanted and at not in rows), len(self.want))
 

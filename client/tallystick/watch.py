@@ -59,10 +59,18 @@ class Watch:
             await remote.line.look()
         if session.one_shot or not session.ids:
             return
+        self._note_progress()
         first, last, _ = self._fed
         limit_s = self._steps.limit_s if last - first <= DECODE_ROWS else max(STEP_PRIOR_S, self._steps.limit_s)
         if now - self._moved_at > limit_s:
             await self._look_closely(limit_s)
+
+    def _note_progress(self) -> None:
+        """Whoever has computed more rows than he had said before moves."""
+        reached = {hop: hop.line.pong.position for hop in self._session.hops}
+        if any(position > self._reached.get(hop, 0) for hop, position in reached.items()):
+            self._moved()
+        self._reached = reached
 
     async def _look_closely(self, limit_s: float) -> None:
         hops, asked_at = self._session.hops, self._asked_at
@@ -74,12 +82,11 @@ class Watch:
             return
         if any(hop.failure is not None or hop.line.pong.at < asked_at for hop in hops):
             return  # its line says when that has taken too long
-        reached = {hop: hop.line.pong.position for hop in hops}
-        if any(position > self._reached.get(hop, 0) for hop, position in reached.items()):
-            self._reached = reached
-            self._moved()
+        length = len(self._session.ids)
+        if self._session.first_missing() == length:
+            self._moved()  # nothing is waited for but receipts
             return
-        late = next((hop for hop in hops if reached[hop] < len(self._session.ids)), hops[-1])
+        late = next((hop for hop in hops if hop.line.pong.position < length), hops[-1])
         if late.line.pong.unpaid or not self._session.repair.has_stand_in(hops.index(late)):
             self._moved()
             return

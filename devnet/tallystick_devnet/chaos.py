@@ -99,7 +99,7 @@ class Chaos:
                 await self._note(victim)
         self._say("everything is mended; what is left in the nodes?")
         standing = [
-            (victim.node, _port(victim), self._first[str(victim.node.process.pid)]) for victim in self._faults.victims
+            (victim.node, victim.port, self._first[str(victim.node.process.pid)]) for victim in self._faults.victims
         ]
         return await asyncio.to_thread(leaks, standing, SETTLE_S)
 
@@ -207,11 +207,7 @@ class Chaos:
 
     async def _note(self, victim: Victim) -> None:
         """What a process holds that has just begun."""
-        self._first[str(victim.node.process.pid)] = await asyncio.to_thread(holdings, victim.node, _port(victim))
-
-
-def _port(victim: Victim) -> int:
-    return int(victim.settings[victim.settings.index("--port") + 1])
+        self._first[str(victim.node.process.pid)] = await asyncio.to_thread(holdings, victim.node, victim.port)
 
 
 def run_chaos(options: ChaosOptions, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tallystick_devnet.localnet import LocalNet, LocalNode
+from tallystick_devnet.processes import stop_all
 from tallystick_protocol.types import ModelId, Span
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ class Link:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, target: int) -> None:
         self._loop = loop
-        self._target = target
+        self.target = target
         self._pairs: dict[int, tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = {}
         self._pumps: set[asyncio.Task[None]] = set()
         self._is_down = False
@@ -79,7 +80,7 @@ class Link:
         try:
             if self._is_down:
                 raise ConnectionResetError
-            theirs, to_node = await asyncio.open_connection("127.0.0.1", self._target)
+            theirs, to_node = await asyncio.open_connection("127.0.0.1", self.target)
         except OSError:
             writer.transport.abort()
             return
@@ -118,6 +119,11 @@ class Victim:
     link: Link
     settings: list[str]
 
+    @property
+    def port(self) -> int:
+        """The node's own, without the proxy."""
+        return self.link.target
+
 
 class Faults:
     """Nodes behind proxies. Use as a context manager, within that of the network."""
@@ -148,6 +154,12 @@ class Faults:
         victim = Victim(self._net.add_node(self._model, span, settings=places), link, places)
         self.victims.append(victim)
         return victim
+
+    def stop(self) -> None:
+        """Stop all of these nodes, when the network goes on without them."""
+        for victim in self.victims:
+            victim.node.process.go_on()
+        stop_all([victim.node.process for victim in self.victims])
 
     def of(self, address: str) -> Victim:
         return next(victim for victim in self.victims if victim.node.address == address)

@@ -165,7 +165,8 @@ class Downstream:
                 return  # somebody else has mended it
             try:
                 await self._reconnect()
-                return
+                if self._link is not None:  # else that one was lost, too
+                    return
             except TallystickError as error:
                 log.debug("dialling %s again failed (%s)", lost.node, error)
         if self._link is None and self.node == lost.node:

@@ -1,0 +1,263 @@
+"""A whole network on one event loop: a node's own sessions, books and models, a client's own session, and faults.
+
+Only what is beside the point is replaced: sockets by `End`s, the device's thread by a pause, the chain by one that
+knows every key and holds enough money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from harness import samples
+from harness.in_memory import InMemory
+from harness.one_loop import End
+from tallystick.payments import Purse
+from tallystick.repair import RolledBack
+from tallystick.routing.candidates import Candidate
+from tallystick.session import Session
+from tallystick.setting import Setting
+from tallystick.verdict import Policy, Verdict
+from tallystick_model.segments import Segment
+from tallystick_model.span import SpanModel
+from tallystick_node.channel import serve_channel
+from tallystick_node.journal import Journal
+from tallystick_node.scheduling.engine import Engine
+from tallystick_node.session.hop import Shop
+from tallystick_node.session.links import Dialler
+from tallystick_node.session.registry import Limits, Sessions
+from tallystick_node.stake import Lookups
+from tallystick_node.till import Till
+from tallystick_protocol.chain.reads import ChannelFunds
+from tallystick_protocol.errors import Unreachable
+from tallystick_protocol.frames import Kind
+from tallystick_protocol.messages import Offer
+from tallystick_protocol.peer import CONNECT_TIMEOUT_S
+from tallystick_protocol.sampling import Sampling, pick
+from tallystick_protocol.signing import Domain, digest
+from tallystick_protocol.types import Address, Span, Wei
+from tallystick_protocol.vouchers import charge
+
+PRICE = Wei(1000)
+MAX_LENGTH = 192
+LEASE_S, DRAIN_S = 30.0, 15.0
+STAKING = Domain("Tallystick", "1", 31337, samples.address("staking"))
+ESCROW = Domain("Tallystick Escrow", "1", 31337, samples.address("escrow"))
+STEP_S, ROW_S, WIRE_S = 0.004, 0.0002, 0.0005
+
+
+class Inline(Engine):
+    """Computes on the event loop, in as much of its time as a small device would take."""
+
+    async def _submit(self, work: Any, payer: str, rows: int, divisible: bool, wait_s: float, model: SpanModel) -> Any:
+        await asyncio.sleep(STEP_S + rows * ROW_S)
+        return model.forward([work])[0] if isinstance(work, Segment) else work()
+
+
+class Chain:
+    """Knows whose keys are whose, and that every channel is full."""
+
+    book = SimpleNamespace(chain_id=31337, escrow_domain=ESCROW, staking_domain=STAKING)
+
+    def __init__(self) -> None:
+        self.nodes: dict[Address, Address] = {}
+
+    def node_of(self, signer: Address) -> Address | None:
+        return self.nodes.get(signer)
+
+    def funds(self, client: Address, node: Address) -> ChannelFunds:
+        return ChannelFunds(Wei(10**24), Wei(10**24), Wei(0))
+
+    def may_sign(self, client: Address, signer: Address) -> bool:
+        return client == signer
+
+
+class Node:
+    """One node, and everything that can happen to it."""
+
+    def __init__(self, world: World, name: str, engine: Engine, folder: Path) -> None:
+        self.world, self.name, self.engine = world, name, engine
+        self.address, self.hot = samples.address(name), samples.key("hot " + name)
+        world.chain.nodes[self.hot.address] = self.address
+        span, layers = engine.model.span, engine.model.manifest.layers
+        self.credit = charge(span, layers, PRICE, 256)
+        self.till = Till(folder / f"{name}.till", self.address, ESCROW, self.credit, Wei(0), world.chain.may_sign)  # type: ignore[arg-type]
+        self.journal = Journal(folder / f"{name}.journal", self.hot, STAKING)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.ends: set[End] = set()
+        self.hangs = self.is_down = False  # is_down: nobody can dial it
+        self.delay_s = WIRE_S
+        self.sessions: Sessions | None = None
+        self.starts = 0
+        self.start()
+
+    def start(self) -> None:
+        model = self.engine.model
+        self.starts += 1
+        offer = Offer(
+            node=self.address, model=model.manifest.model_id, numeric_class=samples.digest("class"),
+            start=model.span.start, end=model.span.end, price=PRICE, credit=self.credit, max_length=MAX_LENGTH,
+            seq=self.starts, expires=2_000_000_000,
+        )  # fmt: skip
+        self.offer, offer_digest = offer, digest(STAKING, offer)
+        lookups = Lookups(self.world.chain, self.address)  # type: ignore[arg-type]
+        peers: Any = SimpleNamespace(connect=lambda _, node: self.world.connect(node, self))
+        shop = Shop(
+            node=self.address, model=offer.model, numeric_class=offer.numeric_class, price=PRICE, domain=STAKING,
+            engine=self.engine, journal=self.journal, till=self.till,
+            dialler=Dialler(peers, self.address, self.hot, STAKING, self._find, time.time), escrow_domain=ESCROW,
+            lookups=lookups, clock=time.time,
+        )  # fmt: skip
+        limits = Limits(1 << 30, 64, LEASE_S)
+        self.shop, self.sessions = shop, Sessions(shop, self.hot, {offer_digest: offer}, limits)
+        self.candidate = Candidate(
+            offer=offer, offer_digest=offer_digest, operator=self.address, payee=self.address, signer=self.hot.address,
+            stake=Wei(1), url=self.name, rtt_s=0.0,
+        )  # fmt: skip
+
+    async def _find(self, node: Address) -> Any:
+        return node
+
+    def accept(self, end: End) -> None:
+        sessions = self.sessions
+        assert sessions is not None
+        firsts = {Kind.OPEN: sessions.serve_client, Kind.PUSH_OPEN: sessions.serve_push, Kind.RESUME: sessions.resume}
+        self.tasks.add(task := asyncio.create_task(serve_channel(end, firsts)))  # type: ignore[arg-type]
+        task.add_done_callback(self.tasks.discard)
+
+    # -- what may happen
+
+    async def kill(self) -> None:
+        self.sessions = None
+        self.cut()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.cut()
+        self.hangs = False
+
+    def cut(self, of: Callable[[End], bool] = lambda _: True) -> None:
+        for end in list(self.ends):
+            if of(end):
+                end.cut()
+        self.ends = {end for end in self.ends if end.is_open}
+
+    def hang(self) -> None:
+        self.hangs = True
+
+    def go_on(self) -> None:
+        self.hangs = False
+        for end in self.ends:
+            end.deliver()
+            end.far.deliver()
+
+    async def stop(self) -> None:
+        """As on SIGTERM."""
+        if self.sessions is not None:
+            await self.sessions.drain(DRAIN_S)
+            await self.kill()
+
+
+class World:
+    """Nodes by name; `client` is how somebody asks them."""
+
+    def __init__(self, model: InMemory, engines: dict[Span, Engine], copies: int, folder: Path) -> None:
+        """copies: nodes of each span, all of operators of their own."""
+        self.chain = Chain()
+        self.manifest = model.manifest
+        names = [(f"{span}#{copy}", engine) for copy in range(copies) for span, engine in engines.items()]
+        self.nodes = {samples.address(name): Node(self, name, engine, folder) for name, engine in names}
+        self.spans = list(engines)
+        self.key = samples.key("client")
+        self.purse = Purse(self.chain, self.key, Wei(10**24))  # type: ignore[arg-type]
+        self.waited: list[str] = []
+        self.client_ends: set[End] = set()
+
+    async def connect(self, node: Address, by: Node | None = None) -> End:
+        """A connection to a node. Raises Unreachable."""
+        there = self.nodes[node]
+        await asyncio.sleep(2 * there.delay_s)
+        deadline = asyncio.get_running_loop().time() + CONNECT_TIMEOUT_S
+        while there.hangs and there.sessions is not None:
+            await asyncio.sleep(0.01)
+            if asyncio.get_running_loop().time() > deadline:
+                break
+        if there.sessions is None or there.is_down or there.hangs:
+            raise Unreachable(f"{node} does not answer", hop=node)
+
+        def hold() -> bool:
+            return there.hangs or (by is not None and by.hangs)
+
+        def delay_s() -> float:
+            return max(there.delay_s, by.delay_s if by is not None else 0.0)
+
+        near, far = End(hold, delay_s), End(hold, delay_s)
+        near.far, far.far = far, near
+        there.ends.add(far)
+        (self.client_ends if by is None else by.ends).add(near)
+        there.accept(far)
+        return near
+
+    async def look(self) -> list[Candidate]:
+        """Who answers."""
+        await asyncio.sleep(WIRE_S)
+        return [
+            node.candidate
+            for node in self.nodes.values()
+            if node.sessions is not None and not (node.sessions.draining or node.hangs or node.is_down)
+        ]
+
+    async def session(self, policy: Policy, wait_s: float) -> Session:
+        candidates = await self.look()
+        peers: Any = SimpleNamespace(connect=lambda _, node: self.connect(node))
+        setting = Setting(
+            peers=peers, key=self.key, domain=STAKING, purse=self.purse, manifest=self.manifest,
+            stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16,
+            on_replaced=lambda: None, wait_s=wait_s, look_again=self.look,
+            on_waiting=lambda error: self.waited.append(error.message),
+        )  # fmt: skip
+        route = [next(c for c in candidates if c.offer.span == span) for span in self.spans]
+        session = Session(setting, route, Verdict(policy))
+        await session.open(list(range(len(route))) if policy == "full" else [])
+        return session
+
+    async def leftovers(self) -> list[str]:
+        """What is held though nobody uses it, once every lease is over."""
+        await asyncio.sleep(LEASE_S + DRAIN_S)
+        found = []
+        for node in self.nodes.values():
+            sessions, ends = node.sessions, [end for end in node.ends if end.is_open]
+            if sessions is None:
+                continue
+            if len(sessions) or sessions.reserved_bytes or node.shop.waiting or node.shop.sessions:
+                found.append(f"{node.name}: {len(sessions)} sessions, {sessions.reserved_bytes} bytes")
+            if ends:
+                found.append(f"{node.name}: {len(ends)} connections")
+            if node.tasks:
+                found.append(f"{node.name}: {len(node.tasks)} tasks")
+        found += [f"the client: {end}" for end in self.client_ends if end.is_open]
+        ours = asyncio.current_task()
+        found += [f"a task: {task.get_coro()}" for task in asyncio.all_tasks() if task is not ours]
+        return found
+
+
+async def generate(session: Session, prompt: list[int], count: int, sampling: Sampling) -> list[int]:
+    """Tokens as `Stream` decides them."""
+    known = list(prompt)
+    await session.feed(prompt)
+    while True:
+        try:
+            while len(known) < len(prompt) + count:
+                position = len(known) - 1
+                known.append(pick(await session.result(position), sampling, position + 1))
+                if len(known) < len(prompt) + count:
+                    await session.feed(known[-1:])
+            await session.finish()
+            return known[len(prompt) :]
+        except RolledBack as back:
+            del known[max(back.position + 1, len(prompt)) :]
+            await session.feed(known[len(session.ids) :])

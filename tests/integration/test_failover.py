@@ -1,0 +1,195 @@
+"""Nodes that hang, links that are cut, nodes that stop, the last node of a span lost: on real processes.
+
+The network is the shared one; the model has nodes of its own, behind proxies whose connections can be cut. It is a
+`bf16w` one: with test_network.py, failover is tested in both numerics.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from conftest import Running
+from harness.waiting import eventually
+from tallystick import AsyncClient, Sampling, Token
+from tallystick.generation import Answer, Stream
+from tallystick.verdict import Policy
+from tallystick_devnet.demo import default_model
+from tallystick_devnet.faults import Faults, Victim
+from tallystick_devnet.leaks import Holdings, holdings, leaks
+from tallystick_devnet.localnet import thirds
+from tallystick_protocol.errors import NoRoute
+from tallystick_protocol.types import Span
+
+PROMPT = "The function returns a list of"
+TOKENS = 40
+SEEDED = Sampling(temperature=0.9, top_p=0.95, seed=7)
+
+
+@dataclass(slots=True)
+class Broken:
+    """Five nodes: two for the first and the middle span, one for the last. truth: what is said when nothing breaks."""
+
+    running: Running
+    faults: Faults
+    model: str
+    spans: list[Span]
+    first: dict[int, Holdings]
+    waited: list[str]
+    truth: dict[float, list[int]]
+
+    def client(self, wait_s: float = 120.0) -> AsyncClient:
+        net = self.running.net
+        return AsyncClient(self.running.key, replace(net.settings(), wait_s=wait_s, notify=self.waited.append))
+
+    def at(self, stream: Stream, hop: int) -> Victim:
+        return self.faults.of(stream.session_route[hop].node)
+
+    async def ask(
+        self, act: Callable[[Stream], Any] | None = None, after: int = 9, *, verify: Policy = "off",
+        sampling: Sampling | None = None, wait_s: float = 120.0,
+    ) -> tuple[Answer, Stream, float]:  # fmt: skip
+        """An answer; `act` is called in a thread after so many tokens. And the longest time between two tokens."""
+        async with self.client(wait_s) as client:
+            stream = client.stream(
+                PROMPT, max_tokens=TOKENS, model=self.model, verify=verify, ignore_eos=True,
+                sampling=sampling or Sampling(),
+            )  # fmt: skip
+            count, last, gap = 0, time.monotonic(), 0.0
+            async for event in stream:
+                now = time.monotonic()
+                count, gap, last = count + isinstance(event, Token), max(gap, now - last), now
+                if count == after and act is not None:
+                    await asyncio.to_thread(act, stream)
+                    act = None
+            return stream.answer, stream, gap
+
+    async def left(self) -> list[str]:
+        nodes = [
+            (victim.node, victim.port, self.first[victim.node.process.pid])
+            for victim in self.faults.victims
+            if victim.node.process.pid in self.first
+        ]
+        return await asyncio.to_thread(leaks, nodes, 15.0)
+
+
+@pytest.fixture(scope="module")
+def faults(running: Running) -> Iterator[tuple[Faults, str]]:
+    model, manifest = running.net.publish(default_model(), numerics="bf16w")
+    with Faults(running.net, model) as faults:
+        running.net.prepare(5)
+        first, middle, last = thirds(manifest.layers)
+        for span in (first, middle, last, first, middle):
+            faults.add(span)
+        for victim in faults.victims:
+            victim.node.wait()
+        yield faults, "0x" + model.hex()
+        faults.stop()
+
+
+@pytest.fixture(scope="module")
+async def broken(running: Running, faults: tuple[Faults, str]) -> AsyncIterator[Broken]:
+    found = Broken(running, faults[0], faults[1], running.spans, {}, [], {})
+    for sampling in (Sampling(), SEEDED):
+        found.truth[sampling.temperature] = (await found.ask(sampling=sampling))[0].ids
+    for victim in faults[0].victims:
+        found.first[victim.node.process.pid] = await asyncio.to_thread(holdings, victim.node, victim.port)
+    yield found
+
+
+def rows_of(answer: Answer) -> int:
+    return len(answer.prompt_ids) + TOKENS - 1
+
+
+async def test_links_that_are_cut_are_mended_and_nothing_is_computed_again(broken: Broken) -> None:
+    """Client's and push connections, at three moments; what each node was paid is what it is paid undisturbed."""
+    for hop, after in ((0, 3), (1, 12), (2, 20)):
+        answer, stream, _ = await broken.ask(lambda stream, hop=hop: broken.at(stream, hop).link.cut(), after)
+        assert answer.ids == broken.truth[0.0] and not answer.verdict.replaced
+        for candidate in stream.session_route:
+            units = candidate.span.units(6)
+            assert answer.verdict.paid[candidate.node] == rows_of(answer) * units * candidate.offer.price
+    assert not await broken.left()
+
+
+async def test_a_hop_that_hangs_is_replaced_and_forgotten(broken: Broken) -> None:
+    hung: list[Victim] = []
+
+    def hang(stream: Stream) -> None:
+        hung.append(broken.at(stream, 1))
+        hung[0].node.process.hang()
+
+    answer, _, gap = await broken.ask(hang, sampling=SEEDED)
+    hung[0].node.process.go_on()
+    print(f"\na hop that hung: the longest time between two tokens was {gap:.2f} s")
+    assert answer.ids == broken.truth[0.9]
+    assert [lost for lost, _, _ in answer.verdict.replaced] == [hung[0].node.address]
+    assert not await broken.left()
+
+
+@pytest.mark.nightly
+async def test_two_hops_are_lost_at_once(broken: Broken) -> None:
+    def kill(stream: Stream) -> None:
+        for hop in (0, 1):
+            broken.at(stream, hop).node.process.kill()
+
+    answer, _, gap = await broken.ask(kill, after=15)
+    print(f"\ntwo hops killed: the longest time between two tokens was {gap:.2f} s")
+    assert answer.ids == broken.truth[0.0] and len(answer.verdict.replaced) == 2
+    await asyncio.to_thread(broken.faults.revive)
+
+
+async def test_a_node_that_stops_is_left_between_two_tokens(broken: Broken) -> None:
+    """SIGTERM: another node has the rows before they change places, the session goes on, and the process ends."""
+    stopped: list[Victim] = []
+
+    def stop(stream: Stream) -> None:
+        stopped.append(broken.at(stream, 1))
+        stopped[0].node.process.ask_to_stop()
+
+    answer, _, gap = await broken.ask(stop, after=5)
+    print(f"\na hop that stopped: the longest time between two tokens was {gap:.2f} s")
+    assert answer.ids == broken.truth[0.0]
+    assert [(lost, why) for lost, _, why in answer.verdict.replaced] == [(stopped[0].node.address, "draining")]
+    await eventually("the process to end", lambda: not stopped[0].node.process.alive, 14.0)
+    await asyncio.to_thread(broken.faults.revive)
+
+
+@pytest.mark.nightly
+async def test_the_last_node_of_a_span_is_waited_for_and_missed_with_a_command(broken: Broken) -> None:
+    returning: list[asyncio.Future[None]] = []
+    loop = asyncio.get_running_loop()
+
+    def kill(stream: Stream) -> None:
+        victim = broken.at(stream, 2)
+        victim.node.process.kill()
+        coming = asyncio.to_thread(broken.faults.restart, victim)
+        returning.append(asyncio.run_coroutine_threadsafe(coming, loop))  # type: ignore[arg-type]
+
+    broken.waited.clear()
+    answer, _, _ = await broken.ask(kill)
+    assert answer.ids == broken.truth[0.0]
+    (notice,) = broken.waited
+    assert "layers [4, 6)" in notice and "tallystick-node run --join --span 4:6" in notice
+    await asyncio.wrap_future(returning[0])  # type: ignore[arg-type]
+
+    with pytest.raises(NoRoute, match="--span 4:6"):
+        await broken.ask(lambda stream: broken.at(stream, 2).node.process.kill(), wait_s=0.5)
+    await asyncio.to_thread(broken.faults.revive)
+
+
+@pytest.mark.nightly
+async def test_every_hop_may_be_lost_at_every_step(broken: Broken) -> None:
+    for verify in ("off", "audit"):
+        for sampling in (Sampling(), SEEDED):
+            for step in (1, 2, 22, 38, 40):
+                for hop in (0, 1):
+                    kill = lambda stream, hop=hop: broken.at(stream, hop).node.process.kill()  # noqa: E731
+                    answer, _, _ = await broken.ask(kill, step, verify=verify, sampling=sampling)  # type: ignore[arg-type]
+                    assert answer.ids == broken.truth[sampling.temperature], f"{verify}, hop {hop}, step {step}"
+                    await asyncio.to_thread(broken.faults.revive)
