@@ -256,7 +256,7 @@ async def test_a_voucher_on_another_session_pays_the_same_ledger(field: Field, s
 
 
 def credit_rows(target: Target, sessions: int = 1) -> int:
-    """Rows that a client with so many open sessions gets before a voucher: the offer's credit, and a window for each."""
+    """Rows that a client gets before a voucher: the offer's credit, and a window for each of its open sessions."""
     return int(target.offer.credit) // target.cost(1) + WINDOW * sessions
 
 
@@ -407,7 +407,8 @@ async def test_an_expired_offer_opens_nothing(field: Field) -> None:
     )
     sessions = Sessions(cast(Any, shop), field.hop.hot, {its_digest: offer}, Limits(1 << 30, 1, 0.0))
     sealed = field.opening(offer=its_digest, issued=NOW)
-    error = await raised(sessions.serve_client(cast(Any, SimpleNamespace(spki=ZERO32)), Frame(Kind.OPEN, {"open": sealed})))
+    channel = cast(Any, SimpleNamespace(spki=ZERO32))
+    error = await raised(sessions.serve_client(channel, Frame(Kind.OPEN, {"open": sealed})))
     assert isinstance(error, Rejected) and "offer" in error.message and len(sessions) == 0
 
 

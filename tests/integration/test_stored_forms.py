@@ -17,8 +17,8 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from conftest import Running
 from harness import checkpoints
-from tallystick_devnet.bench.gguf_file import llama_gguf
 from tallystick import AsyncClient
+from tallystick_devnet.bench.gguf_file import llama_gguf
 from tallystick_devnet.localnet import parts
 
 pytestmark = pytest.mark.nightly

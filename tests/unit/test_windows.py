@@ -18,7 +18,8 @@ UPSTREAM = samples.address("upstream")
 def hop(previous: Address = ZERO_ADDRESS, one_shot: bool = False) -> tuple[Record, Windows]:
     record = Record(one_shot)
     session = SessionId(samples.digest("session"))
-    terms = Terms(samples.address("n"), samples.MODEL, samples.digest("c"), session, 0, Span(2, 4), previous, 8, "fp32", "f32")
+    node, numeric_class = samples.address("n"), samples.digest("c")
+    terms = Terms(node, samples.MODEL, numeric_class, session, 0, Span(2, 4), previous, 8, "fp32", "f32")
     return record, Windows(terms, record)
 
 
