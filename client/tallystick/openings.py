@@ -64,11 +64,12 @@ class Openings:
             self._session.attach(remote)
             return
 
-    def stand_ins(self, index: int) -> list[Candidate]:
-        """Who could take hop `index`'s place, the best one first."""
+    def stand_ins(self, index: int, itself: bool = False) -> list[Candidate]:
+        """Who could take hop `index`'s place, the best one first. itself: the same node, too, if it serves again."""
         session = self._session
-        setting = session.setting
-        return stand_ins(setting.candidates, session.route[index], {*session.unfit, *session.nodes}, setting.work)
+        setting, hop = session.setting, session.route[index]
+        taken = session.nodes - {hop.node} if itself else session.nodes
+        return stand_ins(setting.candidates, hop, {*session.unfit, *taken}, setting.work)
 
     async def substitute(self, index: int, error: TallystickError) -> None:
         """Put another node of the span into the route; wait for one as long as the setting says. Raises NoRoute."""
@@ -101,7 +102,7 @@ class Openings:
         while time.monotonic() < self._give_up_at[index]:
             await asyncio.sleep(LOOK_OUT_S)
             await self.look_out()
-            if found := self.stand_ins(index):
+            if found := self.stand_ins(index, itself=True):
                 return found
         raise nobody
 

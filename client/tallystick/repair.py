@@ -226,9 +226,15 @@ class Repair:
         await self.tell(self._session.hops[index], body)
 
     async def tell(self, hop: Remote, body: dict[str, str]) -> None:
-        """A hop that cannot reach another one, which answers us, is believed once; then it is itself at fault."""
+        """A hop that cannot reach another one, which answers us, is believed once; then it is itself at fault.
+
+        What it said of that one before is over: the same node may have come back.
+        """
         try:
-            await hop.command(Frame(Kind.ROUTE, dict(body)))
+            try:
+                await hop.command(Frame(Kind.ROUTE, dict(body)))
+            finally:
+                hop.told = [error for error in hop.told if error.fields.get("hop") not in body.values()]
         except TallystickError as error:
             pair = (hop.node, str(error.fields.get("hop")))
             if hop.failure is None and pair[1] in self._session.nodes - {hop.node} and pair not in self._parted:

@@ -94,10 +94,11 @@ async def _converse(
     async with AsyncClient(key, net.settings()) as client:
         say("\n1. an answer, every span of it recomputed by another node\n")
         honest = await _ask(client, options)
-        say("\n2. the same, with one node of the middle span cheating\n")
-        cheater = next(node for node in nodes if node.address == honest.route[1].node)
-        await asyncio.to_thread(_corrupt, net, cheater, model, honest.route[1].offer.price // 2)
-        before_cheating = chain.balance(cheater.address)
+    say("\n2. the same, with one node of the middle span cheating\n")
+    cheater = next(node for node in nodes if node.address == honest.route[1].node)
+    await asyncio.to_thread(_corrupt, net, cheater, model, honest.route[1].offer.price // 2)
+    before_cheating = chain.balance(cheater.address)
+    async with AsyncClient(key, net.settings()) as client:  # one that has not asked before, and sees the new price
         caught = await _ask(client, options)
     await asyncio.to_thread(stop_all, [node.process for node in nodes])  # a node that stops redeems its vouchers
     earned = {node.address: Wei(chain.balance(node.address) - at_start[node.address]) for node in nodes}

@@ -1069,12 +1069,13 @@ async def test_metrics_have_the_documented_names_and_no_secrets(running: Running
         "tallystick_sessions_refused_total",
         "tallystick_rows_total",
     }
-    info = (await spoken(field.first, request("/v1/info"))).decode()
-    for public in (text, info):
-        assert "{" not in text, "no label takes a value"
-        for secret in (field.attacker.key.address, "0x", str(running.net.folder), "/", "password"):
-            assert secret not in public.partition("\r\n\r\n")[2] or secret == "/", secret
-    assert set(json.loads(info.partition("\r\n\r\n")[2])) == {"offer", "status"}
+    assert "{" not in text, "no label takes a value"
+    info = json.loads((await spoken(field.first, request("/v1/info"))).decode().partition("\r\n\r\n")[2])
+    assert set(info) == {"offer", "status"}
+    assert set(info["status"].pop("links_ms")) <= {node.address for node in running.nodes}, "the nodes on chain"
+    for public in (text, json.dumps(info)):
+        for secret in (field.attacker.key.address, "0x", str(running.net.folder), "password"):
+            assert secret not in public, secret
 
 
 async def test_a_websocket_elsewhere_is_refused(field: Field) -> None:

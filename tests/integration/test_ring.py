@@ -65,7 +65,7 @@ async def test_tokens_go_round_without_the_client_but_not_too_far_and_nothing_is
             for _ in range(5):  # until the ring is closed: until then it is the client that brings the tokens
                 ids += await ring.decide(ids)
                 await ring.go_on(ids)
-            rows = session._results.rows
+            rows = session.results.rows
             last = ring.until - 1
             confirmed = len(session.ids)
             await eventually("rows that the client has asked nobody for", lambda: last in rows)

@@ -421,22 +421,23 @@ async def test_a_node_registers_with_its_hot_key_and_pays_by_voucher(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("frame", "staked", "funded", "error"),
+    ("changes", "staked", "funded", "error"),
     [
-        (claim(signer="stranger"), True, FUNDED, Unauthorized),
-        (claim(node=samples.address("victim")), True, FUNDED, Unauthorized),
-        (claim(relay=samples.address("other relay")), True, FUNDED, Unauthorized),
-        (claim(spki=samples.digest("other key")), True, FUNDED, Unauthorized),
-        (claim(issued=1_700_000_000), True, FUNDED, Unauthorized),
-        (claim(), False, FUNDED, Unauthorized),
-        (claim(), True, Wei(5), InsufficientFunds),
-        (Frame(Kind.REGISTER, {"register": bytes(300)}), True, FUNDED, TallystickError),
+        ({"signer": "stranger"}, True, FUNDED, Unauthorized),
+        ({"node": samples.address("victim")}, True, FUNDED, Unauthorized),
+        ({"relay": samples.address("other relay")}, True, FUNDED, Unauthorized),
+        ({"spki": samples.digest("other key")}, True, FUNDED, Unauthorized),
+        ({"issued": 1_700_000_000}, True, FUNDED, Unauthorized),
+        ({}, False, FUNDED, Unauthorized),
+        ({}, True, Wei(5), InsufficientFunds),
+        (None, True, FUNDED, TallystickError),
     ],
 )
 async def test_who_may_not_register_is_told_why(
-    tmp_path: Path, frame: Frame, staked: bool, funded: Wei, error: type[TallystickError]
+    tmp_path: Path, changes: dict[str, Any] | None, staked: bool, funded: Wei, error: type[TallystickError]
 ) -> None:
     board = Switchboard(RELAY, RelayLimits())
+    frame = Frame(Kind.REGISTER, {"register": bytes(300)}) if changes is None else claim(**changes)
     with pytest.raises(error):
         await registrar(tmp_path, board, funded, staked).serve(Control(), frame)
     assert board.num_nodes == 0

@@ -23,8 +23,11 @@ _NAMES = {
 }
 
 
-def llama_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType) -> Path:
-    """Write a Llama checkpoint folder as GGUF, its matrices quantised, queries and keys in llama.cpp's row order."""
+def llama_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType, fill: bool = False) -> Path:
+    """Write a Llama checkpoint folder as GGUF, its matrices quantised, queries and keys in llama.cpp's row order.
+
+    fill: name the ids up to the vocabulary's size that the tokenizer does not make, for llama.cpp wants them all.
+    """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     tokenizer = json.loads((folder / "tokenizer.json").read_text())["model"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -39,7 +42,8 @@ def llama_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType) -> Pat
     writer.add_vocab_size(config["vocab_size"])
     writer.add_string("general.license", "cc0-1.0")
     words = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
-    words += [f"<unused {at}>" for at in range(len(words), config["vocab_size"])]
+    if fill:
+        words += [f"<unused {at}>" for at in range(len(words), config["vocab_size"])]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([3 if word in ("<s>", "</s>") else 1 for word in words])

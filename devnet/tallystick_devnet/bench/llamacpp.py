@@ -32,7 +32,7 @@ def measure_llamacpp(
     if server is None or bench is None:
         say("llama.cpp: rpc-server and llama-bench are not on the PATH")
         return figures
-    model = llama_gguf(checkpoint, folder / "model.gguf", gguf.GGMLQuantizationType.F32)
+    model = llama_gguf(checkpoint, folder / "model.gguf", gguf.GGMLQuantizationType.F32, fill=True)
     with ExitStack() as stack:
         ports = [_start_server(server, stack) for _ in range(SERVERS)]
         rates, ratios = [], []
