@@ -25,6 +25,14 @@ class Need:
     amount: Wei
 
 
+@dataclass(slots=True, eq=False)
+class _Request:
+    """Needs of one session that waits for its channels. is_held: they have been set aside and funded."""
+
+    needs: list[Need]
+    is_held: bool = False
+
+
 class Purse:
     """One client's money. Blocking where it touches the chain: call from a thread."""
 
@@ -40,7 +48,8 @@ class Purse:
         self._held: Counter[Address] = Counter()
         self._expected: dict[Address, Wei] = {}
         self._interrupted: Counter[Address] = Counter()
-        self._books = threading.Lock()  # for `_held`, which is changed on two threads
+        self._requests: list[_Request] = []
+        self._books = threading.Lock()  # for `_held` and `_requests`, which are changed on several threads
 
     @property
     def client(self) -> Address:
@@ -51,17 +60,41 @@ class Purse:
         return node in self._totals
 
     def reserve(self, needs: list[Need]) -> Wei:
-        """Set money aside for sessions, and fund what the channels lack in one transaction; returns what that put in.
+        """Set money aside for a session, and fund what the channels lack; returns what that put in.
 
-        `release` gives it back when the session ends. Raises ConfigError beyond max_funding, ChainError without tokens.
+        Sessions that ask while a transaction is under way share the next one. `release` gives the money back when the
+        session ends. Raises ConfigError beyond max_funding, ChainError without tokens.
         """
-        with self._lock:
-            self._hold(needs, 1)
-            try:
-                return self._fund({need.node for need in needs})
-            except BaseException:
-                self.release(needs)
-                raise
+        request = _Request(needs)
+        with self._books:
+            self._requests.append(request)
+        try:
+            with self._lock:
+                if request.is_held:
+                    return Wei(0)
+                with self._books:
+                    others = [one for one in self._requests if one is not request]
+                if others:
+                    try:
+                        return self._hold_and_fund([request, *others])
+                    except ConfigError:
+                        log.debug("there is not enough for all sessions that ask")
+                return self._hold_and_fund([request])
+        finally:
+            with self._books:
+                self._requests.remove(request)
+
+    def _hold_and_fund(self, requests: list[_Request]) -> Wei:
+        needs = [need for request in requests for need in request.needs]
+        self._hold(needs, 1)
+        try:
+            funded = self._fund({need.node for need in needs})
+        except BaseException:
+            self._hold(needs, -1)
+            raise
+        for request in requests:
+            request.is_held = True
+        return funded
 
     def release(self, needs: list[Need]) -> None:
         """Sessions that money was set aside for have ended."""
