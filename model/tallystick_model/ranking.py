@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from tallystick_protocol.errors import CorruptResult
 
 
-def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k(logits: torch.Tensor, k: int) -> tuple[Any, Any]:
     """logits (n, vocab) fp32 -> ids (n, k) int32 and values (n, k) fp32: by value descending, then id ascending.
 
     Raises CorruptResult for NaN. Cost: one selection of k values, no sort of the vocabulary.
@@ -15,19 +18,19 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = logits.shape
     if not 0 < k <= vocab:
         raise ValueError(f"the top {k} of {vocab}")
-    if bool(torch.isnan(logits).any()):
-        raise CorruptResult("logits hold NaN")
-    ids = torch.empty(rows, k, dtype=torch.int32)
-    least = torch.topk(logits, k, dim=1).values[:, -1]
+    scores = logits.numpy(force=True)
+    ids = np.empty((rows, k), dtype=np.int32)
     for row in range(rows):
-        ids[row] = _chosen(logits[row], least[row], k)
-    return ids, logits.gather(1, ids.long()) + 0.0
+        ids[row] = _chosen(scores[row], k)
+    return ids, np.take_along_axis(scores, ids, 1) + np.float32(0)
 
 
-def _chosen(logits: torch.Tensor, least: torch.Tensor, k: int) -> torch.Tensor:
-    """Every id above the k-th value, and the smallest ids at it; nonzero() gives ids in ascending order."""
-    above = (logits > least).nonzero()[:, 0]
-    level = (logits == least).nonzero()[: k - len(above), 0]
-    ids = torch.cat([above, level])
-    ids = ids[torch.argsort(ids)]
-    return ids[torch.argsort(logits[ids], descending=True, stable=True)].to(torch.int32)
+def _chosen(scores: Any, k: int) -> Any:
+    """The k ids. At least k scores reach the k-th largest of some groups' maxima, few others do: these are sorted."""
+    groups = max(4 * k, 256)
+    grouped = len(scores) - len(scores) % groups
+    largest = scores[:grouped].reshape(-1, groups).max(axis=0) if grouped else scores  # NaN where one is NaN
+    if np.isnan(largest).any() or np.isnan(scores[grouped:]).any():
+        raise CorruptResult("logits hold NaN")
+    ids = np.flatnonzero(scores >= np.partition(largest, len(largest) - k)[len(largest) - k])
+    return ids[np.argsort(-scores[ids], kind="stable")[:k]]

@@ -79,7 +79,8 @@ class DType(IntEnum):
     INT8 = 5
 
 
-VALUE_BYTES = {DType.NONE: 0, DType.IDS: 4, DType.F32: 4, DType.TOP_K: 8, DType.BF16: 2, DType.INT8: 1}
+_KINDS, _DTYPES = frozenset(Kind), frozenset(DType)
+VALUE_BYTES: dict[int, int] = {DType.NONE: 0, DType.IDS: 4, DType.F32: 4, DType.TOP_K: 8, DType.BF16: 2, DType.INT8: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +143,15 @@ def rows_per_frame(row_bytes: int) -> int:
 
 
 def _check(kind: int, dtype: int, shape: tuple[int, int, int], position: int, body: int, tensor: int) -> None:
-    if kind not in Kind.__members__.values():
+    if kind not in _KINDS:
         raise BadFrame(f"unknown frame kind {kind}")
-    if dtype not in DType.__members__.values():
+    if dtype not in _DTYPES:
         raise BadFrame(f"unknown dtype {dtype}")
     if body > MAX_BODY or tensor > MAX_TENSOR:
         raise BadFrame(f"body {body} and tensor {tensor} bytes; the limits are {MAX_BODY} and {MAX_TENSOR}")
     if not 0 <= position <= MAX_POSITION:
         raise BadFrame(f"position {position} is beyond {MAX_POSITION}")
-    if shape[0] * shape[1] * shape[2] * VALUE_BYTES[DType(dtype)] != tensor or (dtype == 0 and any(shape)):
+    if shape[0] * shape[1] * shape[2] * VALUE_BYTES[dtype] != tensor or (dtype == 0 and any(shape)):
         raise BadFrame(f"{tensor} tensor bytes are not shape {shape} of dtype {DType(dtype).name}")
     if dtype != 0 and (shape[0] != 1 or min(shape) < 1):
         raise BadFrame(f"shape {shape} is not (1, rows, values)")

@@ -54,7 +54,7 @@ def of_spans(spans: list[SpanModel]) -> InProcess:
     def compute(first: int, ids: list[int]) -> list[bytes]:
         assert steps.length == first
         found, values = top_k(steps.step(torch.tensor(ids)), K)
-        return [row_of(a.numpy(), b.numpy()) for a, b in zip(found, values, strict=True)]
+        return [row_of(a, b) for a, b in zip(found, values, strict=True)]
 
     def forget(length: int) -> None:
         for cache in steps.caches:

@@ -277,7 +277,10 @@ SETTINGS: dict[str, tuple[Callable[[Operator], dict[str, str | None]], str]] = {
         lambda o: {"book": changed_book(o.world, o.folder, contracts={})},
         r"book.json is malformed",
     ),
-    "every interface": (lambda o: {"host": "0.0.0.0"}, r"host = '0.0.0.0' is every address.*set announce to what others dial"),
+    "every interface": (
+        lambda o: {"host": "0.0.0.0"},
+        r"host = '0.0.0.0' is every address.*set announce to what others dial",
+    ),
     "a public interface": (lambda o: {"host": "192.0.2.1"}, r"port 0 on 192.0.2.1 cannot be used"),
     "a name for a host": (lambda o: {"host": "example.org"}, r"is not an address; use 127.0.0.1"),
     "a port beyond all ports": (lambda o: {"port": "70000"}, r"setting port: .*65535.*config show"),

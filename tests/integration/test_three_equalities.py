@@ -250,7 +250,7 @@ def test_greedy_tokens_are_those_of_generate(model: tuple[Published, Path]) -> N
     ends = torch.tensor(served.manifest.generation["eos"])
     for _ in range(60):
         logits[:, ends] = -torch.inf  # as min_new_tokens does
-        tokens.append(int(top_k(logits, 1)[0]))
+        tokens.append(int(top_k(logits, 1)[0][0, 0]))
         logits = session.step(torch.tensor(tokens[-1:]))
     assert tokens == expected.tolist()
 

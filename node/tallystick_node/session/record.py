@@ -33,14 +33,11 @@ class Record:
         self._outputs: list[bytes] = []
         self._leaves: list[Digest] = []
         self._want: list[bool] = []
+        self.size_bytes = 0
+        """Of the kept output rows."""
 
     def __len__(self) -> int:
         return len(self._inputs)
-
-    @property
-    def size_bytes(self) -> int:
-        """The bytes of the kept output rows."""
-        return self.bytes_of(0, len(self))
 
     def bytes_of(self, first: int, last: int) -> int:
         """The bytes of the kept output rows [first, last)."""
@@ -71,6 +68,7 @@ class Record:
         self._outputs += outputs
         self._leaves += [leaf(row) for row in outputs]
         self._want += want
+        self.size_bytes += sum(map(len, outputs))
 
     def shares(self, other: Record, length: int) -> bool:
         """Whether both begin with the same `length` rows."""
@@ -80,6 +78,7 @@ class Record:
         """Append rows [first, last) of another session, which they would have been here, too."""
         for rows, theirs in zip(self._parts(), other._parts(), strict=True):
             rows.extend(theirs[first:last])
+        self.size_bytes += other.bytes_of(first, last)
 
     def crop(self, length: int) -> None:
         """Forget every position from `length` on.
@@ -89,6 +88,7 @@ class Record:
         """
         if self._one_shot and 0 < length < len(self):
             raise BadPosition("this model is bidirectional: a session is rolled back to 0 or not at all", expected=0)
+        self.size_bytes -= self.bytes_of(length, len(self))
         for rows in self._parts():
             del rows[length:]
 

@@ -16,8 +16,6 @@ from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Span
 from tallystick_protocol.wire import DTYPES, Wire, decode, encode, values_per_row
 
-SMALLEST_NORMAL = np.float32(1.1754944e-38)
-
 
 class RowFormat:
     """What rows of one session look like at one span: token ids or hidden states in, hidden states or results out."""
@@ -119,10 +117,10 @@ class RowFormat:
                 raise CorruptResult("this node computed results that are not finite; nothing is signed")
             return [row.tobytes() for row in values]
         ids, values = top_k(result, self._k)
-        if not bool(torch.isfinite(values).all()):
+        if not bool(np.isfinite(values).all()):
             raise CorruptResult("this node computed logits that are not finite; nothing is signed")
-        pairs = np.empty((ids.shape[0], self._k), dtype=[("id", "<u4"), ("value", "<f4")])
-        pairs["id"], pairs["value"] = ids.numpy(), values.numpy()
+        pairs = np.empty((*ids.shape, 2), dtype="<u4")
+        pairs[:, :, 0], pairs[:, :, 1] = ids, values.view(np.uint32)
         return [pair.tobytes() for pair in pairs]
 
 
@@ -130,12 +128,13 @@ def check_rows(
     rows: Any, manifest: Manifest, boundary: int, error: type[BadTensor] | type[CorruptResult]
 ) -> None:
     """Rows (n, width) float32: finite, no denormals, norms within the manifest's range for this layer boundary."""
-    if not bool(np.isfinite(rows).all()):
-        raise error(f"rows at layer boundary {boundary} hold NaN or infinity")
-    magnitude = np.abs(rows)
-    if bool(((magnitude > 0) & (magnitude < SMALLEST_NORMAL)).any()):
-        raise error(f"rows at layer boundary {boundary} hold denormal values")
     low, high = manifest.norms[boundary]
-    norms = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=-1))
+    squares = np.square(rows, dtype=np.float64).sum(axis=-1)  # no square of an fp32 is beyond fp64
+    norms = np.sqrt(squares)
     if not bool(((norms >= low) & (norms <= high)).all()):
+        if not bool(np.isfinite(squares).all()):
+            raise error(f"rows at layer boundary {boundary} hold NaN or infinity")
         raise error(f"a row's norm at layer boundary {boundary} is outside [{low:.3g}, {high:.3g}]")
+    magnitude = rows.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    if bool((magnitude - np.uint32(1) < np.uint32(0x7FFFFF)).any()):  # zero wraps round
+        raise error(f"rows at layer boundary {boundary} hold denormal values")
