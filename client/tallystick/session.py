@@ -283,9 +283,9 @@ class Session:
     # -- what arrives
 
     def wake(self) -> None:
-        """Something has changed: look at everything again."""
-        self.work.set()
+        """Something has changed: look at everything again, first whoever waits for a token."""
         self.news.set()
+        self.work.set()
 
     def _on_receipt(self, remote: Remote, receipt: Receipt) -> None:
         self.books.pending[remote][self.window_index(receipt)] = receipt
