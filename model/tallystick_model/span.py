@@ -12,7 +12,7 @@ import torch
 from tallystick_model.anatomy import Anatomy
 from tallystick_model.canonical.cache import CacheShape, KvCache
 from tallystick_model.canonical.execution import Canonical
-from tallystick_model.canonical.kernels import MIN_ROWS, flushing_denormals
+from tallystick_model.canonical.kernels import flushing_denormals
 from tallystick_model.canonical.packing import Part, pack
 from tallystick_model.canonical.scopes import CanonicalOperators
 from tallystick_model.canonical.tiles import R
@@ -360,7 +360,8 @@ class SpanModel:
         given = [segments[part.segment].rows[part.first : part.last] for part in parts]
         places = [segments[part.segment].first + row for part in parts for row in range(part.first, part.last)]
         types = token_types_of(segments, parts)
-        missing = MIN_ROWS - len(places) if self._packs else 0
+        rules = self._spliced.rules
+        missing = rules.fewest_rows - len(places) if rules is not None and rules.packs else 0
         if missing > 0:
             given += [given[-1][-1:]] * missing
             places += places[-1:] * missing

@@ -2,7 +2,8 @@
 
 1. Stock spans compute, bit for bit, what the whole model computes in transformers.
 2. Canonical rows are the same bits however they were cut, packed, threaded or spread over spans.
-3. Canonical logits are transformers' logits, up to the rounding of another order of addition.
+3. Canonical logits are transformers' logits, up to the rounding of another order of addition: the same model in fp64 is
+   about as far from them as from transformers' own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,23 +223,37 @@ def fitted(lengths: list[int], limit: int) -> list[int]:
 # 3. Canonical is right.
 
 
+def assert_right(ours: torch.Tensor, folder: Path, architecture: str, ids: torch.Tensor) -> None:
+    """What the whole model returns for these ids, as near to the one in fp64 as transformers in fp32 comes.
+
+    How near that is depends on the machine's kernels: 0.7e-5 to 1.6e-5 of the standard deviation at worst were seen.
+    """
+    original = reference(folder, architecture)
+    with torch.inference_mode():
+        theirs = output_of(original(ids[None]))
+        exact = output_of(original.double()(ids[None]))
+    error, usual = (ours - exact) / exact.std(), (theirs - exact) / exact.std()
+    assert error.abs().max().item() <= 2 * usual.abs().max().item() <= 4e-5
+    assert error.square().mean().item() <= 4 * usual.square().mean().item()
+
+
+def output_of(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output.logits[0] if "logits" in output else output.last_hidden_state[0]
+    return found.clone()
+
+
 def test_logits_are_those_of_transformers(
     model: tuple[Published, Path], whole: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     ids, logits = whole
-    with torch.inference_mode():
-        expected = reference(model[1], model[0].manifest.architecture)(ids[None]).logits[0]
-    assert ((logits - expected).abs().max() / expected.std()).item() <= 1e-5
+    assert_right(logits, model[1], model[0].manifest.architecture, ids)
 
 
 @pytest.mark.parametrize("family", sorted(CAUSAL))
 def test_logits_of_other_families_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     folder = getattr(checkpoints, family)(tmp_path / "checkpoint")
     ids = random_ids(320, 180)
-    logits = Session(published(folder, tmp_path).cut(2)).step(ids)
-    with torch.inference_mode():
-        expected = reference(folder, CAUSAL[family])(ids[None]).logits[0]
-    assert ((logits - expected).abs().max() / expected.std()).item() <= 1e-5
+    assert_right(Session(published(folder, tmp_path).cut(2)).step(ids), folder, CAUSAL[family], ids)
 
 
 def test_greedy_tokens_are_those_of_generate(model: tuple[Published, Path]) -> None:
@@ -261,6 +277,4 @@ def test_encoded_rows_are_those_of_transformers(bert: tuple[Published, Path]) ->
     rows = ids
     for span in served.cut(1, 3):
         rows = span.forward([Segment(None, 0, rows)])[0]
-    with torch.inference_mode():
-        expected = reference(folder, "BertModel")(ids[None]).last_hidden_state[0]
-    assert ((rows - expected).abs().max() / expected.std()).item() <= 1e-5
+    assert_right(rows, folder, "BertModel", ids)

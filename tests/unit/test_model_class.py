@@ -80,6 +80,17 @@ def test_a_machine_whose_chunkings_disagree_is_stock(served: Published, monkeypa
     assert numeric_class(served.manifest) == STOCK
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_fewest_rows_of_a_call_leave_the_class_alone(
+    served: Published, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    if not kernels.packed_operators_hold() or (count < 4 and not kernels._bits_hold(count, "fp32")):
+        pytest.skip("not with this machine's kernels")
+    before = numeric_class(served.manifest)
+    monkeypatch.setattr(kernels, "fewest_rows", lambda numerics="fp32": count)
+    assert numeric_class(served.manifest) == before
+
+
 def test_another_activation_kernel_is_another_class(served: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     before = numeric_class(served.manifest)
     monkeypatch.setattr(F, "silu", lambda x, inplace=False: x * (1 / (1 + torch.exp(-x))))

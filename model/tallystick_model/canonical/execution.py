@@ -16,7 +16,7 @@ from tallystick_model.anatomy import LINEAR_TYPES, Anatomy
 from tallystick_model.canonical.attention import TiledSeat, attend_with, use_tallystick_attention
 from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.experts import is_experts, pack_experts, use_tallystick_experts
-from tallystick_model.canonical.kernels import BlockwiseActivation, CanonicalLinear
+from tallystick_model.canonical.kernels import BLOCK, ENOUGH_ROWS, BlockwiseActivation, CanonicalLinear
 from tallystick_model.canonical.recording import Traits, whole
 from tallystick_model.canonical.scopes import CanonicalOperators, CanonicalScope
 from tallystick_model.skeleton import Skeleton, configs_of
@@ -25,7 +25,8 @@ from tallystick_protocol.types import Span
 
 
 class Canonical:
-    """The rules for one span of a skeleton. batch, selection: what a packed call is told before it runs.
+    """The rules for one span of a skeleton. batch, selection: what a packed call is told before it runs; fewest_rows:
+    how many rows it should have at least.
 
     stock: only what the numerics asks for (rounded products); attention and operators stay transformers'.
     """
@@ -36,6 +37,7 @@ class Canonical:
         self._skeleton, self._anatomy, self._span, self._numerics = skeleton, anatomy, span, numerics
         self.batch = Batch()
         self.selection: list[torch.Tensor] = []
+        self.fewest_rows = ENOUGH_ROWS
         self.packs = not stock and not anatomy.obstacles
         one_shot = not anatomy.causal or (anatomy.encoder_layers > 0 and span.end <= anatomy.encoder_layers)
         self._scopes = self.packs or (one_shot and not stock)
@@ -69,6 +71,9 @@ class Canonical:
         if self._scopes:
             self._put_scopes()
         if self.packs:
+            products = [module for module in self._skeleton.model.modules() if isinstance(module, CanonicalLinear)]
+            if products and self._anatomy.width <= BLOCK:  # one longer row alone is added up by several threads
+                self.fewest_rows = max(product.fewest for product in products)
             for index in range(self._span.start, self._span.end):
                 layer = self._anatomy.layers[index]
                 assert layer.attention is not None

@@ -9,9 +9,10 @@ vectorised loop takes whole, on one thread. Measurements: docs/numerics.md.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from tallystick_protocol.manifest import Numerics
 MAX_ROWS = 256
 """Rows per product. More are cut: what was measured is what is run."""
 
-MIN_ROWS = 4
-"""A product of fewer rows takes another kernel with other bits: of one row over packed weights, of up to three over
-plain ones. Rows are repeated up to this; four cost less than two (docs/numerics.md)."""
+ENOUGH_ROWS = 4
+"""A product of fewer rows may take another kernel with other bits: of one row over packed weights, of up to three over
+plain ones. Rows are repeated up to this, or up to `fewest_rows` where the machine was tried."""
 
 MIN_COLUMNS_PLAIN = 16
 """A plain product with one column takes a kernel for vectors; few columns are padded with zero weights."""
@@ -59,7 +60,7 @@ def flushing_denormals() -> Iterator[None]:
 
 def _direct_product(linear: CanonicalLinear, x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
     """The packed product alone, where rows need be neither repeated nor cut."""
-    if not (linear.packed and x.is_contiguous() and MIN_ROWS <= x.numel() // linear.in_features <= MAX_ROWS):
+    if not (linear.packed and x.is_contiguous() and linear.fewest <= x.numel() // linear.in_features <= MAX_ROWS):
         return None
     product, weight, bias = torch.ops.mkldnn._linear_pointwise.default, linear.weight, linear.bias
     if linear.rounds:
@@ -89,6 +90,7 @@ class CanonicalLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.rounds = numerics == "bf16w"
         self.packed = (weight.device.type == "cpu" and packed_operators_hold(numerics)) if packed is None else packed
+        self.fewest = fewest_rows(numerics) if self.packed else ENOUGH_ROWS
         if self.rounds:
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         if self.packed:
@@ -121,8 +123,8 @@ class CanonicalLinear(nn.Module):
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         num_rows = rows.shape[0]
-        if 0 < num_rows < MIN_ROWS:
-            rows = rows.repeat(-(-MIN_ROWS // num_rows), 1)
+        if 0 < num_rows < self.fewest:
+            rows = rows.repeat(-(-self.fewest // num_rows), 1)
         if self.packed:
             out = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), self.weight, self.bias, "none", [], "")
         else:
@@ -138,11 +140,61 @@ def packed_operators_hold(numerics: Numerics = "fp32") -> bool:
     try:
         values = (torch.arange(70 * 96, dtype=torch.float32) % 251 - 125) / 97
         rows, weight = values.view(70, 96), values.flip(0)[: 40 * 96].view(40, 96)
-        linear = CanonicalLinear(weight, None, numerics=numerics, packed=True)
-        whole = linear(rows)
-        return all(torch.equal(linear(rows[at : at + n]), whole[at : at + n]) for at, n in ((0, 1), (3, 2), (5, 17)))
+        product = _packed_product(weight, numerics)
+        whole = product(rows)
+        return all(torch.equal(product(rows[at : at + n]), whole[at : at + n]) for at, n in ((0, 4), (3, 5), (5, 17)))
     except (RuntimeError, AttributeError):
         return False
+
+
+@cache
+def fewest_rows(numerics: Numerics = "fp32") -> int:
+    """How many rows a call with packed products has at least on this machine: the quickest number of those for which a
+    row keeps its bits. The bits are those of `ENOUGH_ROWS`, so the class does not depend on it.
+
+    Takes 0.1 s, once a process.
+    """
+    possible = [count for count in (1, 2) if _bits_hold(count, numerics)] + [ENOUGH_ROWS]
+    if len(possible) == 1:
+        return ENOUGH_ROWS
+    width = _TIMED_WIDTH
+    values = (torch.arange(width * width, dtype=torch.float32) % 251 - 125).view(width, width) / 97
+    products, rows = [_packed_product(values, numerics) for _ in range(2)], values[:ENOUGH_ROWS].clone()
+    times: dict[int, list[int]] = {count: [] for count in possible}
+    for _ in range(_TIMED_TURNS):
+        for count, found in times.items():
+            for product in products:  # together larger than most caches, as a model is
+                began = time.perf_counter_ns()
+                product(rows[:count])
+                found.append(time.perf_counter_ns() - began)
+    return min(possible, key=lambda count: sorted(times[count])[_TIMED_TURNS])
+
+
+_TIMED_WIDTH, _TIMED_TURNS = 2048, 7
+
+
+def _bits_hold(count: int, numerics: Numerics) -> bool:
+    """Whether calls of so many rows give a row the bits that it has among more: products, norms and softmax."""
+    for outs, ins in ((40, 96), (768, 256), (256, 768), (1001, 1000), (2, 3072)):
+        values = (torch.arange(outs * ins, dtype=torch.float32) % 8191 - 4095).view(outs, ins) / 1013
+        rows = (torch.arange(16 * ins, dtype=torch.float32) % 4093 - 2046).view(16, ins) / 997
+        functions = [_packed_product(values, numerics)]
+        functions += [partial(norm, normalized_shape=(ins,)) for norm in (F.layer_norm, F.rms_norm)]
+        functions += [partial(torch.mean, dim=-1), partial(torch.softmax, dim=-1)]
+        for function in functions:
+            whole = function(rows)
+            for at in (0, 5, 15 - count):
+                if not torch.equal(function(rows[at : at + count]), whole[at : at + count]):
+                    return False
+    return True
+
+
+def _packed_product(weight: torch.Tensor, numerics: Numerics) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The bare product over a packed weight (out, in), at whatever number of rows it is given."""
+    dtype = torch.bfloat16 if numerics == "bf16w" else torch.float32
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), PACKING_HINT)
+    product = torch.ops.mkldnn._linear_pointwise
+    return lambda rows: product(rows.to(dtype).contiguous(), packed, None, "none", [], "")
 
 
 def _direct_function(function: Callable[..., Any], x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
