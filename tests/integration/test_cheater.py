@@ -56,7 +56,7 @@ async def test_a_cheating_auditor_is_found_out_and_the_honest_hop_is_kept_and_pa
     try:
         await asyncio.to_thread(liar.process.wait_for, "fault: row", READY_TIMEOUT_S)
         await asyncio.to_thread(liar.wait)
-        for _ in range(6):  # the auditor is drawn at random: until the liar is drawn
+        for _ in range(24):  # one of two is drawn at random each time: until the liar is
             async with AsyncClient(running.key, running.net.settings()) as client:
                 answer = await client.generate(
                     PROMPT, max_tokens=TOKENS, model=running.id, verify="full", ignore_eos=True
