@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from tallystick_node.planning.measure import check_memory, machine_for
 from tallystick_node.planning.report import Plan, why_of
 from tallystick_node.planning.supply import stacks_of
 from tallystick_node.planning.survey import find_servers, supply_of
+from tallystick_node.scheduling.engine import Engine
 from tallystick_node.starting import Durations, fetch_and_load
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.content.store import LocalStore
@@ -175,9 +177,7 @@ class Loading:
         config = self._config
         if config.tensor_parallel > 1:
             return load_parallel(manifest, span, open_piece, config.tensor_parallel, config.threads)
-        model = load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
-        model.prepare()
-        return model
+        return load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
 
     async def _pieces(self) -> Pieces:
         serving = await asyncio.to_thread(self._chain.serving, self._model)
@@ -195,6 +195,13 @@ def _canonical(measured: Digest, manifest: Manifest, devices: Sequence[torch.dev
             ' execution = "stock"'
         )
     return measured
+
+
+async def write_plans(engine: Engine) -> None:
+    """The last part of a start: it changes no bit of what the span computes, so the node serves meanwhile."""
+    began = time.monotonic()
+    written = await engine.run(engine.model.prepare)
+    log.info("%s, which took %.2f s", "plans are written" if written else "no plans", time.monotonic() - began)
 
 
 def self_check(loading: Loading, loaded: Loaded) -> Callable[[], Digest]:

@@ -15,7 +15,7 @@ from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.config import NodeConfig
 from tallystick_node.journal import Journal
 from tallystick_node.listener import Listener, bind
-from tallystick_node.loading import Loading, self_check
+from tallystick_node.loading import Loading, self_check, write_plans
 from tallystick_node.locks import lock_state
 from tallystick_node.moving import drain, look_around, relocation_in, watch_class, watch_ranks
 from tallystick_node.reach.presence import Presence
@@ -179,6 +179,7 @@ class Node:
             redeemer = Redeemer(Wallet(chain, self.keys.cold or self.keys.hot), self.keys.node, till)
             check = self_check(loading, loaded)
             beside = [
+                write_plans(engine),
                 self._renew_offers(shop, manifest),
                 self._redeem_now_and_then(redeemer),
                 watch_class(

@@ -22,11 +22,13 @@ from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_node.scheduling.engine import Engine, Withdrawn
 from tallystick_protocol.errors import BadPosition, Overloaded, Unreachable
+from tallystick_protocol.manifest import Numerics
 
 LENGTH = 160
 BUDGET = 32
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Llama": (hub.LlamaForCausalLM, hub.LlamaConfig, {}),
+    "Llama in bf16w": (hub.LlamaForCausalLM, hub.LlamaConfig, {}),
     "Qwen2-MoE": (
         hub.Qwen2MoeForCausalLM, hub.Qwen2MoeConfig,
         {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 8},
@@ -46,7 +48,8 @@ def span_of(family: str) -> SpanModel:
     torch.set_num_threads(1)
     cls, config, changes = FAMILIES[family]
     small = {} if "vocab_size" in changes else {**SMALL, "num_hidden_layers": 2}
-    model = InMemory(cls, config(**{**small, **changes}))
+    numerics: Numerics = "bf16w" if family.endswith("bf16w") else "fp32"
+    model = InMemory(cls, config(**{**small, **changes}), numerics=numerics)
     return model.load(model.decoder)
 
 
@@ -114,10 +117,14 @@ def test_rows_do_not_depend_on_the_company(family: str, talks: list[Talk]) -> No
         talk.ids.clear()
         talk.rows.clear()
 
-    async def all_at_once(engine: Engine) -> None:
-        await asyncio.gather(*(talk.run(engine, seed) for seed, talk in enumerate(talks)))
+    async def all_at_once(engine: Engine) -> bool:
+        going = asyncio.gather(*(talk.run(engine, seed) for seed, talk in enumerate(talks)))
+        planned = await engine.run(span.prepare)  # in the midst of it, as nodes do
+        await going
+        return planned
 
-    with_engine(span, all_at_once)
+    assert with_engine(span, all_at_once) == span.packs
+    span._plans.clear()  # what follows is the model's own forward
     for talk in talks:
         for ids, first, rows in talk.rows:
             alone = span.forward([Segment(new_cache(span), 0, torch.tensor(ids))])[0]
@@ -163,6 +170,9 @@ def test_one_bad_session_does_not_fail_its_company() -> None:
 
     async def work(engine: Engine) -> None:
         good, bad = new_cache(span), new_cache(span)
+        before = engine.load
+        await engine.run(lambda: None)
+        assert engine.load == before, "the node's own work says nothing of its pace"
         blocked = asyncio.create_task(engine.run(lambda: None))
         ids = torch.arange(3, 23)
         outcomes = await asyncio.gather(

@@ -124,6 +124,7 @@ class Engine:
     async def run(self, work: Callable[[], T], payer: str = "", rows: int = 0) -> T:
         """The result of other work with the model, on its thread. Cancelling drops it if it has not begun.
 
+        payer: whom it is done for, "" for the node's own work, which says nothing of the device's pace.
         rows: what it counts as; 0 for a whole forward.
         """
         result: T = await self._submit(work, payer, rows or self.step_rows, False, inf, self.model)
@@ -230,7 +231,8 @@ class Engine:
             if not isinstance(error, TallystickError):
                 log.exception("work with the model failed")
             return task, None, error
-        self.meter.note(count, 1, time.perf_counter() - began)
+        if task.payer:
+            self.meter.note(count, 1, time.perf_counter() - began)
         return task, result, None
 
 
