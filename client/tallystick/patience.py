@@ -11,8 +11,8 @@ ENOUGH = 8
 class Patience:
     """Durations of one kind, and the one that cannot be explained by them any more.
 
-    The limit is `factor` times the longest of the last 64, but no less than `floor_s`; before there are eight of them
-    it is no less than `prior_s`.
+    The limit is `factor` times the longest of the last 64, no less than `floor_s` and never more than `prior_s`; before
+    there are eight of them it is `prior_s`. So whoever pauses on purpose, longer each time, gains nothing by it.
     """
 
     def __init__(self, floor_s: float, prior_s: float, factor: float = 4.0) -> None:
@@ -22,8 +22,9 @@ class Patience:
         self._seen: deque[float] = deque(maxlen=KEPT)
 
     def note(self, seconds: float) -> None:
-        """Something took this long and came to a good end."""
-        self._seen.append(seconds)
+        """Something took this long and came to a good end. What took longer than the limit teaches nothing."""
+        if seconds <= self.limit_s:
+            self._seen.append(seconds)
 
     @property
     def is_informed(self) -> bool:
@@ -32,5 +33,6 @@ class Patience:
 
     @property
     def limit_s(self) -> float:
-        least = self._floor_s if self.is_informed else self._prior_s
-        return max(least, self._factor * max(self._seen, default=0.0))
+        if not self.is_informed:
+            return self._prior_s
+        return min(self._prior_s, max(self._floor_s, self._factor * max(self._seen)))

@@ -26,7 +26,7 @@ from tallystick.routing.candidates import Candidate
 from tallystick.routing.monitor import Monitor
 from tallystick.setting import Setting
 from tallystick.verdict import Verdict
-from tallystick.watch import LOOK_EVERY_S, Watch
+from tallystick.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick_protocol.errors import (
     TallystickError,
     Unreachable,
@@ -42,7 +42,11 @@ STEP_TIMEOUT_S = 60.0
 
 
 class Session:
-    """An open route. Use `open`, then `feed` and `result`, then `finish`; always `close`."""
+    """An open route. Use `open`, then `feed` and `result`, then `finish`; always `close`.
+
+    avoid: nodes that lied or are banned; lost: those that failed; hearsay: those of them that failed by another node's
+    word alone.
+    """
 
     def __init__(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> None:
         self.setting = setting
@@ -51,6 +55,7 @@ class Session:
         self.verdict = verdict
         self.avoid: set[Address] = set()
         self.lost: set[Address] = set()
+        self.hearsay: set[Address] = set()
         self.ids: list[int] = []
         self.want: list[bool] = []
         self.results = Results(setting)
@@ -144,6 +149,7 @@ class Session:
         del self.ids[position:], self.want[position:]
         self._flushed = -1
         self.results.forget(position)
+        self.watch.forget(position)
         self.repair.forget(position)
 
     # -- rows
@@ -159,7 +165,7 @@ class Session:
         if (switch := self.monitor.look(start, self.setting.max_length - start, self.unfit)) is not None:
             self.repair.migrate(switch.index, switch.candidate, "slow")
         self.monitor.fed(start, len(self.ids))
-        self.watch.fed(start, len(self.ids))
+        self.watch.fed(start)
         await self.send_ids(start)
 
     async def confirm(self, ids: list[int]) -> None:
@@ -167,7 +173,7 @@ class Session:
         start = len(self.ids)
         self.ids += ids
         self.want += [True] * len(ids)
-        self.watch.fed(start, len(self.ids))
+        self.watch.fed(start)
         try:
             await self.hops[0].send_rows(self.input_rows(start, len(self.ids)), start, self.want[start:], confirm=True)
         except Unreachable:
@@ -215,7 +221,8 @@ class Session:
         return [token.to_bytes(4, "little") for token in self.ids[first:last]]
 
     async def result(self, position: int) -> bytes:
-        """The row that left the model at a position. Raises RolledBack, NoRoute, Unreachable after STEP_TIMEOUT_S."""
+        """The row that left the model at a position. Raises RolledBack, NoRoute, and Unreachable when nobody has moved
+        for STEP_TIMEOUT_S and nobody can take a place."""
         await self.until(lambda: position in self.results.rows, STEP_TIMEOUT_S, f"position {position}")
         return self.results.rows[position]
 
@@ -277,8 +284,11 @@ class Session:
             await remote.close()
         await self.farewells.settle()
         self.openings.release()
-        left = {old for old, _, why in self.verdict.replaced if why in ("draining", "slow", "overloaded")}
-        self.monitor.close(self.lost - left, served=self.is_open)
+        blameless = {"draining", "slow", "overloaded"}
+        if self.watch.longest_pause_s > IDLE_S:
+            blameless.add("session_unknown")
+        left = {old for old, _, why in self.verdict.replaced if why in blameless}
+        self.monitor.close(self.lost - left - self.hearsay, served=self.is_open)
 
     # -- what arrives
 
@@ -302,24 +312,28 @@ class Session:
             self.results.take(remote.node, frame, lambda at: at < kept and (at >= known or self.want[at]))
             if self.ring is not None:
                 self.ring.check(remote.node, frame)
-            self.watch.answered(frame.position)
+            if (last := frame.position + frame.num_rows - 1) in self.results.rows:
+                self.watch.answered(last)
             self.monitor.arrived(frame.position)
 
     # -- failures
 
     async def until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
-        """Wait for something while repairing what breaks. Raises RolledBack, NoRoute, Unreachable."""
-        deadline = time.monotonic() + timeout_s
+        """Wait for something while repairing what breaks. Raises RolledBack, NoRoute, and Unreachable when nothing has
+        moved for so long and whom that is owed to cannot be replaced."""
+        began = time.monotonic()
         while not done():
             self.news.clear()
             if await self.repair.mend_first():
-                deadline = time.monotonic() + timeout_s
+                began = time.monotonic()
                 continue
             if done():
                 return
-            left = deadline - time.monotonic()
+            left = max(began, self.watch.moved_at) + timeout_s - time.monotonic()
             if left <= 0:
-                raise Unreachable(f"nothing came for {timeout_s:g} s while waiting for {what}")
+                if not self.watch.fail_one(timeout_s):
+                    raise Unreachable(f"nothing came for {timeout_s:g} s while waiting for {what}")
+                continue
             try:
                 async with asyncio.timeout(min(left, LOOK_EVERY_S)):
                     await self.news.wait()
