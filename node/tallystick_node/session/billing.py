@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 from tallystick_node.stake import Lookups
@@ -16,7 +17,10 @@ PAYMENT_TIMEOUT_S = 60.0
 
 
 class Billing:
-    """One session's side of its client's ledger, which all sessions of that client share."""
+    """One session's side of its client's ledger, which all sessions of that client share.
+
+    charged_at: when something was charged last, or the session began.
+    """
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class Billing:
         self._tell = tell
         self._begun = begun
         self._paid = asyncio.Event()
+        self.charged_at = time.monotonic()
 
     @property
     def is_waiting(self) -> bool:
@@ -64,6 +69,7 @@ class Billing:
                 break
         till.check_funds(self._client, cost, funds)
         till.charge(self._client, cost)
+        self.charged_at = time.monotonic()
         return True
 
     def _has_credit(self, cost: Wei) -> bool:

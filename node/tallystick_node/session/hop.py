@@ -131,7 +131,6 @@ class Hop:
         self._dialling = asyncio.Lock()
         self.steps, self.signer, self.rewinding = Steps(self), Signer(self), Rewinding(self)
         self.ring, self.fed_by = Sender(shop.dialler, session, opened.attempt), Receiver()
-        self._heard_at = time.monotonic()
         self._claims = 0
 
     @property
@@ -218,7 +217,6 @@ class Hop:
             if self.rows.is_last and first_result < self.position:
                 hello += self.steps.results(Positions(first_result, self.position))
             pump = await self.control.attach(channel, hello)
-        self._heard_at = time.monotonic()
         await asyncio.wait([pump])
 
     def claim(self, signer: Address, number: int) -> None:
@@ -242,7 +240,6 @@ class Hop:
         must not hold up the commands that lead to it."""
         while True:
             frame = await self.control.receive()
-            self._heard_at = time.monotonic()
             if frame.kind is Kind.VOUCHER:
                 now = int(self.shop.clock())
                 await self.report(self.billing.take_voucher(sealed_field(frame, "voucher"), now))
@@ -269,11 +266,12 @@ class Hop:
         await self.commands.put(frame)
 
     async def _watch(self) -> None:
-        """End a session that nobody uses, or whose opening has expired: its place is somebody else's."""
+        """End a session that has computed nothing for long, whatever its client says: its place is somebody else's."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
-            if time.monotonic() - self._heard_at > IDLE_TIMEOUT_S or self.shop.clock() > self.opened.expires:
-                raise SessionUnknown("the session has expired or was idle for too long; open a new one")
+            idle_s = time.monotonic() - self.billing.charged_at
+            if idle_s > IDLE_TIMEOUT_S and not self.moving.locked():
+                raise SessionUnknown(f"nothing was computed for {IDLE_TIMEOUT_S:g} s; open a new session")
 
     async def _work(self) -> None:
         """Rows, and the receipts that go with them, in the order in which they came."""
