@@ -15,7 +15,8 @@ from tallystick.auditing import Audit
 from tallystick.payments import Need
 from tallystick.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import auditors, draw, stand_ins
+from tallystick.routing.choice import auditors, draw
+from tallystick.routing.route import successors
 from tallystick_protocol.errors import (
     ChainError,
     ConfigError,
@@ -65,11 +66,11 @@ class Openings:
             return
 
     def stand_ins(self, index: int, itself: bool = False) -> list[Candidate]:
-        """Who could take hop `index`'s place, the best one first. itself: the same node, too, if it serves again."""
+        """The `successors` of hop `index`. itself: the same node, too, if it serves again."""
         session = self._session
         setting, hop = session.setting, session.route[index]
         taken = session.nodes - {hop.node} if itself else session.nodes
-        return stand_ins(setting.candidates, hop, {*session.unfit, *taken}, setting.work)
+        return successors(setting.candidates, session.route, index, setting.work, {*session.unfit, *taken})
 
     async def substitute(self, index: int, error: TallystickError) -> None:
         """Put another node of the span into the route; wait for one as long as the setting says. Raises NoRoute."""

@@ -84,21 +84,28 @@ def route_over(
 def standbys(
     candidates: Sequence[Candidate], hops: Sequence[Candidate], work: Workload, avoid: Collection[Address] = ()
 ) -> list[Candidate | None]:
-    """For each hop the node that would take its place best: of an operator that has no hop here, where there is one.
-
-    Else of another operator than the hop's, else any other node; within each, the one with which the route costs least.
-    """
+    """For each hop the first of its `successors`, or None."""
     taken = {hop.node for hop in hops} | set(avoid)
-    operators = {hop.operator for hop in hops}
-    found: list[Candidate | None] = []
-    for index, hop in enumerate(hops):
+    ranked = [successors(candidates, hops, index, work, taken) for index in range(len(hops))]
+    return [found[0] if found else None for found in ranked]
 
-        def rank(other: Candidate, index: int = index, hop: Candidate = hop) -> tuple[bool, bool, float, str]:
-            cost_s = swapped_s(hops, index, other, work)
-            return other.operator in operators, other.operator == hop.operator, cost_s, other.node
 
-        found.append(min(stand_ins(candidates, hop, taken, work), key=rank, default=None))
-    return found
+def successors(
+    candidates: Iterable[Candidate], hops: Sequence[Candidate], index: int, work: Workload, avoid: Collection[Address]
+) -> list[Candidate]:
+    """Who could take hop `index`'s place, cut to its span, the best one first.
+
+    Operators that have no hop here come before those that have: what made the hop fail may be its operator's, and one
+    operator's failure shall not cost two hops. Its own operator's nodes are the last ones. Among like ones, those with
+    which the route costs least.
+    """
+    operators, hop = {hop.operator for hop in hops}, hops[index]
+
+    def rank(other: Candidate) -> tuple[bool, bool, float, str]:
+        cost_s = swapped_s(hops, index, other, work)
+        return other.operator in operators, other.operator == hop.operator, cost_s, other.node
+
+    return sorted(stand_ins(candidates, hop, avoid, work), key=rank)
 
 
 def swapped_s(hops: Sequence[Candidate], index: int, candidate: Candidate, work: Workload) -> float:
