@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 STEP_ROWS = 64
 NEAR_ROWS = 8
 POLL_S = 0.02
-FILL_TIMEOUT_S = 120.0
+FILL_TIMEOUT_S = 60.0
+"""Without any progress."""
+
 KEPT_RESULTS = 64
 """Those of the last rows are enough: the hop that serves has answered the others."""
 
@@ -76,9 +78,9 @@ class Migration:
             await self._remote.close()
 
     async def _fill(self) -> None:
-        session, openings = self._session, self._session.openings
+        session, openings, reached = self._session, self._session.openings, 0
         try:
-            async with asyncio.timeout(FILL_TIMEOUT_S):
+            async with asyncio.timeout(FILL_TIMEOUT_S) as stall:
                 remote = await openings.connect(self.candidate, openings.opening(self.index, is_end=True))
                 self._remote = remote
                 session.witnesses.add(remote)
@@ -93,6 +95,9 @@ class Migration:
                     if self.index and (lost := session.hops[self.index - 1].failure) is not None:
                         raise Unreachable("the hop before is lost", hop=session.hops[self.index - 1].node) from lost
                     await self._feed(remote)
+                    if (position := remote.line.pong.position) > min(reached, self.fed - 1):
+                        reached = position
+                        stall.reschedule(asyncio.get_running_loop().time() + FILL_TIMEOUT_S)
                     await self._take_receipts(remote)
                     await remote.line.ping()
                     self._changed.clear()
@@ -104,7 +109,8 @@ class Migration:
                     if remote.failure is not None:
                         raise remote.failure
         except TimeoutError:
-            raise Unreachable(f"{self.candidate.node} was not filled within {FILL_TIMEOUT_S:g} s") from None
+            session.lost.add(self.candidate.node)
+            raise Unreachable(f"{self.candidate.node} computed nothing more for {FILL_TIMEOUT_S:g} s") from None
         except TallystickError as error:
             log.info("%s could not be filled (%s)", self.candidate.node, error)
             if error.fields.get("hop") in (None, self.candidate.node):

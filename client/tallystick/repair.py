@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
 from tallystick.auditing import Audit, Disagreement
-from tallystick.migration import Migration
+from tallystick.migration import FILL_TIMEOUT_S, Migration
 from tallystick.openings import LOOK_OUT_S
 from tallystick.remote import Remote
 from tallystick.routing.candidates import Candidate
@@ -51,6 +52,7 @@ class Repair:
         self._parted: set[tuple[str, str]] = set()
         self.unaudited: dict[int, float] = {}
         self._tried_at: dict[int, float] = {}
+        self._pointed: dict[Remote, asyncio.Future[None]] = {}
 
     def has_stand_in(self, index: int) -> bool:
         """Whether another node could take hop `index`'s place at once."""
@@ -73,12 +75,13 @@ class Repair:
             if hop.failure is not None:
                 await self._mend(index, hop.failure)
                 return True
-            if hop.told:
+            if hop.told and ((answer := self._pointed.get(hop)) is None or answer.done()):
                 error = hop.told.pop()
                 named = next(
                     (i for i, other in enumerate(self._session.hops) if other.node == error.fields.get("hop")), None
                 )
                 if named is not None:  # else it has been replaced meanwhile
+                    self._session.hearsay.add(self._session.hops[named].node)
                     await self._lose(named, error)
                 return True
         for audit in list(self._session.audits):
@@ -97,6 +100,7 @@ class Repair:
         """A hop failed: replace it, unless another one would fail alike."""
         if failure.code in ("insufficient_funds", "context_length_exceeded"):
             raise failure
+        self._session.hearsay.discard(self._session.hops[index].node)
         await self._lose(index, failure)
 
     async def _lose(self, index: int, failure: TallystickError) -> None:
@@ -117,7 +121,7 @@ class Repair:
         lost = session.hops[index]
         lost.failure = lost.failure or failure
         if self._migration is not None and self._migration.index == index:
-            await asyncio.wait([self._migration.task])
+            await asyncio.wait([self._migration.task], timeout=FILL_TIMEOUT_S)
             if await self._finish_migration():
                 return
         session.farewells.drop(lost)
@@ -142,7 +146,7 @@ class Repair:
         session.attach(remote)
         await session.flush_again(remote)
         if index:
-            await self.tell_neighbour(index - 1, {"next": candidate.node})
+            await self._point(session.hops[index - 1], candidate.node)
         else:
             await session.send_ids(0)
         await self._change_neighbours()
@@ -226,22 +230,40 @@ class Repair:
         await self.tell(self._session.hops[index], body)
 
     async def tell(self, hop: Remote, body: dict[str, str]) -> None:
-        """A hop that cannot reach another one, which answers us, is believed once; then it is itself at fault.
-
-        What it said of that one before is over: the same node may have come back.
-        """
+        """What a hop said of that neighbour before is over: the same node may have come back."""
         try:
             try:
                 await hop.command(Frame(Kind.ROUTE, dict(body)))
             finally:
-                hop.told = [error for error in hop.told if error.fields.get("hop") not in body.values()]
+                _retract(hop, body.values())
         except TallystickError as error:
-            pair = (hop.node, str(error.fields.get("hop")))
-            if hop.failure is None and pair[1] in self._session.nodes - {hop.node} and pair not in self._parted:
-                self._parted.add(pair)
-                hop.told.append(error)
-            else:
-                hop.failure = hop.failure or error
+            self._blame(hop, error)
+
+    async def _point(self, hop: Remote, following: Address) -> None:
+        """Have a hop send all that it keeps to another node. It has done so when that one has computed most of it:
+        nobody waits for that, the watch sees how it comes on."""
+
+        def on_answer(answer: asyncio.Future[None]) -> None:
+            _retract(hop, [following])
+            error = None if answer.cancelled() else answer.exception()
+            if isinstance(error, TallystickError):
+                self._blame(hop, error)
+            self._session.wake()
+
+        try:
+            self._pointed[hop] = answer = await hop.line.post(Frame(Kind.ROUTE, {"next": following}))
+            answer.add_done_callback(on_answer)
+        except TallystickError as error:
+            self._blame(hop, error)
+
+    def _blame(self, hop: Remote, error: TallystickError) -> None:
+        """A hop that cannot reach another one, which answers us, is believed once; then it is itself at fault."""
+        pair = (hop.node, str(error.fields.get("hop")))
+        if hop.failure is None and pair[1] in self._session.nodes - {hop.node} and pair not in self._parted:
+            self._parted.add(pair)
+            hop.told.append(error)
+        else:
+            hop.failure = hop.failure or error
 
     async def _resolve(self, index: int, disagreement: Disagreement) -> None:
         """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
@@ -300,23 +322,30 @@ class Repair:
         """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""
         log.warning("%s is replaced; rolling back to position %d", self._session.hops[index].node, position)
         liar = self._session.hops[index]
-        others = [hop for hop in self._session.hops if hop is not liar]
+
+        def others() -> list[Remote]:
+            return [hop for hop in self._session.hops if hop is not liar]  # any of them may be replaced meanwhile
+
         await self._session.until(
-            lambda: all(hop.standing.covered >= position for hop in others), SETTLE_TIMEOUT_S, "receipts"
+            lambda: all(hop.standing.covered >= position for hop in others()), SETTLE_TIMEOUT_S, "receipts"
         )
         for task in self._session.books.arbitrations.values():
             task.cancel()  # what else was in dispute is computed anew
         for audit in self._session.audits:
             await audit.pause()
         self._session.epoch += 1
-        for hop in others:
+        for hop in others():
             await self._crop(hop, position, len(self._session.ids))
         for audit in self._session.audits:
-            await audit.crop(position)
+            try:
+                await audit.crop(position)
+            except TallystickError as error:
+                audit.remote.failure = audit.remote.failure or error
         self._session.books.disputes = {}
         self._session.forget(position)
-        lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
-        await self._replace(index, why or lie)
+        if liar in self._session.hops:
+            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
+            await self._replace(index, why or lie)
         for audit in self._session.audits:
             audit.start()
         raise RolledBack(position)
@@ -324,6 +353,14 @@ class Repair:
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
         epoch = self._session.epoch
         hop.rewound(epoch, position)
-        await hop.command(Frame(Kind.CROP, {"epoch": epoch}, position))
+        try:
+            await hop.command(Frame(Kind.CROP, {"epoch": epoch}, position))
+        except TallystickError as error:  # it is replaced in its turn
+            hop.failure = hop.failure or error
         hop.crop(position, computed)
         self._session.books.pending[hop] = {}
+
+
+def _retract(hop: Remote, nodes: Collection[str]) -> None:
+    """What a hop has said of these nodes counts no more."""
+    hop.told = [error for error in hop.told if error.fields.get("hop") not in nodes]
