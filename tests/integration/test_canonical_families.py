@@ -30,11 +30,14 @@ GPT2 = {"n_embd": 72, "n_layer": 4, "n_head": 6, "n_positions": 512}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Llama": (hub.LlamaForCausalLM, hub.LlamaConfig, {}),
     "Qwen2": (hub.Qwen2ForCausalLM, hub.Qwen2Config, {}),
+    "Qwen2-MoE": (hub.Qwen2MoeForCausalLM, hub.Qwen2MoeConfig, {**MOE, "shared_expert_intermediate_size": 8}),
     "Qwen3": (hub.Qwen3ForCausalLM, hub.Qwen3Config, {"head_dim": 16}),
     "Qwen3-MoE": (hub.Qwen3MoeForCausalLM, hub.Qwen3MoeConfig, MOE),
+    "Mistral": (hub.MistralForCausalLM, hub.MistralConfig, {"sliding_window": 17}),
     "Mixtral": (hub.MixtralForCausalLM, hub.MixtralConfig, {**LOCAL, "sliding_window": 17}),
     "Gemma 2": (hub.Gemma2ForCausalLM, hub.Gemma2Config, {"head_dim": 16, "sliding_window": 17}),
     "Gemma 3": (hub.Gemma3ForCausalLM, hub.Gemma3TextConfig, {"head_dim": 16, "sliding_window": 17}),
+    "Phi": (hub.PhiForCausalLM, hub.PhiConfig, {}),
     "Phi-3": (hub.Phi3ForCausalLM, hub.Phi3Config, {}),
     "GPT-2": (hub.GPT2LMHeadModel, hub.GPT2Config, GPT2),
     "GPT-NeoX": (hub.GPTNeoXForCausalLM, hub.GPTNeoXConfig, {}),
@@ -55,7 +58,8 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Marian": (hub.MarianMTModel, hub.MarianConfig, {**PAIR, "decoder_vocab_size": 320}),
 }
 SHARING = frozenset(FAMILIES) - {"BLOOM", "Mamba", "T5", "BART", "Marian"}
-ROUNDED = ("Llama", "Qwen3-MoE", "GPT-OSS", "GPT-2", "BERT", "BLOOM", "T5")
+DAILY = ("Llama", "Qwen3-MoE", "GPT-OSS", "GPT-2", "BERT", "BLOOM", "T5")
+ROUNDED = [*DAILY, *(pytest.param(one, marks=pytest.mark.nightly) for one in sorted(set(FAMILIES) - set(DAILY)))]
 TOLERANCE = {"Mamba": 1e-4}  # its prefill in transformers is another algorithm than its steps
 
 
