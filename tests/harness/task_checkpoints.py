@@ -58,6 +58,13 @@ def bert(folder: Path, head: str, *, seed: int = 0, **changes: Any) -> Path:
     return save(model, folder, wordpiece(), BERT_TOKENS)
 
 
+def bert_without_a_head(folder: Path, *, seed: int = 0) -> Path:
+    """A tiny BERT whose output is its last hidden rows."""
+    torch.manual_seed(seed)
+    model = transformers.BertModel(transformers.BertConfig(**BERT_SMALL), add_pooling_layer=False)
+    return save(model, folder, wordpiece(), BERT_TOKENS)
+
+
 def classifier(folder: Path, family: str, head: str, *, seed: int = 1, **changes: Any) -> Path:
     """A tiny "Roberta", "DistilBert", "Electra" or "Llama" with a head, and a tokenizer as the family has it."""
     torch.manual_seed(seed)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM as Local
+from transformers import AutoTokenizer, TextIteratorStreamer
 
 import tallystick
 from conftest import Running
 from tallystick.torch.causal_lm import NetworkModelForCausalLM
+from tallystick.torch.contrastive import contrastive_search
 from tallystick_devnet.demo import cheating_command
 from tallystick_devnet.localchain import repository
 from tallystick_devnet.localnet import READY_TIMEOUT_S
@@ -62,6 +64,25 @@ def test_generate_gives_the_ids_of_the_local_model(
             found.append(model.generate(prompt, max_new_tokens=10, **options))
         assert torch.equal(*found)
         assert served.verdict is not None and sum(served.verdict.paid.values()) > 0
+
+
+@pytest.mark.nightly
+def test_contrastive_search_an_assistant_a_streamer_and_a_stop_string_over_the_network(
+    running: Running, whole: Any, client: tallystick.Client
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(running.checkpoint, local_files_only=True)
+    contrastive = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 6, "do_sample": False}
+    greedy: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+    with opened(client, running) as served:
+        local = whole.generate(IDS[:1], custom_generate=contrastive_search, **contrastive)
+        assert torch.equal(served.generate(IDS[:1], **contrastive), local)
+        expected = whole.generate(IDS[:1], **greedy)
+        assert torch.equal(served.generate(IDS[:1], assistant_model=whole, **greedy), expected)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+        served.generate(IDS[:1], streamer=streamer, **greedy)
+        assert "".join(streamer) == tokenizer.decode(expected[0, IDS.shape[1] :])
+        stop = {"stop_strings": [tokenizer.decode(expected[0, -3:-2])], "tokenizer": tokenizer}
+        assert torch.equal(served.generate(IDS[:1], **greedy, **stop), whole.generate(IDS[:1], **greedy, **stop))
 
 
 def steps(model: Any, count: int, before: Any = None) -> tuple[list[float], torch.Tensor]:

@@ -277,11 +277,9 @@ async def test_the_client_that_waits_has_the_tasks_too(running: Running, models:
 async def test_tallystick_run_prints_a_tasks_result(
     running: Running, models: dict[str, Served], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    local, served = running.net.chain, models["text"]
     arguments = [
-        "--rpc", local.rpc, "--book", str(local.book), "--key", str(running.keystore),
-        "--password-file", str(running.keystore.parent / "password"), "--source", running.net.source,
-        "run", "text-classification", "--model", served.id, "--verify", "off", "--set", "top_k=1", "--json", TEXT,
+        *command_line(running), "run", "text-classification", "--model", models["text"].id, "--verify", "off",
+        "--set", "top_k=1", "--json", TEXT,
     ]  # fmt: skip
     assert await asyncio.to_thread(main, arguments) == 0
     told = json.loads(capsys.readouterr().out)
@@ -291,22 +289,77 @@ async def test_tallystick_run_prints_a_tasks_result(
     assert "has no option ['top']" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def encoder(running: Running, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """A BERT without a head."""
+    folder = tmp_path_factory.mktemp("encoder")
+    checkpoints.bert_without_a_head(folder)
+    return serve(running, {"encoder": folder}, {"encoder": SPANS["text"]})["encoder"]
+
+
+@pytest.fixture
+def of_tasks(running: Running, models: dict[str, Served], tagger: Served, encoder: Served) -> dict[str, str]:
+    """A served model for each task."""
+    return {
+        "text-generation": running.id, "fill-mask": models["mask"].id, "text-classification": models["text"].id,
+        "token-classification": tagger.id, "question-answering": models["answer"].id,
+        "summarization": models["marian"].id, "translation": models["marian"].id, "feature-extraction": encoder.id,
+    }  # fmt: skip
+
+
 @pytest.mark.nightly
-async def test_the_tour_of_the_examples_does_every_task(running: Running, models: dict[str, Served]) -> None:
+async def test_features_over_the_network_are_the_pipelines(client: AsyncClient, encoder: Served) -> None:
+    (rows,) = await client.feature_extraction(TEXT, model=encoder.id, pooling="none", verify="off")
+    pipeline = await asyncio.to_thread(encoder.pipeline, "feature-extraction", "AutoModel")
+    expected = np.asarray(pipeline(TEXT)[0])
+    assert float(np.abs(rows - expected).max()) < 1e-5
+    (mean,) = await client.feature_extraction(TEXT, model=encoder.id, verify="off")
+    assert float(np.abs(mean - expected.mean(axis=0)).max()) < 1e-5
+
+
+@pytest.mark.nightly
+async def test_every_task_is_a_command(
+    running: Running, of_tasks: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    running.revive()
+    for task, model in of_tasks.items():
+        arguments = [*command_line(running), "run", task, "--model", model, "--verify", "off", "--json"]
+        if task in ("text-generation", "summarization", "translation"):
+            arguments += ["--set", "max_new_tokens=6"]
+        texts = {"fill-mask": ["the [MASK] of it"], "question-answering": ["who sold it?", TEXT]}.get(task, [TEXT])
+        assert await asyncio.to_thread(main, [*arguments, *texts]) == 0, task
+        told = json.loads(capsys.readouterr().out)
+        assert told["results"] and told["paid_wei"] > 0, task
+
+
+@pytest.mark.nightly
+async def test_the_tour_of_the_examples_does_every_task(running: Running, of_tasks: dict[str, str]) -> None:
+    running.revive()
+    tour = await asyncio.create_subprocess_exec(
+        sys.executable, str(EXAMPLES / "tasks_tour.py"), *(f"{task}={model}" for task, model in of_tasks.items()),
+        env=os.environ | environment(running), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    told, errors = await asyncio.wait_for(tour.communicate(), 240)
+    assert tour.returncode == 0, errors.decode()
+    lines = dict(line.split(" ", 1) for line in told.decode().splitlines())
+    assert list(lines) == list(of_tasks)
+    assert all(json.loads(line) for line in lines.values())
+
+
+def environment(running: Running) -> dict[str, str]:
+    """What the examples read."""
     local = running.net.chain
-    environment = os.environ | {
+    return {
         "TALLYSTICK_RPC": local.rpc, "TALLYSTICK_BOOK": str(local.book), "TALLYSTICK_KEY": str(running.keystore),
         "TALLYSTICK_PASSWORD_FILE": str(running.keystore.parent / "password"),
         "TALLYSTICK_SOURCES": running.net.source,
     }  # fmt: skip
-    tasks = {"fill-mask": "mask", "text-classification": "text", "question-answering": "answer"}
-    tour = await asyncio.create_subprocess_exec(
-        sys.executable, str(EXAMPLES / "tasks_tour.py"), f"text-generation={running.id}",
-        *(f"{task}={models[name].id}" for task, name in tasks.items()), env=environment,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
-    told, errors = await asyncio.wait_for(tour.communicate(), 120)
-    assert tour.returncode == 0, errors.decode()
-    lines = dict(line.split(" ", 1) for line in told.decode().splitlines())
-    assert list(lines) == ["text-generation", *tasks]
-    assert all(json.loads(line) for line in lines.values())
+
+
+def command_line(running: Running) -> list[str]:
+    """What every call of `tallystick` begins with."""
+    local = running.net.chain
+    return [
+        "--rpc", local.rpc, "--book", str(local.book), "--key", str(running.keystore),
+        "--password-file", str(running.keystore.parent / "password"), "--source", running.net.source,
+    ]  # fmt: skip
