@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 _NAMES = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -51,7 +51,7 @@ def llama_gguf(folder: Path, path: Path, kind: gguf.GGMLQuantizationType, fill: 
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name, values in load_file(folder / "model.safetensors").items():
-        _add(writer, name, values, config, kind)
+        _add(writer, name, values.float().numpy(), config, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tallystick_devnet.processes import ProcessFailed
+
 
 class Reference:
     """Use as a context manager."""
@@ -36,7 +38,10 @@ class Reference:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise ProcessFailed(f"generate's process ended with status {self._process.wait()}; see above")
+        found: dict[str, Any] = json.loads(line)
         return found
 
 
