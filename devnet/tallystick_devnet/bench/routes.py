@@ -1,7 +1,7 @@
-"""Planning over a thousand offers, most of them dead: seconds to ask the nodes, and to plan over those that answer.
+"""Planning over a thousand nodes, most of them dead: seconds to ask them, and to plan over those that answer.
 
-The nodes are sockets on loopback: some answer after a delay, some accept and say nothing, some refuse. Only the
-figures of one machine; what is asked, and of whom, is the client's own code.
+The client's own code asks and plans: contacts, requests, signed offers, claims. The nodes are sockets on loopback: some
+answer after a delay, some accept and say nothing, some refuse. No chain is read: its records are made here.
 """
 
 from __future__ import annotations
@@ -10,109 +10,133 @@ import asyncio
 import contextlib
 import json
 import random
+import tempfile
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
+from tallystick.network import Network
 from tallystick.routing.candidates import Candidate, Expected
-from tallystick.routing.claims import read_claims
 from tallystick.routing.cost import Workload
 from tallystick.routing.paths import cheapest
 from tallystick.routing.route import choose
-from tallystick.routing.survey import Round, well_served
-from tallystick_protocol.errors import TallystickError
+from tallystick_protocol.chain.reads import ModelRecord, NodeRecord, Serving
 from tallystick_protocol.messages import Offer
 from tallystick_protocol.peer import Peers
-from tallystick_protocol.signing import checksum_address, keccak
-from tallystick_protocol.types import Address, Digest, Span, Wei
+from tallystick_protocol.signing import Key, keccak, seal, staking_domain
+from tallystick_protocol.transport.contact import Addr, Contact
+from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 
 NODES, LAYERS, ALIVE = 1000, 80, 100
 DELAY_S = 0.03
+STAKE = Wei(10**21)
+ZERO = Digest(bytes(32))
+MODEL = ModelRecord(ModelId(keccak(b"model")), ZERO, ZERO, LAYERS)
+DOMAIN = staking_domain(31337, Address("0x" + "11" * 20))
 
 
-@dataclass(frozen=True, slots=True)
-class _Node:
-    url: str
-    span: Span
-    rtt_s: float
+@dataclass(slots=True)
+class _Chain:
+    """What `Network` asks a chain about the nodes of one model."""
+
+    entries: list[Serving] = field(default_factory=list)
+    book: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(staking_domain=DOMAIN))
+
+    def serving(self, _: ModelId) -> list[Serving]:
+        return list(self.entries)
+
+    def weight(self, _: ModelId) -> Wei:
+        return Wei(STAKE * len(self.entries))
+
+    def node_of(self, signer: Address) -> Address:
+        return signer
+
+    def locate(self, _: Address) -> Contact | None:
+        return None
 
 
-async def routes(seed: int = 1) -> dict[str, float | None]:
-    """survey1000_s, survey1000_asked, plan1000_s (of those that answered), plan1000_alive_s (where all do)."""
+async def routes(seed: int = 1) -> dict[str, float]:
+    """survey1000_s, survey1000_asked, survey1000_again_s, plan1000_s (those that answered), plan1000_alive_s (all)."""
     coins = random.Random(seed)
-    async with _village() as urls:
-        nodes = [
-            _Node(
-                urls[0] if index < ALIVE else urls[1 + index % 2],
-                Span(start := coins.randrange(0, LAYERS, 4), min(start + coins.choice((8, 16, 32)), LAYERS)),
-                coins.random() / 10,
-            )
-            for index in range(NODES)
-        ]
-        coins.shuffle(nodes)
-        peers, asked = Peers(), 0
-
-        async def ask(node: _Node) -> Candidate | None:
-            nonlocal asked
-            asked += 1
-            try:
-                info = await peers.info(node.url, 2.0)
-            except TallystickError:
-                return None
-            return _candidate(node, coins, read_claims(info["status"], len(node.span)).delivers)
-
-        began = time.perf_counter()
-        surveyed = Round(nodes, ask)
-        answers = await surveyed.settle(lambda so_far: well_served([c for c in so_far if c is not None], LAYERS))
-        survey_s = time.perf_counter() - began
-        await surveyed.close()
-        await peers.close()
     work = Workload(LAYERS, prompt=256, new=128, row_bytes=32768)
+    peers, found = Peers(), {}
+    async with _village(coins) as chain:
+        with tempfile.TemporaryDirectory() as cache:
+            network = Network(chain, peers, Path(cache), [])  # type: ignore[arg-type]
+            began = time.perf_counter()
+            answered = (await network.survey(MODEL)).candidates
+            found["survey1000_s"] = time.perf_counter() - began
+            found["survey1000_answered"] = float(len(answered))
+            began = time.perf_counter()
+            await network.survey(MODEL, fresh=True)
+            found["survey1000_again_s"] = time.perf_counter() - began
+            await network.close()
+            await peers.close()
     began = time.perf_counter()
-    choose([c for c in answers if c is not None], work)
-    plan_s = time.perf_counter() - began
-    everybody = [_candidate(node, coins, Expected(coins.random() / 100)) for node in nodes]
+    choose(answered, work)
+    found["plan1000_s"] = time.perf_counter() - began
+    everybody = [_candidate(entry, coins) for entry in chain.entries]
     began = time.perf_counter()
     cheapest(everybody, Span(0, LAYERS), work)
-    return {
-        "survey1000_s": survey_s,
-        "survey1000_asked": asked,
-        "plan1000_s": plan_s,
-        "plan1000_alive_s": time.perf_counter() - began,
-    }
+    found["plan1000_alive_s"] = time.perf_counter() - began
+    return found
 
 
-def _candidate(node: _Node, coins: random.Random, expected: Expected) -> Candidate:
-    address = checksum_address(keccak(coins.randbytes(8))[12:])
-    zero = Digest(bytes(32))
-    offer = Offer(address, zero, zero, node.span.start, node.span.end, 10**12, 10**18, 4096, 1, 2**40)
-    signer = Address(address)
+def _offer(node: Address, span: Span) -> Offer:
+    expires = int(time.time()) + 3600
+    return Offer(node, MODEL.id, ZERO, span.start, span.end, 10**12, 10**18, 4096, 1, expires)
+
+
+def _candidate(entry: Serving, coins: random.Random) -> Candidate:
+    node, expected = entry.record.node, Expected(coins.random() / 100)
     return Candidate(
-        offer, zero, address, address, signer, Wei(10**21), node.url, node.rtt_s, None, True, expected, expected
+        _offer(node, entry.span), ZERO, node, node, node, STAKE, "", coins.random() / 10, None, True, expected, expected
     )
 
 
 @contextlib.asynccontextmanager
-async def _village() -> AsyncIterator[list[str]]:
-    """URLs of what answers, of what accepts and says nothing, and of nobody."""
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(DELAY_S)
-        body = json.dumps({"status": {"rows_per_s": 100}}).encode()
-        writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
-        await writer.drain()
-        writer.close()
-
-    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    servers = [await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024) for serve in (answer, hang, hang)]
-    urls = [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
-    servers[2].close()
+async def _village(coins: random.Random) -> AsyncIterator[_Chain]:
+    """A chain with nodes that answer, that accept and say nothing, and that are nowhere."""
+    chain, servers = _Chain(), []
+    silent = await asyncio.start_server(_hang, "127.0.0.1", 0, backlog=1024)
+    nowhere = await asyncio.start_server(_hang, "127.0.0.1", 0)
+    dead = [server.sockets[0].getsockname()[1] for server in (silent, nowhere)]
+    nowhere.close()
+    for index in range(NODES):
+        key = Key(coins.randbytes(32))
+        start = 4 * index % LAYERS
+        span = Span(start, min(start + coins.choice((8, 16, 32)), LAYERS))
+        port = dead[index % 2]
+        if index < ALIVE:
+            info = {"offer": seal(DOMAIN, _offer(key.address, span), key).hex(), "status": {"parts": True}}
+            servers.append(await asyncio.start_server(_Answer(json.dumps(info).encode()).serve, "127.0.0.1", 0))
+            port = servers[-1].sockets[0].getsockname()[1]
+        contact = Contact(key.address, (Addr("tcp", "127.0.0.1", port),))
+        record = NodeRecord(key.address, STAKE, Wei(0), MODEL.id, span, key.address)
+        chain.entries.append(Serving(record, span, key.address, Wei(10**12), contact))
     try:
-        yield urls
+        yield chain
     finally:
-        for server in servers[:2]:
+        for server in (silent, *servers):
             server.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    body: bytes
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(DELAY_S)
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(self.body)}\r\nConnection: close\r\n\r\n"
+            writer.write(head.encode() + self.body)
+            await writer.drain()
+        writer.close()
+
+
+async def _hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+    writer.close()
