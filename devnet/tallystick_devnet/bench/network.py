@@ -1,166 +1,173 @@
-"""The network that is measured: nodes on loopback behind delayable links, and a client that asks them."""
+"""The network that is measured: groups of nodes on loopback, some behind delayable wires, and clients that ask them."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from tallystick.client import AsyncClient
-from tallystick.generation import Answer, Token
+from tallystick.client import AUDIT_PROBABILITY, AsyncClient
+from tallystick.payments import Purse
+from tallystick.remote import Remote
+from tallystick_devnet.bench.accounts import Account
 from tallystick_devnet.bench.wires import Wires
+from tallystick_devnet.localchain import ETHER
 from tallystick_devnet.localnet import LocalNet, LocalNode
-from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.chain.writes import Wallet
+from tallystick_protocol.errors import TallystickError
+from tallystick_protocol.manifest import Manifest, Numerics
 from tallystick_protocol.signing import Key
-from tallystick_protocol.types import Address, ModelId, Span
+from tallystick_protocol.types import Address, ModelId, Span, Wei
 
 SAMPLED_NODE = (sys.executable, "-m", "tallystick_devnet.bench.sampled_node")
+PRICE = Wei(10**12)
+CHANNEL = Wei(100 * ETHER)
+"""In each node's channel before anything is measured: a client that must fund first waits for a block."""
 
 
-@dataclass(slots=True)
-class Timed:
-    """One generation, timed at the client. first_s: from the request to the first token, the opening included."""
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Nodes that split the model into equal spans. wired: behind a delayable wire each, and under TLS."""
 
-    ids: list[int]
-    answer: Answer
-    first_s: float
-    rest_s: float
-    worst_gap_s: float
-    gaps_s: list[float] = field(default_factory=list)
+    spans: int
+    price: Wei = PRICE
+    wired: bool = False
 
-    @property
-    def rate(self) -> float:
-        """Tokens per second after the first."""
-        return (len(self.ids) - 1) / self.rest_s
+
+GROUPS = {
+    "free1": Group(1, Wei(0)),
+    "free2": Group(2, Wei(0)),
+    "free4": Group(4, Wei(0)),
+    "paid1": Group(1),
+    "paid2": Group(2),
+    "paid4": Group(4),
+    "wired4": Group(4, Wei(2 * PRICE), wired=True),
+    "auditor": Group(1, Wei(2 * PRICE)),
+}
+"""By name. The dearer ones are in no route that has others to choose from: they audit, and stand in."""
 
 
 @dataclass(slots=True)
 class BenchNet:
-    """Nodes that split one model into equal spans, and a client's key."""
+    """Nodes by group, first layers first, and a client's key."""
 
     net: LocalNet
     wires: Wires
     model: ModelId
     manifest: Manifest
     key: Key
-    nodes: list[LocalNode]
-    settings: list[list[str]]
+    groups: dict[str, list[LocalNode]]
+    settings: dict[str, list[str]]
 
     @property
     def id(self) -> str:
         return "0x" + self.model.hex()
 
-    def client(self, only: Sequence[LocalNode]) -> AsyncClient:
-        """A client that uses these nodes and no others."""
-        settings = replace(self.net.settings(), audit_probability=0.0)
-        client = AsyncClient(self.key, settings)
-        client.banned |= {node.address for node in self.nodes} - {node.address for node in only}
+    @property
+    def nodes(self) -> list[LocalNode]:
+        return [node for group in self.groups.values() for node in group]
+
+    def client(self, *groups: str, audits: bool = False) -> AsyncClient:
+        """A client that uses the nodes of these groups and no others. audits: as often as clients do by themselves."""
+        chance = AUDIT_PROBABILITY if audits else 0.0
+        client = AsyncClient(self.key, replace(self.net.settings(), audit_probability=chance))
+        allowed = {node.address for name in groups for node in self.groups[name]}
+        client.banned |= {node.address for node in self.nodes} - allowed
         return client
-
-    def cover(self, count: int) -> list[LocalNode]:
-        """The nodes that split the model into so many spans, first layers first."""
-        wanted = equal_spans(self.manifest.layers, count)
-        found: dict[Span, LocalNode] = {}
-        for node in self.nodes:
-            if node.span in wanted and node.process.alive:
-                found.setdefault(node.span, node)
-        return [found[span] for span in wanted]
-
-    def copies(self, count: int) -> list[LocalNode]:
-        """Every node that serves one of so many spans."""
-        return [node for node in self.nodes if node.span in equal_spans(self.manifest.layers, count)]
 
     def by_address(self, address: Address) -> LocalNode:
         return next(node for node in self.nodes if node.address == address)
 
     def revive(self, node: LocalNode) -> None:
         """Start a killed node again, at the same port."""
-        at = self.nodes.index(node)
-        self.net.restart(node, self.model, SAMPLED_NODE, self.settings[at])
+        self.net.restart(node, self.model, SAMPLED_NODE, self.settings[node.name])
         node.wait()
 
-    def samples(self, node: LocalNode) -> dict[str, float]:
-        """Where a node's threads were since the last call, as shares; the first call begins."""
-        path = node.folder / "samples.json"
-        path.unlink(missing_ok=True)
-        os.kill(node.process.pid, signal.SIGUSR1)
-        while not path.exists():
-            time.sleep(0.01)
-        counts: dict[str, int] = json.loads(path.read_text())
-        total = sum(counts.values()) or 1
-        return {kind: round(count / total, 4) for kind, count in sorted(counts.items())}
+    def passed(self) -> list[list[int]]:
+        """Bytes to and from each wired node since the last time."""
+        return self.wires.count()
+
+    def begin_account(self, node: LocalNode) -> None:
+        """From now on the node looks where its time goes."""
+        _ask(node)
+
+    def account(self, node: LocalNode) -> Account:
+        """What the node has done since `begin_account`."""
+        return Account.from_json(_ask(node))
+
+
+def _ask(node: LocalNode, timeout_s: float = 30.0) -> str:
+    path = node.folder / "account.json"
+    path.unlink(missing_ok=True)
+    os.kill(node.process.pid, signal.SIGUSR1)
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise TallystickError(f"{node.name} gave no account of its time within {timeout_s:g} s")
+        time.sleep(0.01)
+    return path.read_text()
 
 
 @contextmanager
-def bench_net(folder: Path, checkpoint: Path, spans: Sequence[Span], threads: int, numerics: Any) -> Iterator[BenchNet]:
-    """Start nodes for these spans."""
-    with LocalNet(folder) as net:
-        ports = _free_ports(len(spans))
+def bench_net(
+    folder: Path, checkpoint: Path, groups: Collection[str], threads: int, numerics: Numerics, tls: bool
+) -> Iterator[BenchNet]:
+    """Start the nodes of these groups. tls: all of them speak it, not only those behind wires."""
+    wanted = [(name, span) for name in groups for span in range(GROUPS[name].spans)]
+    ports = dict(zip(wanted, _free_ports(len(wanted)), strict=True))
+    wired = [port for (name, _), port in ports.items() if GROUPS[name].wired]
+    with LocalNet(folder, tls=tls) as net, Wires(wired) as wires, no_vouchers_over_nothing():
         model, manifest = net.publish(checkpoint, numerics=numerics)
-        with Wires(ports) as wires:
-            net.prepare(len(spans))
-            nodes, given = [], []
-            for span, port in zip(spans, ports, strict=True):
-                settings = [
-                    "--port", str(port), "--announce", f"127.0.0.1:{wires.ports[port]}", "--threads", str(threads),
-                    "--max-length", str(min(manifest.max_length, 8192)),
-                ]  # fmt: skip
-                nodes.append(net.add_node(model, span, SAMPLED_NODE, settings))
-                given.append(settings)
-            key, _ = net.client_key()
-            for node in nodes:
-                node.wait()
-            yield BenchNet(net, wires, model, manifest, key, nodes, given)
+        net.prepare(len(wanted))
+        found: dict[str, list[LocalNode]] = {name: [] for name in groups}
+        given: dict[str, list[str]] = {}
+        for (name, at), port in ports.items():
+            group = GROUPS[name]
+            settings = [
+                "--port", str(port), "--threads", str(threads), "--price", str(group.price),
+                "--max-length", str(min(manifest.max_length, 8192)),
+                *(["--announce", f"127.0.0.1:{wires.ports[port]}"] if group.wired else []),
+            ]  # fmt: skip
+            span = equal_spans(manifest.layers, group.spans)[at]
+            found[name].append(net.add_node(model, span, SAMPLED_NODE, settings))
+            given[found[name][-1].name] = settings
+        key, _ = net.client_key()
+        bench = BenchNet(net, wires, model, manifest, key, found, given)
+        for node in bench.nodes:
+            node.wait()
+        Wallet(net.chain.chain(), key).fund(key.address, [(node.address, CHANNEL) for node in bench.nodes])
+        yield bench
+
+
+@contextmanager
+def no_vouchers_over_nothing() -> Iterator[None]:
+    """Nodes that ask for nothing are sent no vouchers, so that what paying takes can be told."""
+    pay = Remote.pay
+
+    async def pay_if_due(remote: Remote, rows: int, purse: Purse) -> None:
+        if remote.candidate.offer.price:
+            await pay(remote, rows, purse)
+        else:
+            remote.rows_paid = max(remote.rows_paid, rows)
+
+    Remote.pay = pay_if_due  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Remote.pay = pay  # type: ignore[method-assign]
 
 
 def equal_spans(layers: int, count: int) -> list[Span]:
     """The layers in so many parts of nearly equal size."""
     edges = [round(layers * part / count) for part in range(count + 1)]
     return [Span(start, end) for start, end in pairwise(edges)]
-
-
-async def timed(client: AsyncClient, net: BenchNet, prompt: list[int], tokens: int, **options: Any) -> Timed:
-    """One generation; options as for `AsyncClient.stream`."""
-    began = time.perf_counter()
-    stream = client.stream(prompt, model=net.id, max_tokens=tokens, ignore_eos=True, **options)
-    times = []
-    async for event in stream:
-        if isinstance(event, Token):
-            times.append(time.perf_counter())
-    gaps = [late - early for early, late in pairwise(times)]
-    answer = stream.answer
-    return Timed(answer.ids, answer, times[0] - began, times[-1] - times[0], max(gaps, default=0.0), gaps)
-
-
-async def together(client: AsyncClient, net: BenchNet, prompts: Sequence[list[int]], tokens: int) -> float:
-    """Tokens per second of several generations side by side, from the first token of the last to begin on."""
-    firsts: list[float] = []
-    counts: list[float] = []
-
-    async def one(prompt: list[int]) -> None:
-        stream = client.stream(prompt, model=net.id, max_tokens=tokens, ignore_eos=True, verify="off")
-        count = 0
-        async for event in stream:
-            if isinstance(event, Token):
-                count += 1
-                counts.append(time.perf_counter())
-                if count == 1:
-                    firsts.append(counts[-1])
-
-    await asyncio.gather(*(one(prompt) for prompt in prompts))
-    begin = max(firsts)
-    inside = [at for at in counts if at > begin]
-    return len(inside) / (inside[-1] - begin) if len(inside) > 1 else 0.0
 
 
 def _free_ports(count: int) -> list[int]:

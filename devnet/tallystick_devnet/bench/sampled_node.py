@@ -1,70 +1,52 @@
-"""A node that says where its time goes: `tallystick-node`, with every thread's place looked up 200 times a second.
+"""A node that accounts for its time when it is asked to: `tallystick-node` otherwise.
 
-SIGUSR1 writes the counts since the last time to `samples.json` beside the node's state.
+SIGUSR1 begins an account; the next one ends it, written to `account.json` beside the node's state.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
+from tallystick_devnet.bench.accounts import Account, Sampler, counted
 from tallystick_node.cli import main as node_main
 
-EVERY_S = 0.005
-_IDLE = ("selectors.py", "threading.py", "queue.py", "futures/thread.py", "asyncio/runners.py")
-_KINDS = (
-    ("signing", ("/signing.py", "journal.py", "coincurve", "till.py", "database.py")),
-    ("hashing", ("receipts.py", "record.py", "hashlib.py")),
-    ("framing", ("frames.py", "peer.py", "channel.py", "uvicorn", "websockets", "aiohttp", "starlette", "msgpack")),
-    ("model", ("tallystick_model", "torch", "transformers", "scheduling/engine.py", "rows.py", "ranking.py")),
-)
 
+class Accountant:
+    """Nothing is looked at, nor counted, but between two calls of `turn`."""
 
-def kind_of(frame: FrameType | None) -> str:
-    """What a stack is at work on: the innermost frame that is known says it."""
-    if frame is not None and any(part in frame.f_code.co_filename for part in _IDLE):
-        return "waiting"
-    while frame is not None:
-        name = frame.f_code.co_filename
-        for kind, parts in _KINDS:
-            if any(part in name for part in parts):
-                return kind
-        frame = frame.f_back
-    return "other"
-
-
-class Sampler(threading.Thread):
     def __init__(self, path: Path) -> None:
-        """path: where to write."""
-        super().__init__(name="sampler", daemon=True)
         self._path = path
-        self.counts: Counter[str] = Counter()
+        self._going_on: Sampler | None = None
+        self._counting = ExitStack()
+        self._counts: dict[str, int] = {}
 
-    def run(self) -> None:
-        while True:
-            time.sleep(EVERY_S)
-            for ident, frame in sys._current_frames().items():
-                if ident != self.ident:
-                    self.counts[kind_of(frame)] += 1
+    def turn(self, *_: object) -> None:
+        """Begin, or end and write."""
+        if self._going_on is None:
+            self._counts = self._counting.enter_context(counted())
+            self._going_on = Sampler()
+            self._going_on.start()
+            self._write(Account())
+        else:
+            account = self._going_on.end()
+            self._counting.close()
+            account.counts = self._counts
+            self._going_on = None
+            self._write(account)
 
-    def write(self, *_: object) -> None:
-        counts, self.counts = self.counts, Counter()
-        self._path.with_suffix(".part").write_text(json.dumps(counts))
-        self._path.with_suffix(".part").replace(self._path)
+    def _write(self, account: Account) -> None:
+        part = self._path.with_suffix(".part")
+        part.write_text(account.to_json())
+        part.replace(self._path)
 
 
 def main(arguments: Sequence[str]) -> int:
     state = Path(arguments[list(arguments).index("--state") + 1])
-    sampler = Sampler(state.parent / "samples.json")
-    sampler.start()
-    signal.signal(signal.SIGUSR1, sampler.write)
+    signal.signal(signal.SIGUSR1, Accountant(state.parent / "account.json").turn)
     return node_main(arguments)
 
 
