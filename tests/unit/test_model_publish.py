@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 
 from harness import checkpoints
 from harness.checkpoints import Session, add_companions, change_config, published
+from tallystick_model.publishing.checkpoint import Checkpoint
+from tallystick_model.publishing.licence import find_licence
 from tallystick_protocol.errors import ManifestError
 from tallystick_protocol.manifest import Manifest, Pooling
 
@@ -78,9 +80,16 @@ def test_sentence_embeddings_say_how_they_are_pooled(tmp_path: Path) -> None:
         '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}'
     )
     assert published(folder, tmp_path / "b").manifest.pooling == Pooling("cls", False)
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(ManifestError, match="max_tokens"):
-        published(folder, tmp_path / "c")
+    wrong = {"max_tokens": '{"pooling_mode_max_tokens": true}', "where an object belongs": "[]", "JSON": "{"}
+    for message, text in wrong.items():
+        (folder / "1_Pooling" / "config.json").write_text(text)
+        with pytest.raises(ManifestError, match=message):
+            published(folder, tmp_path / "c")
+    for outside in ("..", "", "/tmp"):
+        (folder / "modules.json").write_text(json.dumps([{"type": "s.Pooling", "path": outside}]))
+        with pytest.raises(ManifestError, match="names a folder"):
+            published(folder, tmp_path / "c")
+    assert not kept(tmp_path / "c" / "store")
 
 
 def test_norms_have_room_for_every_honest_row(folder: Path, tmp_path: Path) -> None:
@@ -178,7 +187,51 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "chat_template",
     ),
     "huge tokenizer": (lambda f: (f / "tokenizer.json").open("ab").truncate(500 << 20), "limit"),
+    "huge template": (lambda f: (f / "chat_template.jinja").open("ab").truncate(2 << 20), "limit"),
+    "tokenizer settings in a list": (
+        lambda f: (f / "tokenizer_config.json").write_text('["auto_map"]'),
+        "tokenizer_config.json holds a list where an object belongs",
+    ),
+    "special tokens in a list": (
+        lambda f: (f / "special_tokens_map.json").write_text("[]"),
+        "special_tokens_map.json holds a list",
+    ),
+    "generation settings in a list": (
+        lambda f: (f / "generation_config.json").write_text('[{"eos_token_id": 1}]'),
+        "generation_config.json holds a list",
+    ),
+    "template with half a character": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": "\\ud83d"}'),
+        "half a character",
+    ),
+    "templates without names": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": [{"name": [], "template": 7}]}'),
+        "chat_template is neither",
+    ),
+    "too many ends": (
+        lambda f: (f / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(65))})),
+        "at most 64",
+    ),
+    "a temperature of 400 digits": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 1, "temperature": 1%s}' % ("0" * 400)),
+        "temperature",
+    ),
+    "more generation settings than a manifest holds": (
+        lambda f: (f / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": 1, "bad_words_ids": [[7] * 1000] * 1000})
+        ),
+        "the manifest takes",
+    ),
+    "tied tables in eight bits": (
+        lambda f: (
+            change_config(f, tie_word_embeddings=True),
+            rewrite(f, lambda t: [t.update({name: torch.zeros(320, 72).to(EIGHT_BITS)}) for name in TABLES]),
+        ),
+        "is F8_E4M3",
+    ),
 }
+EIGHT_BITS = torch.float8_e4m3fn
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 @pytest.mark.parametrize("what", sorted(REFUSED))
@@ -187,6 +240,37 @@ def test_what_cannot_be_served_exactly_is_refused(folder: Path, tmp_path: Path, 
     spoil(folder)
     with pytest.raises(ManifestError, match=message):
         published(folder, tmp_path)
+    assert what == "nan" or not kept(tmp_path / "store"), "all but the values is looked at before the first piece"
+
+
+def kept(store: Path) -> list[Path]:
+    return [path for part in ("blocks", "files") for path in (store / part).rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("option", ["name", "licence"])
+@pytest.mark.parametrize("text", ["two\nlines", "\ufeffmark", "a" * 201], ids=["lines", "mark", "long"])
+def test_a_text_that_no_manifest_holds_is_refused_at_once(folder: Path, tmp_path: Path, option: str, text: str) -> None:
+    with pytest.raises(ManifestError, match=f"the {option} .* give a --{option}"):
+        published(folder, tmp_path, **{option: text})
+    assert not kept(tmp_path / "store")
+
+
+LICENCES: dict[str, tuple[dict[str, str], str]] = {
+    "a mark before the front matter": ({"README.md": "\ufeff---\nlicense: mit\n---\n"}, "mit"),
+    "the first of a list": ({"README.md": "---\nlicense:\n  - apache-2.0\n  - mit\n---\n"}, "apache-2.0"),
+    "another one with a name": ({"README.md": "---\nlicense: other\nlicense_name: llama3.2\n---\n"}, "llama3.2"),
+    "a field left empty": ({"README.md": "---\nlicense:\ntags: x\n---\n", "LICENSE": "MIT License"}, "MIT"),
+    "a mark before the text": ({"LICENSE": "\ufeff\n\tThe  Tally\x07 Licence\n"}, "The Tally Licence"),
+}
+
+
+@pytest.mark.parametrize("what", sorted(LICENCES))
+def test_a_licence_is_found_where_people_write_it(folder: Path, what: str) -> None:
+    (folder / "README.md").unlink()
+    files, expected = LICENCES[what]
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    assert find_licence(Checkpoint(folder)) == expected
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from harness import checkpoints, task_checkpoints
 from harness.checkpoints import Published, Session, change_config, published, reference
 from tallystick_model.canary import check_canary
 from tallystick_model.loader import load_span, read_piece
-from tallystick_model.publishing import precheck
-from tallystick_model.publishing.progress import Progress
+from tallystick_model.publishing import plan, precheck, progress
+from tallystick_model.publishing.progress import Meter, Progress
 from tallystick_model.publishing.quantize import MIN_VALUES, SCALE, dequantise, scales_of, values_of
 from tallystick_protocol.content.store import LocalStore
-from tallystick_protocol.errors import ConfigError, CorruptResult, ManifestError
-from tallystick_protocol.manifest import Piece, Quantization
+from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, ManifestError
+from tallystick_protocol.manifest import Manifest, Piece, Quantization
 from tallystick_protocol.types import Span
 
 IDS = torch.arange(40) * 7 % 300
@@ -196,6 +196,7 @@ def test_a_model_too_large_for_disk_or_memory_is_refused_before_anything_is_writ
     with pytest.raises(ConfigError, match=r"1\.25 GiB are missing"):
         precheck.check_memory(2 << 30, tmp_path / "meminfo")
     usage.free = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(plan, "rehearse", lambda *_: pytest.fail("what takes a while comes after"))
     with pytest.raises(ConfigError, match="missing"):
         published(folder, tmp_path / "root")
     assert [path for path in (tmp_path / "root" / "store").rglob("*") if path.is_file()] == []
@@ -250,6 +251,35 @@ def test_a_killed_publication_goes_on_where_it_stopped(
     assert [path for path in (store.root / "publishing").rglob("*") if path.is_file()] == []
     walked = [progress.detail for progress in seen if progress.stage == "canary"]
     assert walked[0].startswith("layer 2" if stage == "canary" else "layer 1")
+
+
+def test_what_fails_at_the_end_is_made_good_by_the_same_command(
+    folder: Path, plain: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(manifest: Manifest) -> None:
+        raise ChainError("the chain does not answer")
+
+    with pytest.raises(ChainError):
+        published(folder, tmp_path, finish=fail)
+    monkeypatch.setattr(precheck.shutil, "disk_usage", lambda path: type("Usage", (), {"free": (256 << 20) + 1}))
+    seen: list[Progress] = []
+    finished: list[Manifest] = []
+    assert published(folder, tmp_path, progress=seen.append, finish=finished.append).manifest == plain.manifest
+    assert finished == [plain.manifest]
+    assert {(one.stage, one.rate) for one in seen} == {("pieces", None), ("canary", None), ("done", None)}
+    assert [path for path in (tmp_path / "store" / "publishing").rglob("*") if path.is_file()] == []
+
+
+def test_speed_and_time_are_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(second) for second in range(10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    seen: list[Progress] = []
+    meter = Meter(seen.append, "pieces", 1000)
+    meter.skip(900)
+    meter.begin("layer.9")
+    meter.add(20)
+    assert (seen[0].done, seen[0].rate, seen[0].eta_s) == (900, None, None)
+    assert (seen[-1].done, seen[-1].rate, seen[-1].eta_s) == (920, 20 / 3, 12.0)
 
 
 def test_progress_counts_every_byte_and_ends(folder: Path, tmp_path: Path) -> None:

@@ -65,31 +65,30 @@ class Walk:
         """The draft with its canary and its norms. Goes on where an interrupted walk of the same job stopped."""
         draft, count = self._draft, min(64, self._draft.max_length)
         ids = [canary, torch.tensor(_arithmetic_ids(count, draft.vocab)), torch.full((count,), int(canary[0]))]
-        begun = self._job.walk()
-        state: dict[str, Any] = {"layer": 0, "blocks": [], "norms": []}
+        begun = self._job.walk(self._store)
+        state: dict[str, Any] = {"layer": 0, "blocks": [], "norms": [], "output": ""}
         rows: dict[str, torch.Tensor] = {}
         if begun is not None:
             state, rows = begun
             self._meter.skip(sum(self._cost(index) for index in range(state["layer"])))
-        output = str(Cid.of_raw(b""))
         for index in range(state["layer"], draft.layers):
             self._meter.begin(f"layer {index + 1} of {draft.layers}")
-            rows, output = self._step(index, state, rows, ids)
+            rows = self._step(index, state, rows, ids)
             self._meter.add(self._cost(index))
             state["layer"] = index + 1
             if self._cost(index) > _COLLECTED_BYTES:
                 gc.collect()  # a spliced model holds itself: without this, layers pile up
-            if index + 1 < draft.layers:
-                self._job.note_walk(state, rows)
+            self._job.note_walk(state, rows)
+        self._meter.end()
         blocks = tuple(Cid.parse(block) for block in state["blocks"])
         norms = tuple((float(low), float(high)) for low, high in state["norms"])
-        kept = Canary(tuple(int(token) for token in canary), blocks, Cid.parse(output))
+        kept = Canary(tuple(int(token) for token in canary), blocks, Cid.parse(state["output"]))
         return replace(draft, norms=norms, canary=kept)
 
     def _step(
         self, index: int, state: dict[str, Any], rows: dict[str, torch.Tensor], ids: list[torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], str]:
-        """One layer: the rows that leave it, and where the model ends the block of its output."""
+    ) -> dict[str, torch.Tensor]:
+        """One layer: the rows that leave it. Its block, its norms and the model's output go into the state."""
         draft, span = self._draft, Span(index, index + 1)
         model = self._load(span)
         entering = ids if draft.takes_ids(span) else [rows[f"rows.{k}"] for k in range(len(ids))]
@@ -105,14 +104,13 @@ class Walk:
         if draft.encoder_layers and span.end == draft.encoder_layers:
             left = [model.forward([self._segment(model, one, rows, k)])[0] for k, one in enumerate(entering)]
             memory = {f"memory.{k}": one for k, one in enumerate(left)}
-        output = str(Cid.of_raw(b""))
         if span.end == draft.layers:
             segment = self._segment(model, entering[0], rows, 0)
             segment.wanted = [len(entering[0]) - 1]
-            output = self._keep(model.forward([segment])[0])
+            state["output"] = self._keep(model.forward([segment])[0])
         state["blocks"].append(self._keep(left[0]))
         state["norms"].append(_norm_range(left))
-        return {**memory, **{f"rows.{k}": one for k, one in enumerate(left)}}, output
+        return {**memory, **{f"rows.{k}": one for k, one in enumerate(left)}}
 
     def _segment(self, model: SpanModel, one: torch.Tensor, rows: dict[str, torch.Tensor], k: int) -> Segment:
         memory = rows.get(f"memory.{k}") if model.span.start >= self._draft.encoder_layers else None

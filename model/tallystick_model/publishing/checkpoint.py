@@ -77,7 +77,8 @@ class Checkpoint:
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
         stored = self._tensors[name]
-        dtype = TORCH_DTYPES[stored.dtype]
+        if (dtype := TORCH_DTYPES.get(stored.dtype)) is None:
+            raise ManifestError(f"{name} is {stored.dtype}; {', '.join(TORCH_DTYPES)} can be read")
         rows = stored.shape[0] if stored.shape else 1
         row_shape = stored.shape[1:]
         row_bytes = math.prod(row_shape) * dtype.itemsize

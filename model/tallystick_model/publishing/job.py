@@ -5,8 +5,9 @@
     work/<job>/rows.<n>.safetensors
     work/<job>/lock               held while somebody works on it
 
-The job's name is a digest of all that decides the result: config, numerics, quantisation, and name, size and time of
-change of the checkpoint's files. A line that was cut short by a kill is ignored. The folder goes when the work is done.
+The job's name is a digest of all that decides the result: class, config, numerics, quantisation, and name, size and
+time of change of the checkpoint's files. A line that was cut short by a kill is ignored. The folder goes when the work
+is done, which for the command line is when the model is registered.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tallystick_protocol.content.store import Store
 from tallystick_protocol.errors import BadCid, ConfigError, ContentError, ManifestError
 from tallystick_protocol.manifest import Piece, PieceKind, TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 """Counts up when pieces are written differently."""
 
 
@@ -40,6 +41,10 @@ class Job:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lines = folder / "pieces.jsonl"
+
+    @property
+    def is_begun(self) -> bool:
+        return self._lines.exists()
 
     def pieces(self, store: Store) -> dict[str, Piece]:
         """Pieces that are written and still in the store."""
@@ -59,12 +64,14 @@ class Job:
             file.flush()
             os.fsync(file.fileno())
 
-    def walk(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-        """The canary's walk as it was noted last; None without one."""
+    def walk(self, store: Store) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """The canary's walk as it was noted last; None without one, or when the store has lost a block of it."""
         try:
             state = json.loads((self.folder / "walk.json").read_text())
+            if not all(store.has(Cid.parse(block)) for block in filter(None, (*state["blocks"], state["output"]))):
+                return None
             return state, load_file(self.folder / str(state["rows"]))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, BadCid):
             return None
 
     def note_walk(self, state: dict[str, Any], rows: dict[str, torch.Tensor]) -> None:
@@ -82,8 +89,8 @@ class Job:
 def open_job(work: Path, identity: dict[str, Any]) -> Iterator[Job]:
     """The job with that identity, for nobody else meanwhile.
 
-    Its folder goes when the block ends well and when the checkpoint is refused; else it stays for the next run.
-    Raises ConfigError while another process publishes the same.
+    Its folder goes when the block ends well and when the checkpoint is refused; else it stays for the next run, if
+    anything is noted there. Raises ConfigError while another process publishes the same.
     """
     text = json.dumps({"format": FORMAT, **identity}, sort_keys=True)
     folder = work / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -93,12 +100,18 @@ def open_job(work: Path, identity: dict[str, Any]) -> Iterator[Job]:
             stack.enter_context(locked(folder / "lock", shared=False, timeout_s=1.0))
         except ContentError:
             raise ConfigError(f"another process publishes this checkpoint ({folder}): wait for it") from None
+        job = Job(folder)
+        keep = False
         try:
-            yield Job(folder)
+            yield job
         except ManifestError:
-            shutil.rmtree(folder, ignore_errors=True)
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            keep = job.is_begun
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _piece_as(piece: Piece) -> dict[str, Any]:

@@ -1,15 +1,43 @@
-"""Whether disk and memory suffice, before anything is written."""
+"""Whether disk and memory suffice, before anything is written, and the checkpoint without its values for that."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from tallystick_model.publishing.checkpoint import TensorSource
 from tallystick_protocol.errors import ConfigError
 
 _RESERVE = 256 << 20
 """Bytes that stay free on the disk, and of memory for the program itself."""
+
+
+class Outline:
+    """A checkpoint's names, types and shapes: what its tensors hold is not read, so that sizes are known at once."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self.folder, self.config = source.folder, source.config
+
+    def read_json(self, name: str) -> Any:
+        return self._source.read_json(name)
+
+    def names(self) -> frozenset[str]:
+        return self._source.names()
+
+    def spec(self, name: str) -> tuple[str, tuple[int, ...]]:
+        return self._source.spec(name)
+
+    def chunks(self, name: str) -> Iterator[torch.Tensor]:
+        """None: two tensors of one type and shape look equal."""
+        return iter(())
+
+    def fingerprint(self) -> list[list[Any]]:
+        return self._source.fingerprint()
 
 
 def check_disk(folder: Path, needed: int) -> None:

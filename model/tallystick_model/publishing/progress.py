@@ -11,9 +11,10 @@ from dataclasses import dataclass
 class Progress:
     """stage: "note", "pieces", "canary" or "done"; a note is a line to be shown.
 
-    done and total: bytes of weights that the stage went through and has to.
+    done and total: bytes of weights that the stage went through and has to, earlier runs' among them.
 
-    eta_s: seconds until the stage ends at its present speed; None before that can be told.
+    eta_s: seconds until the stage ends at its present speed; rate: that speed, in bytes of this run per second. Both
+    None before that can be told.
     """
 
     stage: str
@@ -21,6 +22,7 @@ class Progress:
     done: int
     total: int
     eta_s: float | None
+    rate: float | None = None
 
 
 Report = Callable[[Progress], None]
@@ -59,5 +61,6 @@ class Meter:
     def _tell(self) -> None:
         self._last = time.monotonic()
         worked, elapsed = self._done - self._skipped, self._last - self._start
-        eta = (self._total - self._done) * elapsed / worked if worked > 0 and elapsed > 0.2 else None
-        self._report(Progress(self._stage, self._detail, self._done, self._total, eta))
+        rate = worked / elapsed if worked > 0 and elapsed > 0.2 else None
+        eta = None if rate is None else (self._total - self._done) / rate
+        self._report(Progress(self._stage, self._detail, self._done, self._total, eta, rate))
