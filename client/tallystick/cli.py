@@ -8,18 +8,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tallystick.client import AsyncClient, Settings
 from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
-from tallystick.publishing import cut, register, serve_content
+from tallystick.publishing import check_can_register, cut, register, serve_content
 from tallystick.routing import cli as routing
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
@@ -30,6 +31,7 @@ from tallystick_protocol.content.ipfs import DaemonStore
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import BadMessage, ConfigError, TallystickError
 from tallystick_protocol.keystore import open_keystore, read_password
+from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key, address_bytes, checksum_address
 from tallystick_protocol.types import Address, Wei
@@ -50,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(message)s", stream=sys.stderr)
     try:
-        status: int = asyncio.run(options.command(options))
-        return status
+        status = options.command(options)
+        return int(asyncio.run(status) if isinstance(status, Coroutine) else status)
     except TallystickError as error:
         print(f"tallystick: {error}", file=sys.stderr)
         return 1
@@ -136,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
         "--numerics", choices=["fp32", "bf16w"], default="fp32", help="bf16w: products of bf16 weights and inputs"
     )
     publish.add_argument("--quantize", choices=["int8", "int4"], help="store the layers' matrices as integers")
-    publish.add_argument("--name")
+    publish.add_argument("--name", help="for people; by default the folder's or the file's")
+    publish.add_argument("--architecture", help="the transformers class that runs it; by default config.json's")
     publish.add_argument("--licence", help="SPDX id or a sentence, where the checkpoint does not say it")
     publish.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
     publish.add_argument(
@@ -270,7 +273,7 @@ async def _network(options: argparse.Namespace) -> int:
             json.dumps({"model": "0x" + record.id.hex(), "nodes": rows, "silent": silent, "complete": survey.complete})
         )
         return 0
-    table = Table(title=f"{manifest.name}: {manifest.layers} layers, 0x{record.id.hex()[:12]}")
+    table = Table(title=escape(f"{manifest.name}: {manifest.layers} layers, 0x{record.id.hex()[:12]}"))
     for column in ("layers", "node", "price", "stake", "class", "ms", "url"):
         table.add_column(column, overflow="fold", no_wrap=column in ("layers", "price", "stake", "ms"))
     for row in rows:
@@ -281,7 +284,7 @@ async def _network(options: argparse.Namespace) -> int:
             f"{int(str(row['stake_wei'])) / 1e18:g}",
             str(row["class"]),
             str(row["rtt_ms"]),
-            str(row["url"]),
+            escape(str(row["url"])),
         )
     Console().print(table)
     for node, why in survey.silent:
@@ -300,20 +303,37 @@ async def _models(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _publish(options: argparse.Namespace) -> int:
+def _publish(options: argparse.Namespace) -> int:
+    """Not a coroutine: it works in the main thread, where Ctrl-C stops it."""
+    registrar = None if options.no_register else _registrar(options)
     store = DaemonStore(options.ipfs) if options.ipfs else LocalStore(Path(options.store))
-    work = Path(options.store) / "publishing"
-    with ProgressBar() as bar:
-        manifest = await asyncio.to_thread(
-            cut, options.path, store, options.name, options.licence, bar.show,
-            numerics=options.numerics, quantize=options.quantize, work=work,
-        )  # fmt: skip
-    print(f"manifest {manifest.cid}")
-    if not options.no_register:
-        chain = Chain(options.rpc, load_book(Path(options.book)))
-        await asyncio.to_thread(register, chain, _key(options), manifest)
-    print(f"model 0x{manifest.model_id.hex()}")
+
+    def finish(manifest: Manifest) -> None:
+        bar.close()
+        print(f"manifest {manifest.cid}", flush=True)
+        if registrar is not None:
+            register(*registrar, manifest)
+        print(f"model 0x{manifest.model_id.hex()}", flush=True)
+
+    try:
+        with ProgressBar() as bar:
+            cut(
+                options.path, store, options.name, options.licence, bar.show, numerics=options.numerics,
+                quantize=options.quantize, architecture=options.architecture,
+                work=Path(options.store) / "publishing", finish=finish,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print("tallystick: stopped; the same command, run again, goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)  # all is unwound: what is left is the taking down of torch, which takes a second or two
     return 0
+
+
+def _registrar(options: argparse.Namespace) -> tuple[Chain, Key]:
+    """The chain and the key that will record the model, found good before anything else is done."""
+    key = _key(options)
+    chain = Chain(options.rpc, load_book(Path(options.book)))
+    check_can_register(chain, key)
+    return chain, key
 
 
 async def _verify_model(options: argparse.Namespace) -> int:

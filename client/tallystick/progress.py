@@ -6,7 +6,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
@@ -21,12 +22,12 @@ class ProgressBar:
 
     def __init__(self, console: Console | None = None) -> None:
         self._bar = Bar(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            _text("{task.description}"),
             BarColumn(bar_width=10),
             DownloadColumn(binary_units=True, table_column=Column(no_wrap=True)),
-            TransferSpeedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            _text("{task.fields[speed]}"),
+            _text("{task.fields[left]}"),
+            _text("{task.fields[detail]}"),
             console=console or Console(stderr=True),
         )
         self._tasks: dict[str, TaskID] = {}
@@ -38,20 +39,29 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they are; what is printed from now on comes below them."""
         self._bar.stop()
 
     def show(self, progress: Progress) -> None:
         """Draw where a publication is. May be called from any thread."""
         if progress.stage == "note":
-            self._bar.console.print(progress.detail, highlight=False)
+            self._bar.console.print(progress.detail, highlight=False, markup=False)
         if progress.stage not in _TITLES:
             return
         if progress.stage not in self._tasks:
             title = _TITLES[progress.stage]
-            self._tasks[progress.stage] = self._bar.add_task(title, total=progress.total, left="", detail="")
-        left = "" if progress.eta_s is None else f"{told(progress.eta_s)} left"
-        task = self._tasks[progress.stage]
-        self._bar.update(task, completed=progress.done, total=progress.total, left=left, detail=progress.detail)
+            self._tasks[progress.stage] = self._bar.add_task(title, total=progress.total, speed="", left="", detail="")
+        self._bar.update(
+            self._tasks[progress.stage],
+            completed=progress.done,
+            total=progress.total,
+            speed="" if progress.rate is None else f"{decimal(int(progress.rate))}/s",
+            left="" if progress.eta_s is None else f"{told(progress.eta_s)} left",
+            detail=progress.detail,
+        )
 
 
 def told(seconds: float) -> str:
@@ -62,3 +72,8 @@ def told(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _text(field: str) -> TextColumn:
+    """A column of plain text: no markup, for a name may hold brackets."""
+    return TextColumn(field, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +14,7 @@ from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.content.serving import BlockRequest, PinnedBlocks, answer
 from tallystick_protocol.content.store import LocalStore, Store
-from tallystick_protocol.errors import ConfigError, UnknownModel
+from tallystick_protocol.errors import ChainError, ConfigError, UnknownModel
 from tallystick_protocol.manifest import Manifest, Numerics
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import ModelId
@@ -31,31 +32,38 @@ def cut(
     *,
     numerics: Numerics = "fp32",
     quantize: Literal["int8", "int4"] | None = None,
+    architecture: str | None = None,
     work: Path | None = None,
+    finish: Callable[[Manifest], object] = lambda manifest: None,
 ) -> Manifest:
     """Publish a Hugging Face checkpoint folder or a GGUF file into a store, pinned. Needs the extra `[torch]`.
 
-    work: where an interrupted run leaves notes for the next one. Raises ConfigError without the extra or without room,
-    ManifestError for a checkpoint that cannot be served.
+    work: where an interrupted run leaves notes for the next one; they stay until `finish` has come back. Raises
+    ConfigError without the extra or without room, ManifestError for a checkpoint that cannot be served.
     """
     try:
         from tallystick_model.publish import publish
         from tallystick_model.publishing.progress import quiet
     except ImportError:
         raise ConfigError("publishing takes torch: pip install 'tallystick[torch]'") from None
-    manifest = publish(
+
+    def pin_and_finish(manifest: Manifest) -> None:
+        for cid in contents(manifest):
+            store.pin(cid)
+        finish(manifest)
+
+    return publish(
         checkpoint,
         store,
         name=name,
         licence=licence,
         numerics=numerics,
         quantize=quantize,
+        architecture=architecture,
         progress=progress or quiet,
         work=work,
+        finish=pin_and_finish,
     )
-    for cid in contents(manifest):
-        store.pin(cid)
-    return manifest
 
 
 def contents(manifest: Manifest) -> list[Cid]:
@@ -76,6 +84,15 @@ def register(chain: Chain, key: Key, manifest: Manifest) -> ModelId:
     except UnknownModel:
         Wallet(chain, key).add_model(manifest.digest, manifest.weights, manifest.layers)
     return manifest.model_id
+
+
+def check_can_register(chain: Chain, key: Key) -> None:
+    """Looked at before hours of work. Raises ChainError for another chain or a key without means, ConfigError for a
+    key that is public knowledge."""
+    chain.check()
+    address = Wallet(chain, key).address
+    if not chain.guard("reading the key's balance", lambda: chain.web3.eth.get_balance(address)):
+        raise ChainError(f"{address} has nothing on chain {chain.book.chain_id} to pay gas with: send it some first")
 
 
 def content_app(store: LocalStore) -> web.Application:
