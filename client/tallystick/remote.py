@@ -20,6 +20,7 @@ from tallystick_protocol.errors import (
     Draining,
     Rejected,
     TallystickError,
+    Unreachable,
     from_wire,
 )
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame, take
@@ -242,10 +243,15 @@ class Remote:
         return min((length for crop, length in self.crops if crop > epoch), default=1 << 62)
 
     async def send(self, frame: Frame) -> None:
-        """Raises Unreachable, and remembers it."""
+        """Raises Unreachable, and remembers it; also where the node has ended the session for another reason."""
         if frame.kind is Kind.FLUSH:
             self._flush = frame
-        await self.line.send(frame)
+        try:
+            await self.line.send(frame)
+        except Unreachable:
+            raise
+        except TallystickError as error:
+            raise Unreachable(f"{self.node} has ended the session", hop=self.node) from error
 
     async def send_rows(
         self, ids: list[bytes], position: int, want: list[bool], types: bytes = b"", confirm: bool = False
