@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 
-from tallystick_node.session.links import Dialler, Link
+from tallystick_node.session.links import Dialler, Link, gone
 from tallystick_node.session.record import Record
 from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, rows_per_frame
@@ -117,7 +117,7 @@ class Downstream:
             if window in sealed and positions.first < at.last and at.first < positions.last:
                 await self._give(link, _receipt(sealed[window]))
         if self._side.get(session) is not link:
-            raise link.gone()
+            raise gone(link.node)
 
     async def enter(self, epoch: int, position: int) -> None:
         """Rows from `position` on are taken back: tell everybody that rows are sent to, in the order of the rows."""
@@ -155,22 +155,27 @@ class Downstream:
         the next hop's is dialled again at once, and the client hears of it when that fails."""
         is_next = link is self._link
         self._forget(link)
-        if is_next and (self._redialling is None or self._redialling.done()):
-            self._redialling = asyncio.create_task(self._redial(link))
+        if is_next:
+            self.keep_linked()
 
-    async def _redial(self, lost: Link) -> None:
+    def keep_linked(self) -> None:
+        """Dial the next hop if there is no connection to it; tell the client when that fails."""
+        if not self.is_end and self._link is None and (self._redialling is None or self._redialling.done()):
+            self._redialling = asyncio.create_task(self._dial_often(self.node))
+
+    async def _dial_often(self, node: Address) -> None:
         for pause in REDIAL_AFTER_S:
             await asyncio.sleep(pause)
-            if self._link is not None or self.node != lost.node:
+            if self._link is not None or self.node != node:
                 return  # somebody else has mended it
             try:
                 await self._reconnect()
                 if self._link is not None:  # else that one was lost, too
                     return
             except TallystickError as error:
-                log.debug("dialling %s again failed (%s)", lost.node, error)
-        if self._link is None and self.node == lost.node:
-            await self._tell(lost.gone())
+                log.debug("dialling %s failed (%s)", node, error)
+        if self._link is None and self.node == node:
+            await self._tell(gone(node))
 
     async def _end(self, link: Link) -> None:
         """Close a link."""

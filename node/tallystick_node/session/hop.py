@@ -187,10 +187,9 @@ class Hop:
             asyncio.create_task(self.signer.run()),
             asyncio.create_task(self._watch()),
         ]
-        if not self.downstream.is_end:
-            tasks.append(asyncio.create_task(self._first_link()))
+        self.downstream.keep_linked()
         try:
-            done, _ = await asyncio.wait(tasks[:5], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if (error := task.exception()) is not None:
                     raise error
@@ -217,6 +216,7 @@ class Hop:
             if self.rows.is_last and first_result < self.position:
                 hello += self.steps.results(Positions(first_result, self.position))
             pump = await self.control.attach(channel, hello)
+        self.downstream.keep_linked()  # the client may not have heard that it was lost
         await asyncio.wait([pump])
 
     def claim(self, signer: Address, number: int) -> None:
@@ -319,9 +319,6 @@ class Hop:
 
     async def tell(self, error: TallystickError) -> None:
         await self.control.send(told(error, self.position))
-
-    async def _first_link(self) -> None:
-        await self.report(self._connect_next())
 
     # -- the client's other commands
 

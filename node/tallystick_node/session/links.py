@@ -37,7 +37,7 @@ class Link:
         try:
             await self.channel.send(frame)
         except Unreachable:
-            raise self.gone() from None
+            raise gone(self.node) from None
 
     async def ended(self) -> None:
         """Read until the connection has ended. This answers the peer's pings: it drops a link that nobody reads."""
@@ -46,10 +46,6 @@ class Link:
                 await self.channel.receive()  # a next hop has nothing to say that the client does not hear from it
         except TallystickError:
             await self.channel.close()
-
-    def gone(self) -> Unreachable:
-        """What the client is told of a link that has ended."""
-        return Unreachable(f"the next hop {self.node} is gone", hop=self.node)
 
 
 class Dialler:
@@ -92,3 +88,8 @@ class Dialler:
                 error.fields.setdefault("hop", node)
             await channel.close()
             raise
+
+
+def gone(node: Address) -> Unreachable:
+    """What the client is told of a link that has ended."""
+    return Unreachable(f"the next hop {node} is gone", hop=node)
