@@ -18,9 +18,11 @@ from harness.in_memory import InMemory
 from harness.one_loop import End
 from tallystick.payments import Purse
 from tallystick.repair import RolledBack
+from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
 from tallystick.session import Session
 from tallystick.setting import Setting
+from tallystick.speculation.steps import Speculation, Steps
 from tallystick.verdict import Policy, Verdict
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
@@ -33,14 +35,15 @@ from tallystick_node.session.registry import Limits, Sessions
 from tallystick_node.stake import Lookups
 from tallystick_node.till import Till
 from tallystick_protocol.chain.reads import ChannelFunds
-from tallystick_protocol.errors import Unreachable
+from tallystick_protocol.errors import NoRoute, Unreachable
 from tallystick_protocol.frames import Kind
 from tallystick_protocol.messages import Offer
 from tallystick_protocol.peer import CONNECT_TIMEOUT_S
-from tallystick_protocol.sampling import Sampling, pick
+from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Domain, digest
 from tallystick_protocol.types import Address, Span, Wei
 from tallystick_protocol.vouchers import charge
+from tallystick_protocol.wire import Wire
 
 PRICE = Wei(1000)
 MAX_LENGTH = 192
@@ -56,6 +59,27 @@ class Inline(Engine):
     async def _submit(self, work: Any, payer: str, rows: int, divisible: bool, wait_s: float, model: SpanModel) -> Any:
         await asyncio.sleep(STEP_S + rows * ROW_S)
         return model.forward([work])[0] if isinstance(work, Segment) else work()
+
+
+class Device:
+    """What one node has of an engine that the nodes of a span share. It may be slow, or stop while its node answers.
+
+    row_s: what a row takes besides.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.stands = False
+        self.row_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    async def forward(self, segment: Segment, *rest: Any, **options: Any) -> Any:
+        await asyncio.sleep(len(segment) * self.row_s)
+        while self.stands:
+            await asyncio.sleep(0.05)
+        return await self._engine.forward(segment, *rest, **options)
 
 
 class Chain:
@@ -81,6 +105,7 @@ class Node:
 
     def __init__(self, world: World, name: str, engine: Engine, folder: Path) -> None:
         self.world, self.name, self.engine = world, name, engine
+        self.device = Device(engine)
         self.address, self.hot = samples.address(name), samples.key("hot " + name)
         world.chain.nodes[self.hot.address] = self.address
         span, layers = engine.model.span, engine.model.manifest.layers
@@ -92,7 +117,7 @@ class Node:
         self.hangs = self.is_down = False  # is_down: nobody can dial it
         self.delay_s = WIRE_S
         self.sessions: Sessions | None = None
-        self.starts = 0
+        self.starts = self._opened = 0
         self.start()
 
     def start(self) -> None:
@@ -108,7 +133,7 @@ class Node:
         peers: Any = SimpleNamespace(connect=lambda _, node: self.world.connect(node, self))
         shop = Shop(
             node=self.address, model=offer.model, numeric_class=offer.numeric_class, price=PRICE, domain=STAKING,
-            engine=self.engine, journal=self.journal, till=self.till,
+            engine=self.device, journal=self.journal, till=self.till,
             dialler=Dialler(peers, self.address, self.hot, STAKING, self._find, time.time), escrow_domain=ESCROW,
             lookups=lookups, clock=time.time,
         )  # fmt: skip
@@ -129,10 +154,15 @@ class Node:
         self.tasks.add(task := asyncio.create_task(serve_channel(end, firsts)))  # type: ignore[arg-type]
         task.add_done_callback(self.tasks.discard)
 
+    @property
+    def opened(self) -> int:
+        """Sessions that it has opened, however often it was killed."""
+        return self._opened + (self.sessions.counters.opened if self.sessions is not None else 0)
+
     # -- what may happen
 
     async def kill(self) -> None:
-        self.sessions = None
+        self._opened, self.sessions = self.opened, None
         self.cut()
         for task in self.tasks:
             task.cancel()
@@ -150,7 +180,7 @@ class Node:
         self.hangs = True
 
     def go_on(self) -> None:
-        self.hangs = False
+        self.hangs = self.device.stands = False
         for end in self.ends:
             end.deliver()
             end.far.deliver()
@@ -211,18 +241,25 @@ class World:
             if node.sessions is not None and not (node.sessions.draining or node.hangs or node.is_down)
         ]
 
-    async def session(self, policy: Policy, wait_s: float) -> Session:
+    async def prepare(self, policy: Policy, wait_s: float, wire: Wire = "f32") -> Session:
+        """A session that is not open yet, over whoever answers. Raises NoRoute."""
         candidates = await self.look()
+        if {c.offer.span for c in candidates} != set(self.spans):
+            raise NoRoute("somebody is missing")
         peers: Any = SimpleNamespace(connect=lambda _, node: self.connect(node))
         setting = Setting(
             peers=peers, key=self.key, domain=STAKING, purse=self.purse, manifest=self.manifest,
-            stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16,
+            stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16, wire=wire,
             on_replaced=lambda: None, wait_s=wait_s, look_again=self.look,
             on_waiting=lambda error: self.waited.append(error.message),
         )  # fmt: skip
         route = [next(c for c in candidates if c.offer.span == span) for span in self.spans]
-        session = Session(setting, route, Verdict(policy))
-        await session.open(list(range(len(route))) if policy == "full" else [])
+        return Session(setting, route, Verdict(policy))
+
+    async def session(self, policy: Policy = "off", wait_s: float = 60.0) -> Session:
+        """An open session."""
+        session = await self.prepare(policy, wait_s)
+        await session.open(audited(session))
         return session
 
     async def leftovers(self) -> list[str]:
@@ -245,19 +282,33 @@ class World:
         return found
 
 
-async def generate(session: Session, prompt: list[int], count: int, sampling: Sampling) -> list[int]:
-    """Tokens as `Stream` decides them."""
+def audited(session: Session) -> list[int]:
+    """The hops that get an auditor when it opens."""
+    return list(range(len(session.route))) if session.verdict.policy == "full" else []
+
+
+async def generate(
+    session: Session, prompt: list[int], count: int, sampling: Sampling | None = None,
+    steps: Steps | Ring | None = None, on_token: Callable[[int], None] = lambda _: None,
+) -> list[int]:  # fmt: skip
+    """Tokens as `Stream` decides them. on_token: called with the number of tokens that are there."""
+    last = len(prompt) + count
+    steps = steps or Steps(session, sampling or Sampling(), Speculation(), last, session.setting.manifest.vocab)
     known = list(prompt)
-    await session.feed(prompt)
-    while True:
-        try:
-            while len(known) < len(prompt) + count:
-                position = len(known) - 1
-                known.append(pick(await session.result(position), sampling, position + 1))
-                if len(known) < len(prompt) + count:
-                    await session.feed(known[-1:])
-            await session.finish()
-            return known[len(prompt) :]
-        except RolledBack as back:
-            del known[max(back.position + 1, len(prompt)) :]
-            await session.feed(known[len(session.ids) :])
+    try:
+        await steps.start(known)
+        while True:
+            try:
+                while len(known) < last:
+                    known = (known + await steps.decide(known))[:last]
+                    if len(known) < last:
+                        await steps.go_on(known)
+                    on_token(len(known) - len(prompt))
+                await steps.stop(known)
+                await session.finish()
+                return known[len(prompt) :]
+            except RolledBack as back:
+                del known[max(back.position + 1, len(prompt)) :]
+                await steps.start(known)
+    finally:
+        await steps.close()

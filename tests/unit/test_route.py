@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from harness import samples
+from tallystick.openings import Openings
 from tallystick.routing.candidates import Candidate, Expected, Weights
 from tallystick.routing.choice import auditors, checkable, draw, stand_ins
 from tallystick.routing.cost import Workload, route_s
 from tallystick.routing.planner import plan
-from tallystick.routing.route import SPREAD, choose
+from tallystick.routing.route import SPREAD, choose, standbys, successors
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Digest, Span, Wei
 
@@ -101,6 +104,28 @@ def test_who_loses_sessions_is_avoided_for_short_ones() -> None:
     shaky = one("shaky", 0, 4, expected=Expected(layer_s=0.001, failure=0.5))
     steady = one("steady", 0, 4, expected=Expected(layer_s=0.0015, failure=0.05))
     assert nodes(plan([shaky, steady], Workload(4, new=10))) == ["steady"]
+
+
+def test_stand_ins_in_mid_session_come_in_the_order_of_standbys() -> None:
+    """Operators without a hop first, then those of other hops, then the hop's own; within each by cost."""
+    hops = [one("a", 0, 2, operator="x"), one("b", 2, 4, operator="y")]
+    others = [
+        one("own", 2, 4, operator="y", price=1),
+        one("neighbour", 2, 4, operator="x", price=1),
+        one("far", 2, 4, operator="z", rtt_s=0.5),
+        one("near", 2, 4, operator="w", rtt_s=0.02),
+        one("elsewhere", 0, 2, operator="v"),
+        one("lost", 2, 4, operator="u"),
+    ]
+    setting = SimpleNamespace(candidates=[*hops, *others], work=Workload(4))
+    lost = {samples.address("lost")}
+    session: Any = SimpleNamespace(setting=setting, route=hops, nodes={c.node for c in hops}, unfit=lost)
+    openings = Openings(session)
+    assert nodes(openings.stand_ins(1)) == ["near", "far", "neighbour", "own"]
+    assert nodes(openings.stand_ins(1, itself=True)) == ["near", "far", "neighbour", "own", "b"]
+    found = standbys(setting.candidates, hops, setting.work, lost)
+    assert [None if standby is None else nodes([standby])[0] for standby in found] == ["elsewhere", "near"]
+    assert successors(setting.candidates, hops, 1, setting.work, session.nodes | lost) == openings.stand_ins(1)
 
 
 def test_avoided_nodes_are_left_out() -> None:
