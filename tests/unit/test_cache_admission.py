@@ -16,7 +16,7 @@ from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_node.session.admission import Admission, row_bytes, session_bytes
 from tallystick_protocol.errors import Overloaded
-from tallystick_protocol.types import SessionId, Span
+from tallystick_protocol.types import Address, SessionId, Span
 
 CARD = torch.device("cuda", 0)
 
@@ -38,17 +38,21 @@ def name(number: int) -> SessionId:
     return SessionId(number.to_bytes(32, "big"))
 
 
+def payer(number: int) -> Address:
+    return Address(f"0x{number:040x}")
+
+
 def test_every_device_has_a_budget_of_its_own() -> None:
     model = split_model()
     one = session_bytes(model, 100)
     assert one[CARD] == 112 * (128 + 8 * 32), "rows in sixteens, and the last tile's"
     assert one[CPU] == 100 * (4 * 32 + 200) + 112 * 128
     admission = Admission(model, 2 * one[CPU], 8, lambda: 7)
-    admission.open(name(1), 100, 0)
+    admission.open(name(1), payer(1), 100, 0)
     assert admission.reserved_bytes == one.total() and admission.usage == 0.5
-    admission.open(name(2), 100, 1)
+    admission.open(name(2), payer(2), 100, 1)
     with pytest.raises(Overloaded) as refused:
-        admission.open(name(3), 1, 2)
+        admission.open(name(3), payer(3), 1, 2)
     assert refused.value.fields == {"retry_after_s": 7}
     admission.close(name(1))
     admission.close(name(1))
@@ -61,9 +65,30 @@ def test_every_device_has_a_budget_of_its_own() -> None:
 
 def test_places_end_before_memory_does() -> None:
     admission = Admission(split_model(), 1 << 30, 2, lambda: 1)
-    admission.open(name(1), 10, 1)
+    admission.open(name(1), payer(1), 10, 1)
     with pytest.raises(Overloaded):
-        admission.open(name(2), 10, 2)
+        admission.open(name(2), payer(2), 10, 2)
+
+
+def test_one_payer_leaves_a_quarter_to_others_but_may_have_one_session_of_any_size() -> None:
+    model = split_model()
+    one = max(session_bytes(model, 100).values())
+    admission = Admission(model, 8 * one, 100, lambda: 1)
+    for number in range(6):
+        admission.open(name(number), payer(1), 100, number)
+    with pytest.raises(Overloaded, match="others may need"):
+        admission.open(name(6), payer(1), 100, 6)
+    admission.open(name(6), payer(2), 100, 6)
+    admission.close(name(0))
+    admission.open(name(7), payer(1), 100, 6)
+    alone = Admission(model, one, 4, lambda: 1)
+    alone.open(name(1), payer(1), 100, 0)
+    places = Admission(model, 100 * one, 4, lambda: 1)
+    for number in range(3):
+        places.open(name(number), payer(1), 10, number)
+    with pytest.raises(Overloaded, match="others may need"):
+        places.open(name(3), payer(1), 10, 3)
+    places.open(name(3), payer(2), 10, 3)
 
 
 def test_what_is_only_kept_gives_way() -> None:
@@ -79,16 +104,16 @@ def test_what_is_only_kept_gives_way() -> None:
     budget = max(session_bytes(model, 100).values())
     admission = Admission(model, 2 * budget, 8, lambda: 1, evict)
     for session in list(kept):
-        admission.open(session, 100, 0)
+        admission.open(session, payer(1), 100, 0)
         admission.spare(session)
     assert admission.reserved_bytes == 0 and admission.kept_bytes == 2 * session_bytes(model, 100).total()
     with pytest.raises(Overloaded):
-        admission.open(name(3), 300, 0)  # which would not fit if all were given up
+        admission.open(name(3), payer(3), 300, 0)  # which would not fit if all were given up
     assert len(kept) == 2
-    admission.open(name(3), 100, 0)
+    admission.open(name(3), payer(3), 100, 0)
     assert kept == [name(2)]
     with pytest.raises(Overloaded):
-        admission.open(name(4), 180, 0)
+        admission.open(name(4), payer(4), 180, 0)
     assert kept == []
     assert (admission.reserved_bytes, admission.kept_bytes) == (session_bytes(model, 100).total(), 0)
 

@@ -17,7 +17,10 @@ from tallystick_model.canonical.tiles import R
 from tallystick_model.devices import CPU
 from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import Overloaded
-from tallystick_protocol.types import SessionId
+from tallystick_protocol.types import Address, SessionId
+
+PAYER_SHARE = 0.75
+"""Of places and bytes, for the sessions of one payer: who has one already leaves the rest to others."""
 
 RECORD_BYTES = 200
 """Of a kept row, besides its values: two digests of 32 bytes, three objects' heads, four places in lists."""
@@ -46,6 +49,7 @@ class Admission:
         self._taken: dict[SessionId, Counter[torch.device]] = {}
         self._total: Counter[torch.device] = Counter()
         self._spare: set[SessionId] = set()
+        self._payers: dict[SessionId, Address] = {}
 
     @property
     def reserved_bytes(self) -> int:
@@ -62,15 +66,20 @@ class Admission:
         """The share of the budget that is reserved or kept, on the device where it is largest."""
         return max(self._total.values(), default=0) / self._budget
 
-    def open(self, session: SessionId, max_length: int, num_open: int, model: SpanModel | None = None) -> None:
+    def open(
+        self, session: SessionId, payer: Address, max_length: int, num_open: int, model: SpanModel | None = None
+    ) -> None:
         """Reserve what a session of so many positions may take. num_open: the sessions that there are.
 
         model: the part of the node's that the session is over; None for all.
-        Raises Overloaded when there is no place, or no room on some device.
+        Raises Overloaded when there is no place, no room on some device, or the payer has its share.
         """
         if num_open >= self._max_sessions:
             raise self._full("no place for another session now")
-        self._reserve(session, session_bytes(model or self._model, max_length), "no room for another session now")
+        needed = session_bytes(model or self._model, max_length)
+        self._leave_room_for_others(payer, needed)
+        self._reserve(session, needed, "no room for another session now")
+        self._payers[session] = payer
 
     def take_more(self, session: SessionId, num_bytes: int) -> None:
         """Reserve more of the CPU's memory for an open session. Raises Overloaded."""
@@ -84,6 +93,15 @@ class Admission:
         """Free what a session has reserved, if anything."""
         self._total -= self._taken.pop(session, Counter())
         self._spare.discard(session)
+        self._payers.pop(session, None)
+
+    def _leave_room_for_others(self, payer: Address, needed: Counter[torch.device]) -> None:
+        held = [session for session, owner in self._payers.items() if owner == payer and session not in self._spare]
+        if not held:
+            return
+        together = sum((self._taken[session] for session in held), needed)
+        if len(held) >= PAYER_SHARE * self._max_sessions or max(together.values()) > PAYER_SHARE * self._budget:
+            raise self._full("the sessions that you have here leave no more than others may need")
 
     def _reserve(self, session: SessionId, needed: Counter[torch.device], refusal: str) -> None:
         while any(self._total[device] + count > self._budget for device, count in needed.items()):

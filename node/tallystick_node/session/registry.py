@@ -266,7 +266,7 @@ class Sessions:
             raise Overloaded("this node stops soon", retry_after_s=60)
         try:
             part = self._shop.engine.part(opened.span)
-            self._admission.open(session, opened.max_length, len(self._hops), part)
+            self._admission.open(session, opened.client, opened.max_length, len(self._hops), part)
         except Overloaded:
             self.counters.refused += 1
             raise
