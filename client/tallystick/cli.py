@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -273,23 +273,22 @@ async def _network(options: argparse.Namespace) -> int:
             json.dumps({"model": "0x" + record.id.hex(), "nodes": rows, "silent": silent, "complete": survey.complete})
         )
         return 0
-    table = Table(title=escape(f"{manifest.name}: {manifest.layers} layers, 0x{record.id.hex()[:12]}"))
-    for column in ("layers", "node", "price", "stake", "class", "ms", "url"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("layers", "price", "stake", "ms"))
-    for row in rows:
-        table.add_row(
-            str(row["layers"]),
-            str(row["node"]),
-            str(row["price_wei"]),
-            f"{int(str(row['stake_wei'])) / 1e18:g}",
-            str(row["class"]),
-            str(row["rtt_ms"]),
-            escape(str(row["url"])),
-        )
-    Console().print(table)
+    Console().print(nodes_table(f"{manifest.name}: {manifest.layers} layers, 0x{record.id.hex()[:12]}", rows))
     for node, why in survey.silent:
         print(f"{node} does not answer: {why}")
     return 0
+
+
+def nodes_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Nodes as `--json` tells them, for people. Names and addresses are strangers' text: no markup."""
+    table = Table(title=escape(title))
+    for column in ("layers", "node", "price", "stake", "class", "ms", "url"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("layers", "price", "stake", "ms"))
+    for row in rows:
+        stake = f"{row['stake_wei'] / 1e18:g}"
+        told = (row["layers"], row["node"], row["price_wei"], stake, row["class"], row["rtt_ms"], row["url"])
+        table.add_row(*(escape(str(value)) for value in told))
+    return table
 
 
 async def _models(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from harness import checkpoints
 from harness.checkpoints import Published, published
-from tallystick.cli import main
+from tallystick.cli import main, nodes_table
 from tallystick.inspection import verify_model
 from tallystick.piece_files import check_piece_file
-from tallystick.progress import told
-from tallystick.publishing import contents
+from tallystick.progress import ProgressBar, told
+from tallystick.publishing import contents, serve_content
+from tallystick_model.publishing.progress import Progress
 from tallystick_protocol.content.cid import Cid, Codec
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import ConfigError, ManifestError
+from tallystick_protocol.keystore import create_keystore
 from tallystick_protocol.manifest import Manifest
 
 
@@ -134,6 +138,70 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (folder / "README.md").unlink()
     assert main(publish) == 1
     assert "--licence" in capsys.readouterr().err
+
+
+def test_publishing_looks_at_key_and_book_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TALLYSTICK_KEY", raising=False)
+    publish = ["publish", str(tmp_path / "checkpoint"), "--store", str(tmp_path / "store")]
+    assert main(publish) == 1
+    assert "which key pays?" in capsys.readouterr().err
+    create_keystore(tmp_path / "key.json", "only for tests", fast=True)
+    (tmp_path / "password").write_text("only for tests")
+    (tmp_path / "password").chmod(0o600)
+    keys = ["--key", str(tmp_path / "key.json"), "--password-file", str(tmp_path / "password")]
+    assert main([*keys, "--book", str(tmp_path / "none.json"), *publish]) == 1
+    assert "there is no address book" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+async def test_a_model_is_verified_from_an_http_source(copy: LocalStore, served: Published, tmp_path: Path) -> None:
+    for cid in contents(served.manifest):
+        copy.pin(cid)
+    runner, url = await serve_content(copy, "127.0.0.1", 0)
+    try:
+        report = await verify_model(str(served.manifest.cid), tmp_path / "nowhere", [url], deep=True)
+        assert report.sound, report.lines()
+        assert "canary over layer 1" in {check.what for check in report.checks}
+        head = served.manifest.pieces[-1]
+        copy.unpin(head.cid)
+        lacking = await verify_model(str(served.manifest.cid), tmp_path / "nowhere", [url])
+        assert {check.what for check in lacking.checks if not check.ok} == {head.name}
+    finally:
+        await runner.cleanup()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def drawn(*shown: Progress) -> str:
+    """What a terminal of 140 columns shows at the end."""
+    terminal = io.StringIO()
+    with ProgressBar(Console(file=terminal, force_terminal=True, width=140, color_system=None)) as bar:
+        for progress in shown:
+            bar.show(progress)
+    return terminal.getvalue()
+
+
+def test_a_bar_tells_bytes_speed_and_the_time_that_is_left() -> None:
+    lines = drawn(
+        Progress("note", "3 weights [first] are left out", 0, 0, None),
+        Progress("pieces", "layer.3 (5 of 14)", 1 << 30, 4 << 30, 190.0, 16.8e6),
+        Progress("canary", "layer [/1] of 12", 0, 1 << 30, None),
+        Progress("done", "bafk", 1, 1, 0.0),
+    ).splitlines()
+    assert any("3 weights [first] are left out" in line for line in lines)
+    last = [line for line in lines if "writing pieces" in line][-1]
+    assert all(part in last for part in ("1.0/4.0 GiB", "16.8 MB/s", "3 min 10 s left", "layer.3 (5 of 14)"))
+    last = [line for line in lines if "running the canary" in line][-1]
+    assert "layer [/1] of 12" in last and "left" not in last and "/s" not in last
+
+
+def test_names_and_addresses_in_a_table_are_no_markup() -> None:
+    row = {"layers": [0, 2], "node": "0x01", "price_wei": 1, "stake_wei": 10**18, "class": "stock", "rtt_ms": 1.5}
+    terminal = io.StringIO()
+    Console(file=terminal, width=120).print(nodes_table("evil [/x] [bold]y\\", [{**row, "url": "http://[::1]:8"}]))
+    assert "evil [/x] [bold]y\\" in terminal.getvalue()
+    assert "http://[::1]:8" in terminal.getvalue()
 
 
 def test_durations_are_told_as_people_say_them() -> None:
