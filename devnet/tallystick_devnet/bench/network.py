@@ -32,12 +32,18 @@ CHANNEL = Wei(100 * ETHER)
 """In each node's channel before anything is measured: a client that must fund first waits for a block."""
 
 
+HOPS, OTHERS = "0x" + "11" * 20, "0x" + "22" * 20
+"""Operators. There are but two: where three offer a layer, a client does not wait for those that answer late, and here
+it is confined to some of the nodes, perhaps the late ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Nodes that split the model into equal spans. wired: behind a delayable wire each, and under TLS."""
 
     spans: int
     price: Wei = PRICE
+    operator: str = HOPS
     wired: bool = False
 
 
@@ -48,8 +54,8 @@ GROUPS = {
     "paid1": Group(1),
     "paid2": Group(2),
     "paid4": Group(4),
-    "wired4": Group(4, Wei(2 * PRICE), wired=True),
-    "auditor": Group(1, Wei(2 * PRICE)),
+    "wired4": Group(4, Wei(2 * PRICE), OTHERS, wired=True),
+    "auditor": Group(1, Wei(2 * PRICE), OTHERS),
 }
 """By name. The dearer ones are in no route that has others to choose from: they audit, and stand in."""
 
@@ -132,7 +138,7 @@ def bench_net(
             group = GROUPS[name]
             settings = [
                 "--port", str(port), "--threads", str(threads), "--price", str(group.price),
-                "--max-length", str(min(manifest.max_length, 8192)),
+                "--operator", group.operator, "--max-length", str(min(manifest.max_length, 8192)),
                 *(["--announce", f"127.0.0.1:{wires.ports[port]}"] if group.wired else []),
             ]  # fmt: skip
             span = equal_spans(manifest.layers, group.spans)[at]
