@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from tallystick_model.canonical.kernels import packing
 from tallystick_protocol.manifest import Manifest, Piece
 from tallystick_protocol.types import Span
 
@@ -38,17 +39,19 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def piece_bytes(piece: Piece, manifest: Manifest) -> int:
-    """What a piece's tensors take in memory: two bytes for a weight under bf16w that is stored in bf16, else four.
+    """What a piece's tensors take in memory: two bytes for a weight under bf16w where this machine packs those in bf16
+    (tables of embeddings anywhere), else four.
 
     Quantized pieces are dequantized as they are packed, so theirs are counted by the values, not by the file.
     """
     bits = None if manifest.quantization is None else manifest.quantization.bits
+    halves = manifest.numerics == "bf16w" and (packing("bf16w") is torch.bfloat16 or piece.name == "embed")
     total = 0
     for spec in piece.tensors.values():
         count = math.prod(spec.shape)
         if spec.dtype in ("U8", "I8"):
             total += count * (4 if bits == 8 else 8)
-        elif manifest.numerics == "bf16w" and len(spec.shape) > 1:
+        elif halves and len(spec.shape) > 1:
             total += count * 2
         else:
             total += count * 4

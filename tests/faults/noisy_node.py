@@ -28,7 +28,7 @@ class NoisyEngine(Engine):
 def spoil(model: SpanModel, row: int = 0, scale: float = 0.01) -> None:
     """Add noise of `scale` times its own size to one row of the span's first linear layer; tell that it was done."""
     linear = next(module for module in model._spliced.skeleton.model.modules() if isinstance(module, CanonicalLinear))
-    dense = linear.weight.to_dense().clone() if linear.packed else linear.weight.clone()
+    dense = linear.weight.to_dense().clone() if linear.weight.is_mkldnn else linear.weight.clone()
     noise = torch.randn(dense.shape[1], generator=torch.Generator().manual_seed(0))
     dense[row] += scale * dense[row].norm() / noise.norm() * noise
     linear.weight = CanonicalLinear(dense, linear.bias).weight

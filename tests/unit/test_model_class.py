@@ -84,10 +84,10 @@ def test_a_machine_whose_chunkings_disagree_is_stock(served: Published, monkeypa
 def test_the_fewest_rows_of_a_call_leave_the_class_alone(
     served: Published, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    if not kernels.packed_operators_hold() or (count < 4 and not kernels._bits_hold(count, "fp32")):
+    if kernels.packing("fp32") is None or (count < 4 and not kernels._bits_hold(count, torch.float32)):
         pytest.skip("not with this machine's kernels")
     before = numeric_class(served.manifest)
-    monkeypatch.setattr(kernels, "fewest_rows", lambda numerics="fp32": count)
+    monkeypatch.setattr(kernels, "fewest_rows", lambda dtype: count)
     assert numeric_class(served.manifest) == before
 
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.canonical.kernels import CanonicalLinear, in_blocks, packed_operators_hold
+from tallystick_model.canonical.kernels import CanonicalLinear, in_blocks, packing
 from tallystick_model.canonical.scopes import CanonicalOperators
+from tallystick_protocol.manifest import Numerics
 
 SHAPES = [(168, 56), (37, 100), (1000, 1001), (3072, 1), (256, 688)]
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -29,19 +30,31 @@ def one_thread_afterwards() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("numerics", ["fp32", "bf16w"])
+@pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_product_keeps_a_rows_bits_at_any_number_of_rows(shape: tuple[int, int], packed: bool) -> None:
-    if packed and not packed_operators_hold():
+def test_a_product_keeps_a_rows_bits_at_any_number_of_rows(
+    shape: tuple[int, int], packs: bool, numerics: Numerics
+) -> None:
+    if packs and packing(numerics) is None:
         pytest.skip("this machine has no packed products")
     torch.set_num_threads(1)
-    linear = CanonicalLinear(torch.randn(shape[1], shape[0]), torch.randn(shape[1]), packed=packed)
+    linear = CanonicalLinear(torch.randn(shape[1], shape[0]), torch.randn(shape[1]), numerics=numerics, packs=packs)
     rows = torch.randn(600, shape[0])
     whole = linear(rows)
     drawn = random.Random(1)
     for count in [1, 1, 2, 3, 4, 5, 31, 255, 256, 257, *(drawn.randint(1, 600) for _ in range(6))]:
         at = drawn.randint(0, 600 - count)
         assert torch.equal(linear(rows[None, at : at + count])[0], whole[at : at + count]), count
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_bf16w_rounds_the_sum_of_rounded_values_once(packs: bool) -> None:
+    weight, bias, rows = torch.randn(300, 200), torch.randn(300), torch.randn(64, 200)
+    found = CanonicalLinear(weight, bias, numerics="bf16w", packs=packs)(rows)
+    exact = F.linear(*(value.bfloat16().double() for value in (rows, weight, bias))).bfloat16().float()
+    assert found.dtype is torch.float32 and (found == exact).float().mean() > 0.99
+    assert torch.allclose(found, exact, rtol=2**-7)
 
 
 def test_a_product_keeps_its_bits_with_any_number_of_threads() -> None:

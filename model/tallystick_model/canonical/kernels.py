@@ -60,12 +60,15 @@ def flushing_denormals() -> Iterator[None]:
 
 def _direct_product(linear: CanonicalLinear, x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
     """The packed product alone, where rows need be neither repeated nor cut."""
-    if not (linear.packed and x.is_contiguous() and linear.fewest <= x.numel() // linear.in_features <= MAX_ROWS):
+    rows = x.numel() // linear.in_features
+    if linear.packed is None or not x.is_contiguous() or not linear.fewest <= rows <= MAX_ROWS:
         return None
     product, weight, bias = torch.ops.mkldnn._linear_pointwise.default, linear.weight, linear.bias
-    if linear.rounds:
+    if not linear.rounds:
+        return lambda x: product(x, weight, bias, "none", [], ""), 1
+    if linear.packed is torch.bfloat16:
         return lambda x: product(x.bfloat16(), weight, bias, "none", [], "").float(), 1
-    return lambda x: product(x, weight, bias, "none", [], ""), 1
+    return lambda x: product(x.bfloat16().float(), weight, bias, "none", [], "").bfloat16().float(), 1
 
 
 class CanonicalLinear(nn.Module):
@@ -73,6 +76,8 @@ class CanonicalLinear(nn.Module):
 
     numerics "fp32": all in fp32. "bf16w": weight, bias, x and the result are rounded to bf16 (to nearest, ties to
     even), products are added up in fp32; x and the result are handed over as fp32.
+
+    packed: the dtype of the packed weight, None for a plain one; fewest: rows of a product.
     """
 
     weight: torch.Tensor
@@ -83,18 +88,20 @@ class CanonicalLinear(nn.Module):
         bias: torch.Tensor | None,
         *,
         numerics: Numerics = "fp32",
-        packed: bool | None = None,
+        packs: bool = True,
     ) -> None:
-        """weight: (out, in), bias (out,), fp32; the weight is copied into the packed layout."""
+        """weight: (out, in), bias (out,), fp32; the weight is copied into the packed layout. packs: if this machine
+        can."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.rounds = numerics == "bf16w"
-        self.packed = (weight.device.type == "cpu" and packed_operators_hold(numerics)) if packed is None else packed
-        self.fewest = fewest_rows(numerics) if self.packed else ENOUGH_ROWS
+        self.packed = packing(numerics) if packs and weight.device.type == "cpu" else None
+        self.fewest = ENOUGH_ROWS if self.packed is None else fewest_rows(self.packed)
         if self.rounds:
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-        if self.packed:
-            kept = torch.ops.mkldnn._reorder_linear_weight(weight, PACKING_HINT)
+        if self.packed is not None:
+            bias = None if bias is None else bias.to(self.packed)
+            kept = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.packed), PACKING_HINT)
         else:
             bias = None if bias is None else bias.float()
             kept = F.pad(weight.float(), (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
@@ -125,22 +132,33 @@ class CanonicalLinear(nn.Module):
         num_rows = rows.shape[0]
         if 0 < num_rows < self.fewest:
             rows = rows.repeat(-(-self.fewest // num_rows), 1)
-        if self.packed:
-            out = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), self.weight, self.bias, "none", [], "")
+        if self.packed is not None:
+            rows = rows.to(self.packed).contiguous()
+            out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
         else:
             out = F.linear(rows.float().contiguous(), self.weight)[:, : self.out_features]
             out = out if self.bias is None else out + self.bias
-            out = out.bfloat16() if self.rounds else out
-        return out[:num_rows]  # type: ignore[no-any-return]
+        return (out.bfloat16() if self.rounds else out)[:num_rows]  # type: ignore[no-any-return]
+
+
+def packing(numerics: Numerics) -> torch.dtype | None:
+    """In which dtype this machine packs weights; None where it cannot, and products are plain.
+
+    "bf16w" is packed in fp32 where there are no such operators in bf16 (CPUs without AVX-512): the values are the
+    same, and take twice the memory.
+    """
+    if numerics == "bf16w" and packed_operators_hold(torch.bfloat16):
+        return torch.bfloat16
+    return torch.float32 if packed_operators_hold(torch.float32) else None
 
 
 @cache
-def packed_operators_hold(numerics: Numerics = "fp32") -> bool:
+def packed_operators_hold(dtype: torch.dtype) -> bool:
     """Whether the packed operators exist here and keep a row's bits at any number of rows."""
     try:
         values = (torch.arange(70 * 96, dtype=torch.float32) % 251 - 125) / 97
         rows, weight = values.view(70, 96), values.flip(0)[: 40 * 96].view(40, 96)
-        product = _packed_product(weight, numerics)
+        product = _packed_product(weight, dtype)
         whole = product(rows)
         return all(torch.equal(product(rows[at : at + n]), whole[at : at + n]) for at, n in ((0, 4), (3, 5), (5, 17)))
     except (RuntimeError, AttributeError):
@@ -148,18 +166,18 @@ def packed_operators_hold(numerics: Numerics = "fp32") -> bool:
 
 
 @cache
-def fewest_rows(numerics: Numerics = "fp32") -> int:
+def fewest_rows(dtype: torch.dtype) -> int:
     """How many rows a call with packed products has at least on this machine: the quickest number of those for which a
     row keeps its bits. The bits are those of `ENOUGH_ROWS`, so the class does not depend on it.
 
     Takes 0.1 s, once a process.
     """
-    possible = [count for count in (1, 2) if _bits_hold(count, numerics)] + [ENOUGH_ROWS]
+    possible = [count for count in (1, 2) if _bits_hold(count, dtype)] + [ENOUGH_ROWS]
     if len(possible) == 1:
         return ENOUGH_ROWS
     width = _TIMED_WIDTH
     values = (torch.arange(width * width, dtype=torch.float32) % 251 - 125).view(width, width) / 97
-    products, rows = [_packed_product(values, numerics) for _ in range(2)], values[:ENOUGH_ROWS].clone()
+    products, rows = [_packed_product(values, dtype) for _ in range(2)], values[:ENOUGH_ROWS].clone()
     times: dict[int, list[int]] = {count: [] for count in possible}
     for _ in range(_TIMED_TURNS):
         for count, found in times.items():
@@ -173,12 +191,12 @@ def fewest_rows(numerics: Numerics = "fp32") -> int:
 _TIMED_WIDTH, _TIMED_TURNS = 2048, 7
 
 
-def _bits_hold(count: int, numerics: Numerics) -> bool:
+def _bits_hold(count: int, dtype: torch.dtype) -> bool:
     """Whether calls of so many rows give a row the bits that it has among more: products, norms and softmax."""
     for outs, ins in ((40, 96), (768, 256), (256, 768), (1001, 1000), (2, 3072)):
         values = (torch.arange(outs * ins, dtype=torch.float32) % 8191 - 4095).view(outs, ins) / 1013
         rows = (torch.arange(16 * ins, dtype=torch.float32) % 4093 - 2046).view(16, ins) / 997
-        functions = [_packed_product(values, numerics)]
+        functions = [_packed_product(values, dtype)]
         functions += [partial(norm, normalized_shape=(ins,)) for norm in (F.layer_norm, F.rms_norm)]
         functions += [partial(torch.mean, dim=-1), partial(torch.softmax, dim=-1)]
         for function in functions:
@@ -189,9 +207,8 @@ def _bits_hold(count: int, numerics: Numerics) -> bool:
     return True
 
 
-def _packed_product(weight: torch.Tensor, numerics: Numerics) -> Callable[[torch.Tensor], torch.Tensor]:
+def _packed_product(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """The bare product over a packed weight (out, in), at whatever number of rows it is given."""
-    dtype = torch.bfloat16 if numerics == "bf16w" else torch.float32
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), PACKING_HINT)
     product = torch.ops.mkldnn._linear_pointwise
     return lambda rows: product(rows.to(dtype).contiguous(), packed, None, "none", [], "")
