@@ -356,11 +356,11 @@ class AsyncClient(Tasks):
 
         prompt, new: positions that are given, and tokens that are expected. whole: of nodes that serve all they offer.
         """
-        survey = self._informed(await self.network.survey(record), whole)
+        survey = self._informed(await self.network.survey(record, self.banned), whole)
         try:
             return survey, self._route(survey, manifest, stack, verify, prompt, new)
         except NoRoute:
-            survey = self._informed(await self.network.survey(record, fresh=True), whole)
+            survey = self._informed(await self.network.survey(record, self.banned, fresh=True), whole)
             return survey, self._route(survey, manifest, stack, verify, prompt, new)
 
     async def route(
@@ -412,7 +412,8 @@ class AsyncClient(Tasks):
         sides: Sides | None = None,
     ) -> Setting:
         async def look_again() -> list[Candidate]:
-            return list(self._informed(await self.network.survey(record, fresh=True), whole=False).candidates)
+            survey = await self.network.survey(record, self.banned, fresh=True)
+            return list(self._informed(survey, whole=False).candidates)
 
         return Setting(
             peers=self._peers,

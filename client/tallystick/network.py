@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -120,9 +120,10 @@ class Network:
             raise ManifestError(f"{manifest.name} has no piece {name}")
         return await self._file(record, piece.cid, piece.bytes)
 
-    async def survey(self, record: ModelRecord, fresh: bool = False) -> Survey:
+    async def survey(self, record: ModelRecord, avoid: Collection[Address] = (), fresh: bool = False) -> Survey:
         """The nodes' offers, asked in parallel: of all, or of enough of them where others keep one waiting.
 
+        avoid: nodes that are not enough of anything.
         Those that answer later are in what is remembered for OFFERS_AGE_S, and are asked first the next time.
         """
         async with self._surveying:
@@ -132,7 +133,9 @@ class Network:
                 await self._end_round(record.id)
                 asked: Asked = Round(serving, partial(self._ask, record))
                 self._rounds[record.id] = asked
-                await asked.settle(lambda so_far: well_served(_candidates(so_far), record.layers))
+                await asked.settle(
+                    lambda so_far: well_served([c for c in _candidates(so_far) if c.node not in avoid], record.layers)
+                )
                 self._surveys[record.id] = Survey([], [], complete, time.monotonic())
             asked, known = self._rounds[record.id], self._surveys[record.id]
         answers = asked.answers.values()
