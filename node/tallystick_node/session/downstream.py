@@ -77,16 +77,16 @@ class Downstream:
         return None if self.is_end else await self._open(self.node, self._session)
 
     async def join(self, link: Link, sealed: dict[int, bytes]) -> None:
-        """Send the next hop what it has not got: rows, and the receipts that stand."""
+        """Send the next hop the receipts that stand, which lead to its vouchers, and the rows that it has not got."""
         self._link = link
         self._attend(link)
         if link.ours < self._epoch:  # rows were taken back since it was dialled
             await self._give(link, Frame(Kind.CROP, {"epoch": self._epoch}))
+        for window in sorted(sealed):
+            await self._give(link, _receipt(sealed[window]))
         start = self._start(link)
         if start < len(self._record):
             await self._send(link, Positions(start, len(self._record)))
-        for window in sorted(sealed):
-            await self._give(link, _receipt(sealed[window]))
 
     def _start(self, link: Link) -> int:
         """The first row that a hop lacks: what it holds of an earlier epoch it may have to forget."""
@@ -106,16 +106,16 @@ class Downstream:
             await self._give(self._link, _receipt(sealed))
 
     async def replay(self, positions: Positions, to: Address, session: SessionId, sealed: dict[int, bytes]) -> None:
-        """Kept rows and the receipts over them to another session of the client's, or another hop of this one."""
+        """Kept rows, after the receipts over them, to another session of the client's, or another hop of this one."""
         link = self._side.get(session)
         if link is None or link.node != to:
             link = self._side[session] = await self._open(to, session)
             self._attend(link)
-        await self._send(link, positions)
         for window in range(self._record.num_windows):
             at = self._record.window(window)
             if window in sealed and positions.first < at.last and at.first < positions.last:
                 await self._give(link, _receipt(sealed[window]))
+        await self._send(link, positions)
         if self._side.get(session) is not link:
             raise gone(link.node)
 

@@ -183,6 +183,7 @@ class Hop:
         tasks = [
             asyncio.create_task(self._read_control()),
             asyncio.create_task(self._work()),
+            asyncio.create_task(self._hear()),
             asyncio.create_task(self._obey()),
             asyncio.create_task(self.signer.run()),
             asyncio.create_task(self._watch()),
@@ -274,12 +275,16 @@ class Hop:
                 raise SessionUnknown(f"nothing was computed for {IDLE_TIMEOUT_S:g} s; open a new session")
 
     async def _work(self) -> None:
-        """Rows, and the receipts that go with them, in the order in which they came."""
+        """Rows, in the order in which they came."""
         while True:
             channel, frame = await self.inbox.next()
             await self.control.wait_attached()
-            handler = self.steps.take if frame.kind is Kind.STEP else self.signer.hear
-            await self.report(handler(channel, frame))
+            await self.report(self.steps.take(channel, frame))
+
+    async def _hear(self) -> None:
+        """The previous hop's receipts, as they come."""
+        while True:
+            await self.report(self.signer.hear(*await self.inbox.next_receipt()))
 
     async def _obey(self) -> None:
         """The client's commands, one after the other."""

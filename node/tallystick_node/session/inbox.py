@@ -1,5 +1,6 @@
-"""What a session still has to work on: rows from its client, rows and receipts from the hop before, in their order.
+"""What a session still has to work on: rows from its client and from the hop before, and that hop's receipts.
 
+Rows come in their order, receipts in theirs: rows may wait for a voucher that only a receipt behind them leads to.
 Every item belongs to an epoch (docs/sessions.md). Those of an earlier epoch than the session's are void; those of a
 later one wait until the session has heard from its client what leads there.
 """
@@ -8,17 +9,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from tallystick_protocol.errors import BadFrame, ContextLengthExceeded, SessionUnknown
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.peer import Channel
 
-PUSHED_FRAMES = 8
+PUSHED_FRAMES, PUSHED_RECEIPTS = 8, 64
 MAX_EPOCH = 1 << 31
 
 
+@dataclass(slots=True)
+class _Line:
+    """Frames of one kind: with the push connection that brought them, None for the client's, and their epoch."""
+
+    room: asyncio.Semaphore
+    queue: asyncio.Queue[tuple[Channel | None, Frame, int]] = field(default_factory=asyncio.Queue)
+
+
 class Inbox:
-    """The queue of one session and the push connection that feeds it."""
+    """The queues of one session and the push connection that feeds them."""
 
     def __init__(self, max_rows: int, position: Callable[[], int], epoch: int) -> None:
         """max_rows: how many rows of the client may wait. position: rows that the session has computed."""
@@ -26,9 +36,9 @@ class Inbox:
         self._announced = epoch
         self._max_rows = max_rows
         self._position = position
-        self._queue: asyncio.Queue[tuple[Channel | None, Frame, int]] = asyncio.Queue()
+        self._rows = _Line(asyncio.Semaphore(PUSHED_FRAMES))
+        self._receipts = _Line(asyncio.Semaphore(PUSHED_RECEIPTS))
         self._queued_rows = 0
-        self._room = asyncio.Semaphore(PUSHED_FRAMES)
         self._push: Channel | None = None
         self._changed = asyncio.Event()
         self._taking: set[asyncio.Task[None]] = set()
@@ -50,19 +60,26 @@ class Inbox:
         if self._queued_rows + frame.num_rows > self._max_rows:
             raise ContextLengthExceeded("more rows are waiting than the session was opened for")
         self._queued_rows += frame.num_rows
-        self._queue.put_nowait((None, frame, self._announced))
+        self._rows.queue.put_nowait((None, frame, self._announced))
 
     async def next(self) -> tuple[Channel | None, Frame]:
-        """The next frame that is not void, and the push connection that it came on; None for the client's."""
+        """The next rows that are not void, and the push connection that they came on; None for the client's."""
+        return await self._next(self._rows)
+
+    async def next_receipt(self) -> tuple[Channel | None, Frame]:
+        """The next receipt of the hop before that is not void, and its connection."""
+        return await self._next(self._receipts)
+
+    async def _next(self, line: _Line) -> tuple[Channel | None, Frame]:
         while True:
-            channel, frame, epoch = await self._queue.get()
+            channel, frame, epoch = await line.queue.get()
             while epoch > self.epoch and self._is_current(channel):
                 self._changed.clear()
                 await self._changed.wait()
             if channel is None:
                 self._queued_rows -= frame.num_rows
             else:
-                self._room.release()
+                line.room.release()
             if epoch == self.epoch and self._is_current(channel):
                 return channel, frame
 
@@ -121,5 +138,6 @@ class Inbox:
                     raise BadFrame(f"epoch {marked} does not follow {epoch}")
                 epoch = marked
             elif epoch >= self.epoch:
-                await self._room.acquire()  # the hop before waits, not our memory
-                self._queue.put_nowait((channel, frame, epoch))
+                line = self._receipts if frame.kind is Kind.RECEIPT else self._rows
+                await line.room.acquire()  # the hop before waits, not our memory
+                line.queue.put_nowait((channel, frame, epoch))

@@ -22,7 +22,7 @@ from tallystick_protocol.errors import (
 from tallystick_protocol.frames import Frame, take
 from tallystick_protocol.peer import Channel
 from tallystick_protocol.receipts import rows_root, unpack_flags
-from tallystick_protocol.types import ZERO_ADDRESS, Positions, Wei
+from tallystick_protocol.types import ZERO_ADDRESS, Positions
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -131,36 +131,33 @@ class Steps:
     async def _compute(
         self, start: int, rows: list[bytes], want: list[bool], epoch: int, types: Sequence[int] = ()
     ) -> None:
-        """New rows from position `start`, charged together; void when the session has left their epoch.
+        """New rows from position `start`; void when the session has left their epoch.
 
-        They are computed and sent on a piece at a time: PONG tells how far a replay has come, and the next hop begins.
+        They are charged, computed and sent on a piece at a time: PONG tells how far a replay has come, the next hop
+        begins, and no more is computed ahead of vouchers than credit allows.
         """
         hop = self._hop
         self.check_length(start + len(rows))
         if hop.rows.is_last:
             self.make_room(hop.record.size_bytes + sum(want) * hop.rows.result_bytes)
-        if not await hop.billing.book(self._cost(len(rows)), lambda: epoch != hop.inbox.epoch):
-            return  # cropped while it waited for a voucher
         divisible = not hop.one_shot and divides(hop.model, hop.rows.segment(hop.cache, start, rows[:1], want[:1]))
-        size, begun = PIECE_ROWS if divisible else len(rows), 0
-        try:
-            while begun < len(rows):
-                piece = slice(begun, begun + size)
-                begun += len(rows[piece])
-                if not await self._compute_piece(start + piece.start, rows[piece], want[piece], epoch, types):
-                    return
-        finally:
-            if begun < len(rows):
-                hop.billing.refund(self._cost(len(rows) - begun))
+        size = PIECE_ROWS if divisible else len(rows)
+        for begin in range(0, len(rows), size):
+            piece = slice(begin, begin + size)
+            if not await self._compute_piece(start + begin, rows[piece], want[piece], epoch, types):
+                return
 
     async def _compute_piece(
         self, start: int, rows: list[bytes], want: list[bool], epoch: int, types: Sequence[int]
     ) -> bool:
-        """Rows that are paid for; False and refunded when they are void."""
+        """False when the rows are void."""
         hop = self._hop
+        cost = charge(hop.model.span, hop.model.manifest.layers, hop.shop.price, len(rows))
+        if not await hop.billing.book(cost, lambda: epoch != hop.inbox.epoch):
+            return False  # cropped while it waited for a voucher
         async with hop.moving:
             if epoch != hop.inbox.epoch:
-                hop.billing.refund(self._cost(len(rows)))
+                hop.billing.refund(cost)
                 return False
             hop.has_parted = False
             try:
@@ -168,7 +165,7 @@ class Steps:
                 result = await hop.shop.engine.forward(segment, hop.client, model=hop.model)
                 outputs = hop.rows.outputs(result, want)
             except (TallystickError, Withdrawn) as error:
-                hop.billing.refund(self._cost(len(rows)))
+                hop.billing.refund(cost)
                 if hop.cache is not None and hop.cache.length > start:
                     with suppress(CannotForget):  # then the model refuses what goes on from elsewhere than its state
                         hop.cache.crop(start)  # its rows were computed, but are not fit to be signed
@@ -181,10 +178,6 @@ class Steps:
             await self._deliver(Positions(start, len(hop.record)), chosen)
         hop.signer.wake()
         return True
-
-    def _cost(self, num_rows: int) -> Wei:
-        model = self._hop.model
-        return charge(model.span, model.manifest.layers, self._hop.shop.price, num_rows)
 
     async def _deliver(self, positions: Positions, chosen: int | None = None) -> None:
         """Send output rows on: to the next hop, or from the model's end to the client.
