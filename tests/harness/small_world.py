@@ -47,6 +47,9 @@ from tallystick_protocol.wire import Wire
 
 PRICE = Wei(1000)
 MAX_LENGTH = 192
+CREDIT_ROWS = 64
+"""Less than a node may offer, so that a replay of an answer here takes several times as much."""
+
 LEASE_S, DRAIN_S = 30.0, 15.0
 STAKING = Domain("Tallystick", "1", 31337, samples.address("staking"))
 ESCROW = Domain("Tallystick Escrow", "1", 31337, samples.address("escrow"))
@@ -109,7 +112,7 @@ class Node:
         self.address, self.hot = samples.address(name), samples.key("hot " + name)
         world.chain.nodes[self.hot.address] = self.address
         span, layers = engine.model.span, engine.model.manifest.layers
-        self.credit = charge(span, layers, PRICE, 256)
+        self.credit = charge(span, layers, PRICE, CREDIT_ROWS)
         self.till = Till(folder / f"{name}.till", self.address, ESCROW, self.credit, Wei(0), world.chain.may_sign)  # type: ignore[arg-type]
         self.journal = Journal(folder / f"{name}.journal", self.hot, STAKING)
         self.tasks: set[asyncio.Task[None]] = set()
