@@ -10,12 +10,12 @@ import asyncio
 import random
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
-from tallystick_devnet.localnet import LocalNet, LocalNode
+from tallystick_devnet.localnet import NODE_COMMAND, LocalNet, LocalNode
 from tallystick_devnet.processes import stop_all
 from tallystick_protocol.types import ModelId, Span
 
@@ -118,6 +118,7 @@ class Victim:
     node: LocalNode
     link: Link
     settings: list[str]
+    command: Sequence[str]
 
     @property
     def port(self) -> int:
@@ -146,12 +147,12 @@ class Faults:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
-    def add(self, span: Span, settings: Collection[str] = ()) -> Victim:
-        """Start a node behind a proxy; wait for it with `node.wait()`."""
+    def add(self, span: Span, settings: Collection[str] = (), command: Sequence[str] = NODE_COMMAND) -> Victim:
+        """Start a node behind a proxy; wait for it with `node.wait()`. command: what runs it, without arguments."""
         port = free_port()
         link = Link(self._loop, port)
         places = ["--port", str(port), "--announce", f"127.0.0.1:{link.port}", "--tls", "off", *settings]
-        victim = Victim(self._net.add_node(self._model, span, settings=places), link, places)
+        victim = Victim(self._net.add_node(self._model, span, command, places), link, places, command)
         self.victims.append(victim)
         return victim
 
@@ -166,7 +167,7 @@ class Faults:
 
     def restart(self, victim: Victim) -> None:
         """Start a process that has ended again, where it was, and wait until it serves."""
-        self._net.restart(victim.node, self._model, settings=victim.settings)
+        self._restart(victim)
         victim.node.wait()
 
     def revive(self) -> None:
@@ -177,9 +178,12 @@ class Faults:
             victim.node.process.go_on()
         ended = [victim for victim in self.victims if not victim.node.process.alive]
         for victim in ended:
-            self._net.restart(victim.node, self._model, settings=victim.settings)
+            self._restart(victim)
         for victim in ended:
             victim.node.wait()
+
+    def _restart(self, victim: Victim) -> None:
+        self._net.restart(victim.node, self._model, victim.command, victim.settings)
 
 
 def free_port() -> int:

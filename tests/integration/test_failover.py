@@ -1,4 +1,5 @@
-"""Nodes that hang, links that are cut, nodes that stop, the last node of a span lost: on real processes.
+"""Nodes that hang, stand still, stop or are killed in a prompt, links that are cut, the last node of a span lost: on
+real processes.
 
 The network is the shared one; the model has nodes of its own, behind proxies whose connections can be cut. It is a
 `bf16w` one: with test_network.py, failover is tested in both numerics.
@@ -7,9 +8,14 @@ The network is the shared one; the model has nodes of its own, behind proxies wh
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +25,7 @@ from harness.waiting import eventually
 from tallystick import AsyncClient, Sampling, Token
 from tallystick.generation import Answer, Stream
 from tallystick.verdict import Policy
+from tallystick.watch import STEP_LIMIT_S
 from tallystick_devnet.demo import default_model
 from tallystick_devnet.faults import Faults, Victim
 from tallystick_devnet.leaks import Holdings, holdings, leaks
@@ -28,6 +35,11 @@ from tallystick_protocol.types import Span
 
 PROMPT = "The function returns a list of"
 TOKENS, LONG = 40, 200
+LONG_PROMPT = [5 + 7 * i % 4000 for i in range(400)]
+SLACK_S = 1.0
+"""More than the longest step of an answer during which nothing happens: the machine does other things, too."""
+
+STANDING = (sys.executable, str(Path(__file__).parents[1] / "faults" / "standing_node.py"))
 SEEDED = Sampling(temperature=0.9, top_p=0.95, seed=7)
 
 
@@ -60,10 +72,11 @@ class Broken:
                 PROMPT, max_tokens=tokens, model=self.model, verify=verify, ignore_eos=True,
                 sampling=sampling or Sampling(),
             )  # fmt: skip
-            count, last, gap = 0, time.monotonic(), 0.0
+            count, last, gap = 0, 0.0, 0.0
             async for event in stream:
                 now = time.monotonic()
-                count, gap, last = count + isinstance(event, Token), max(gap, now - last), now
+                gap, last = max(gap, now - last) if count else gap, now
+                count += isinstance(event, Token)
                 if count == after and act is not None:
                     await asyncio.to_thread(act, stream)
                     act = None
@@ -85,7 +98,7 @@ def faults(running: Running) -> Iterator[tuple[Faults, str]]:
         running.net.prepare(5)
         first, middle, last = thirds(manifest.layers)
         for span in (first, middle, last, first, middle):
-            faults.add(span)
+            faults.add(span, command=STANDING)
         for victim in faults.victims:
             victim.node.wait()
         yield faults, "0x" + model.hex()
@@ -133,6 +146,74 @@ async def test_a_hop_that_hangs_is_replaced_and_forgotten(broken: Broken) -> Non
 
 
 @pytest.mark.nightly
+async def test_a_hop_that_stands_still_is_replaced_though_it_answers(broken: Broken) -> None:
+    """Its device computes nothing any more; it answers PING as ever."""
+    late: list[Victim] = []
+
+    def stand(stream: Stream) -> None:
+        late.append(broken.at(stream, 1))
+        os.kill(late[0].node.process.pid, signal.SIGUSR1)
+
+    answer, _, gap = await broken.ask(stand, after=12)
+    assert "fault: the device stands" in late[0].node.process.log.read_text("utf-8", "replace")
+    os.kill(late[0].node.process.pid, signal.SIGUSR2)
+    print(f"\na hop that stood still: the longest time between two tokens was {gap:.2f} s")
+    assert answer.ids == broken.truth[0.0] and gap < STEP_LIMIT_S
+    assert [lost for lost, _, _ in answer.verdict.replaced] == [late[0].node.address]
+    assert not await broken.left()
+
+
+def num_computed(victim: Victim) -> int:
+    """Rows that a node has computed, whosever they were."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{victim.port}/metrics", timeout=10) as response:
+        lines: list[str] = response.read().decode().splitlines()
+    return next(int(float(line.split()[1])) for line in lines if line.startswith("tallystick_iteration_tokens_total "))
+
+
+async def long_answer(broken: Broken, kill: Callable[[Stream, list[int]], None] | None = None) -> Answer:
+    """An answer to the long prompt; `kill` runs beside it, in a thread, with the tokens that are there."""
+    tokens: list[int] = []
+    async with broken.client() as client:
+        stream = client.stream(LONG_PROMPT, max_tokens=8, model=broken.model, verify="off", ignore_eos=True)
+        killing = asyncio.create_task(asyncio.to_thread(kill or (lambda *_: None), stream, tokens))
+        async for event in stream:
+            tokens += [event.id] if isinstance(event, Token) else []
+        await killing
+        return stream.answer
+
+
+@pytest.mark.parametrize("hop", [1, *(pytest.param(hop, marks=pytest.mark.nightly) for hop in (0, 2))])
+async def test_a_hop_is_killed_while_a_long_prompt_is_on_its_way(broken: Broken, hop: int) -> None:
+    """The last hop's link is slow, so that there is time for it; nobody else serves its layers: it is started again."""
+    quiet = await long_answer(broken)
+    before = {victim.node.address: num_computed(victim) for victim in broken.faults.victims}
+    last = next(victim for victim in broken.faults.victims if victim.node.span == broken.spans[-1])
+    killed: list[tuple[str, int]] = []
+
+    def kill(stream: Stream, tokens: list[int]) -> None:
+        deadline = time.monotonic() + 60
+        while not stream.session_route:
+            assert time.monotonic() < deadline, "the session never opened"
+            time.sleep(0.01)
+        victim = broken.at(stream, hop)
+        while num_computed(victim) == before[victim.node.address]:
+            assert time.monotonic() < deadline, f"hop {hop} never began"
+        victim.node.process.kill()
+        killed.append((victim.node.address, len(tokens)))
+        last.link.slow(0.0)
+        if hop == 2:
+            broken.faults.restart(victim)
+
+    last.link.slow(0.15)
+    answer = await long_answer(broken, kill)
+    ((address, num_tokens),) = killed
+    assert num_tokens == 0, "it was killed before the first token"
+    assert answer.ids == quiet.ids
+    assert address in [lost for lost, _, _ in answer.verdict.replaced]
+    await asyncio.to_thread(broken.faults.revive)
+
+
+@pytest.mark.nightly
 async def test_two_hops_are_lost_at_once(broken: Broken) -> None:
     def kill(stream: Stream) -> None:
         for hop in (0, 1):
@@ -152,10 +233,10 @@ async def test_a_node_that_stops_is_left_between_two_tokens(broken: Broken) -> N
         stopped.append(broken.at(stream, 1))
         stopped[0].node.process.ask_to_stop()
 
-    quiet, _, _ = await broken.ask(tokens=LONG)
+    quiet, _, usual = await broken.ask(tokens=LONG)
     answer, _, gap = await broken.ask(stop, after=5, tokens=LONG)
-    print(f"\na hop that stopped: the longest time between two tokens was {gap:.2f} s")
-    assert answer.ids == quiet.ids
+    print(f"\na hop that stopped: the longest time between two tokens was {gap:.2f} s, {usual:.2f} s when none did")
+    assert answer.ids == quiet.ids and gap <= usual + SLACK_S
     assert [(lost, why) for lost, _, why in answer.verdict.replaced] == [(stopped[0].node.address, "draining")]
     await eventually("the process to end", lambda: not stopped[0].node.process.alive, 14.0)
     await asyncio.to_thread(broken.faults.revive)
