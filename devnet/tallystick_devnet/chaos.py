@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tallystick.client import AsyncClient
-from tallystick.generation import Stream, Token
+from tallystick.client import AsyncClient, Settings
+from tallystick.generation import Mode, Stream, Token
 from tallystick.verdict import Policy
 from tallystick_devnet.demo import default_model
 from tallystick_devnet.faults import Faults, Victim
@@ -29,8 +29,13 @@ from tallystick_devnet.leaks import Holdings, holdings, leaks
 from tallystick_devnet.localnet import CLIENT_TOKENS, LocalNet, thirds
 from tallystick_protocol.errors import ConfigError, NoAuditor, NoRoute, TallystickError
 from tallystick_protocol.sampling import Sampling
+from tallystick_protocol.signing import Key
 
-PROMPTS = ("The function returns a list of", "def main(arguments):\n    ", "Once upon a time, in a")
+LONG = " ".join(f"Line {n} of the file names a function, what it takes and what it returns." for n in range(16))
+PROMPTS = ("The function returns a list of", "def main(arguments):\n    ", "Once upon a time, in a", LONG)
+WAYS: tuple[tuple[Mode, str], ...] = (("pipeline", "off"), ("pipeline", "off"), ("ring", "off"), ("pipeline", "lookup"))
+"""Who decides the tokens, and who drafts them."""
+
 SAMPLINGS = (Sampling(), Sampling(temperature=0.9, top_p=0.95, seed=7))
 POLICIES: tuple[Policy, ...] = ("off", "off", "audit", "full")
 KINDS = ("kill", "kill", "kill", "hang", "cut", "flap", "late", "drain")
@@ -39,6 +44,7 @@ BLACKOUTS = 0.1
 """How often the last node of a span may be hit that is well, when it is drawn."""
 
 RETRY_S = 0.5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +70,62 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     gaps: list[float] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    broken: str | None = None
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was lost, differed or leaked, and the run came to its end."""
+        return not (self.different or self.lost or self.leaks or self.broken)
+
+    def told(self) -> dict[str, Any]:
+        """The JSON object."""
+        gaps = sorted(self.gaps)
+        return {
+            "sessions": self.sessions,
+            "kills": self.faults["kill"],
+            "hangs": self.faults["hang"],
+            "cuts": self.faults["cut"] + self.faults["flap"],
+            "late": self.faults["late"],
+            "drains": self.faults["drain"],
+            "answers_identical": self.identical,
+            "answers_different": self.different,
+            "lost": len(self.lost),
+            "not_opened_at_once": self.not_opened,
+            "leaks": len(self.leaks),
+            "worst_gap_s": round(gaps[-1], 2) if gaps else None,
+            "median_gap_s": round(gaps[len(gaps) // 2], 4) if gaps else None,
+            "broken": self.broken,
+        }
 
 
 class Chaos:
     """One run against one network."""
 
     def __init__(
-        self, net: LocalNet, faults: Faults, client: AsyncClient, options: ChaosOptions, say: Callable[[str], None]
+        self, faults: Faults, client: AsyncClient, options: ChaosOptions, say: Callable[[str], None], tally: Tally
     ) -> None:
-        self._net, self._faults, self._client = net, faults, client
+        self._faults, self._client = faults, client
         self._options = options
         self._say = say
         self._dice = random.Random(options.seed)
         self._busy: set[str] = set()
         self._first: dict[str, Holdings] = {}
         self._truth: dict[tuple[str, int], list[int]] = {}
-        self.tally = Tally()
+        self.tally = tally
 
-    async def run(self) -> list[str]:
-        """Returns what nodes hold at the end that they should not."""
+    async def run(self) -> None:
+        """Have everything happen; then see what nodes hold that they should not."""
         for prompt in PROMPTS:
             for which in range(len(SAMPLINGS)):
-                self._truth[prompt, which] = await self._ask(prompt, which, "off")
+                self._truth[prompt, which] = await self._ask(prompt, which, "off", WAYS[0])
         for victim in self._faults.victims:
             await self._note(victim)
         until = time.monotonic() + 60 * self._options.minutes
-        works: list[Coroutine[Any, Any, None]] = [self._load(until) for _ in range(self._options.clients)]
-        breaking = asyncio.create_task(self._break(until))
-        await asyncio.gather(*works)
-        await breaking
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._break(until))
+            for _ in range(self._options.clients):
+                tasks.create_task(self._load(until))
         await asyncio.to_thread(self._faults.revive)
         for victim in self._faults.victims:
             if victim.node.process.pid not in {int(pid) for pid in self._first}:
@@ -101,33 +134,35 @@ class Chaos:
         standing = [
             (victim.node, victim.port, self._first[str(victim.node.process.pid)]) for victim in self._faults.victims
         ]
-        return await asyncio.to_thread(leaks, standing, SETTLE_S)
+        self.tally.leaks = await asyncio.to_thread(leaks, standing, SETTLE_S)
 
     # -- load
 
     async def _load(self, until: float) -> None:
         while time.monotonic() < until:
             prompt, which = self._dice.choice(PROMPTS), self._dice.randrange(len(SAMPLINGS))
-            policy = self._dice.choice(POLICIES)
+            policy, way = self._dice.choice(POLICIES), self._dice.choice(WAYS)
             self.tally.sessions += 1
             try:
-                ids = await self._ask(prompt, which, policy)
+                ids = await self._ask(prompt, which, policy, way)
             except TallystickError as error:
                 self.tally.lost.append(f"{type(error).__name__}: {error}")
-                self._say(f"LOST ({policy}): {type(error).__name__}: {error}")
+                self._say(f"LOST ({policy}, {way}): {type(error).__name__}: {error}")
                 continue
             if ids == self._truth[prompt, which]:
                 self.tally.identical += 1
             else:
                 self.tally.different += 1
-                self._say(f"DIFFERENT ({policy}): {ids} in place of {self._truth[prompt, which]}")
+                self._say(f"DIFFERENT ({policy}, {way}): {ids} in place of {self._truth[prompt, which]}")
 
-    async def _ask(self, prompt: str, which: int, policy: Policy) -> list[int]:
+    async def _ask(self, prompt: str, which: int, policy: Policy, way: tuple[Mode, str]) -> list[int]:
         """An answer's ids. A session that cannot even begin, because nobody serves some layers, is tried again."""
+        mode, speculate = way
         while True:
             stream = self._client.stream(
-                prompt, max_tokens=self._options.tokens, sampling=SAMPLINGS[which], verify=policy, ignore_eos=True
-            )
+                prompt, max_tokens=self._options.tokens, sampling=SAMPLINGS[which], verify=policy, ignore_eos=True,
+                mode=mode, speculate=speculate,
+            )  # fmt: skip
             try:
                 return await self._read(stream)
             except (NoRoute, NoAuditor):
@@ -153,20 +188,22 @@ class Chaos:
             "kill": self._kill, "hang": self._hang, "cut": self._cut, "flap": self._flap, "late": self._late,
             "drain": self._drain,
         }  # fmt: skip
-        going: set[asyncio.Task[None]] = set()
-        while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, self._dice.expovariate(1 / self._options.every_s)))
-            victim, kind = self._dice.choice(self._faults.victims), self._dice.choice(KINDS)
-            alike = {other.node.address for other in self._faults.victims if other.node.span == victim.node.span}
-            last = len(alike - self._busy) < 2 and self._dice.random() > BLACKOUTS
-            if victim.node.address in self._busy or last:
-                continue
-            self.tally.faults[kind] += 1
-            self._busy.add(victim.node.address)
-            self._say(f"{kind}: {victim.node.name}, layers {victim.node.span}")
-            going.add(task := asyncio.create_task(self._suffer(victim, acts[kind])))
-            task.add_done_callback(going.discard)
-        await asyncio.gather(*going)
+        async with asyncio.TaskGroup() as going:
+            while (left := until - time.monotonic()) > 0:
+                await asyncio.sleep(min(left, self._dice.expovariate(1 / self._options.every_s)))
+                victim, kind = self._dice.choice(self._faults.victims), self._dice.choice(KINDS)
+                if self._is_spared(victim):
+                    continue
+                self.tally.faults[kind] += 1
+                self._busy.add(victim.node.address)
+                self._say(f"{kind}: {victim.node.name}, layers {victim.node.span}")
+                going.create_task(self._suffer(victim, acts[kind]))
+
+    def _is_spared(self, victim: Victim) -> bool:
+        """Whether something happens to it already, or it is the last one of its span that is well: mostly, then."""
+        alike = {other.node.address for other in self._faults.victims if other.node.span == victim.node.span}
+        last = len(alike - self._busy) < 2 and self._dice.random() > BLACKOUTS
+        return victim.node.address in self._busy or last
 
     async def _suffer(self, victim: Victim, act: Callable[[Victim], Coroutine[Any, Any, None]]) -> None:
         try:
@@ -210,8 +247,8 @@ class Chaos:
         self._first[str(victim.node.process.pid)] = await asyncio.to_thread(holdings, victim.node, victim.port)
 
 
-def run_chaos(options: ChaosOptions, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Run it all in `folder`; returns the JSON object. Everything it starts is stopped when it returns or raises."""
+def run_chaos(options: ChaosOptions, folder: Path, say: Callable[[str], None], tally: Tally) -> None:
+    """Run it all in `folder`, and count. Everything it starts is stopped when it returns or raises."""
     if options.nodes < 6:
         raise ConfigError("chaos takes at least 6 nodes: two for each of three spans")
     with LocalNet(folder, say) as net:
@@ -225,39 +262,21 @@ def run_chaos(options: ChaosOptions, folder: Path, say: Callable[[str], None]) -
                 victim.node.wait()
             say(f"{options.nodes} nodes serve")
             key, _ = net.client_key()
-            return asyncio.run(_suffer(net, faults, key, options, say))
+            settings = replace(net.settings(), max_cost=CLIENT_TOKENS, notify=say)
+            asyncio.run(_suffer(faults, key, settings, options, say, tally))
 
 
 async def _suffer(
-    net: LocalNet, faults: Faults, key: Any, options: ChaosOptions, say: Callable[[str], None]
-) -> dict[str, Any]:
-    settings = replace(net.settings(), max_cost=CLIENT_TOKENS, notify=say)
+    faults: Faults, key: Key, settings: Settings, options: ChaosOptions, say: Callable[[str], None], tally: Tally
+) -> None:
     async with AsyncClient(key, settings) as client:
-        chaos = Chaos(net, faults, client, options, say)
-        found = await chaos.run()
-    for leak in found:
+        await Chaos(faults, client, options, say, tally).run()
+    for leak in tally.leaks:
         say(f"LEFT: {leak}")
-    tally = chaos.tally
-    gaps = sorted(tally.gaps)
-    return {
-        "sessions": tally.sessions,
-        "kills": tally.faults["kill"],
-        "hangs": tally.faults["hang"],
-        "cuts": tally.faults["cut"] + tally.faults["flap"],
-        "late": tally.faults["late"],
-        "drains": tally.faults["drain"],
-        "answers_identical": tally.identical,
-        "answers_different": tally.different,
-        "lost": len(tally.lost),
-        "not_opened_at_once": tally.not_opened,
-        "leaks": len(found),
-        "worst_gap_s": round(gaps[-1], 2) if gaps else None,
-        "median_gap_s": round(gaps[len(gaps) // 2], 4) if gaps else None,
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status is 0 when nothing was lost, nothing differed and nothing leaked."""
+    """The exit status is 0 when nothing was lost, nothing differed and nothing leaked. JSON is the last line anyway."""
     usual = ChaosOptions()
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=usual.minutes)
@@ -279,10 +298,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:7.2f} {text}", file=sys.stderr, flush=True)
 
+    tally = Tally()
     with tempfile.TemporaryDirectory(prefix="tallystick-chaos-") as temporary:
-        result = run_chaos(chaos, options.folder or Path(temporary), (lambda _: None) if options.json else say)
-    print(json.dumps(result))
-    return 1 if result["answers_different"] or result["lost"] or result["leaks"] else 0
+        try:
+            run_chaos(chaos, options.folder or Path(temporary), (lambda _: None) if options.json else say, tally)
+        except Exception as error:
+            log.exception("the run broke off")
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            tally.broken = f"{type(error).__name__}: {error}"
+    print(json.dumps(tally.told()))
+    return 0 if tally.is_clean else 1
 
 
 if __name__ == "__main__":
