@@ -21,15 +21,15 @@ from tallystick.network import Network, Survey
 from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
 from tallystick.prefixes import Prefix, Prefixes
-from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.choice import checkable
 from tallystick.routing.cost import Workload
 from tallystick.routing.planner import as_whole
 from tallystick.routing.reputation import Reputation
 from tallystick.routing.route import Route, choose, route_over
-from tallystick.session import Session
-from tallystick.setting import Setting, Sides
+from tallystick.session.repair import RolledBack
+from tallystick.session.session import Session
+from tallystick.session.setting import Setting, Sides
 from tallystick.speculation.drafters import Drafter
 from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from tallystick.routing.candidates import Candidate
-from tallystick.session import Session
+from tallystick.session.session import Session
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest

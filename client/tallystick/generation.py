@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from tallystick.repair import RolledBack
-from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
-from tallystick.session import Session
+from tallystick.session.repair import RolledBack
+from tallystick.session.ring import Ring
+from tallystick.session.session import Session
 from tallystick.speculation.drafters import Drafter
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick.tokens import TextStream

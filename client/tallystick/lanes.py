@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from tallystick.openings import AUDITOR_PRICE_FACTOR
 from tallystick.payments import Need, Purse
-from tallystick.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors, draw, stand_ins
 from tallystick.routing.planner import no_route
+from tallystick.session.openings import AUDITOR_PRICE_FACTOR
+from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick.verdict import Check, Verdict
 from tallystick_protocol.errors import (
     BadTensor,

@@ -11,7 +11,7 @@ import torch
 
 from harness.one_model import OneModel
 from tallystick.client import Encoded
-from tallystick.repair import RolledBack
+from tallystick.session.repair import RolledBack
 from tallystick.verdict import Verdict
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.manifest import Canary, Manifest, Pooling

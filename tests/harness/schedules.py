@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from harness.small_world import WIRE_S, Node, World
-from tallystick.session import Session
+from tallystick.session.session import Session
 from tallystick.verdict import Policy
 from tallystick_protocol.manifest import Numerics
 from tallystick_protocol.wire import Wire

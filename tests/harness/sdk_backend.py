@@ -19,7 +19,7 @@ import torch
 from harness import checkpoints
 from harness.checkpoints import Published, Session
 from tallystick.passes import Adapters, Hidden, Trace
-from tallystick.repair import RolledBack
+from tallystick.session.repair import RolledBack
 from tallystick.torch.causal_lm import NetworkModelForCausalLM
 from tallystick.verdict import Verdict
 from tallystick_model.gradients import Adapter, SpanGradients

@@ -17,11 +17,11 @@ from harness import samples
 from harness.in_memory import InMemory
 from harness.one_loop import End
 from tallystick.payments import Purse
-from tallystick.repair import RolledBack
-from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
-from tallystick.session import Session
-from tallystick.setting import Setting
+from tallystick.session.repair import RolledBack
+from tallystick.session.ring import Ring
+from tallystick.session.session import Session
+from tallystick.session.setting import Setting
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick.verdict import Policy, Verdict
 from tallystick_model.segments import Segment

@@ -24,8 +24,8 @@ from conftest import Running
 from harness.waiting import eventually
 from tallystick import AsyncClient, Sampling, Token
 from tallystick.generation import Answer, Stream
+from tallystick.session.watch import STEP_LIMIT_S
 from tallystick.verdict import Policy
-from tallystick.watch import STEP_LIMIT_S
 from tallystick_devnet.demo import default_model
 from tallystick_devnet.faults import Faults, Victim
 from tallystick_devnet.leaks import Holdings, holdings, leaks

@@ -13,7 +13,7 @@ from conftest import Running
 from harness.waiting import eventually
 from tallystick import AsyncClient, Retracted, Sampling, Token
 from tallystick.generation import Answer
-from tallystick.ring import AHEAD, Ring
+from tallystick.session.ring import AHEAD, Ring
 from tallystick.verdict import Verdict
 from tallystick_devnet.localnet import READY_TIMEOUT_S
 from tallystick_protocol.errors import ConfigError

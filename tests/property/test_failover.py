@@ -15,8 +15,8 @@ import torch
 from harness.schedules import Moments, Schedule, draw, suffer
 from harness.small_models import Models, fast
 from harness.small_world import PRICE, World, audited, generate
-from tallystick.ring import Ring
-from tallystick.session import Session
+from tallystick.session.ring import Ring
+from tallystick.session.session import Session
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick_protocol.errors import NoAuditor, NoRoute, TallystickError
 from tallystick_protocol.receipts import leaf, merkle_root

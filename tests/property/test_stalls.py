@@ -14,8 +14,8 @@ import torch
 
 from harness.small_models import Models, fast
 from harness.small_world import Node, World, generate
-from tallystick import remote
-from tallystick.session import Session
+from tallystick.session import remote
+from tallystick.session.session import Session
 from tallystick_node.session.hop import IDLE_TIMEOUT_S, Hop
 from tallystick_protocol.errors import Unreachable
 from tallystick_protocol.types import Address

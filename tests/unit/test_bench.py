@@ -20,7 +20,7 @@ from typing import TypeVar
 import pytest
 
 from harness import checkpoints, samples
-from tallystick.remote import Remote
+from tallystick.session.remote import Remote
 from tallystick_devnet.bench import routes
 from tallystick_devnet.bench.accounts import Account, Sampler, counted, divided, kind_of
 from tallystick_devnet.bench.asking import Timed, longest_stall, rate_together

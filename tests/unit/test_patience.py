@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tallystick.patience import ENOUGH, Patience
-from tallystick.watch import FRAME_LIMIT_S, STEP_FLOOR_S, STEP_LIMIT_S, Progress
+from tallystick.session.patience import ENOUGH, Patience
+from tallystick.session.watch import FRAME_LIMIT_S, STEP_FLOOR_S, STEP_LIMIT_S, Progress
 
 
 def test_before_enough_is_known_the_limit_is_the_highest_that_there_is() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from harness import samples
 from tallystick.payments import Need, Purse
-from tallystick.remote import Opening, Remote, Standing
+from tallystick.session.remote import Opening, Remote, Standing
 from tallystick_node.session.record import Record
 from tallystick_node.session.windows import Terms as NodeTerms
 from tallystick_node.session.windows import Windows

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from harness import samples
-from tallystick.openings import Openings
 from tallystick.routing.candidates import Candidate, Expected, Weights
 from tallystick.routing.choice import auditors, checkable, draw, stand_ins
 from tallystick.routing.cost import Workload, route_s
 from tallystick.routing.planner import plan
 from tallystick.routing.route import SPREAD, choose, standbys, successors
+from tallystick.session.openings import Openings
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Digest, Span, Wei
 

@@ -35,7 +35,7 @@ class Encoded(Protocol):
 
 
 class Decoder(Protocol):
-    """An open causal session and its forks, one a beam. Any call may raise `tallystick.repair.RolledBack`."""
+    """An open causal session and its forks, one a beam. Any call may raise `tallystick.session.repair.RolledBack`."""
 
     verdict: Verdict
     manifest: Manifest

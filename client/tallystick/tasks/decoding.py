@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tallystick.repair import RolledBack
 from tallystick.routing.candidates import Candidate
+from tallystick.session.repair import RolledBack
 from tallystick.tasks.backend import Backend, Decoder, Row, Served, check_length, check_rows, merge
 from tallystick.tasks.beams import BeamSearch
 from tallystick.tasks.processors import Rule, log_softmax, process, rules

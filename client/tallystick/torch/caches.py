@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from tallystick.repair import RolledBack
+from tallystick.session.repair import RolledBack
 from tallystick.torch.backend import Backend, Decoding, side_by_side
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import ContextLengthExceeded, CorruptResult

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tallystick.client import AUDIT_PROBABILITY, AsyncClient
 from tallystick.payments import Purse
-from tallystick.remote import Remote
+from tallystick.session.remote import Remote
 from tallystick_devnet.bench.accounts import Account
 from tallystick_devnet.bench.wires import Wires
 from tallystick_devnet.localchain import ETHER

@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tallystick.prefixes import Prefix
-from tallystick.remote import Remote
-from tallystick.repair import SETTLE_TIMEOUT_S
+from tallystick.session.remote import Remote
+from tallystick.session.repair import SETTLE_TIMEOUT_S
 from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 COMPUTED_TIMEOUT_S = 60.0
 FORK_REFUSALS = ("bad_position", "session_unknown", "rejected", "overloaded")

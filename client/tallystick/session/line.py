@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from tallystick.patience import Patience
+from tallystick.session.patience import Patience
 from tallystick_protocol.errors import Departed, InternalError, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.peer import Channel, expect

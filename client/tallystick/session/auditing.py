@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tallystick.checks import agree, same_work
-from tallystick.remote import Hearing, Remote
 from tallystick.routing.candidates import Candidate
+from tallystick.session.remote import Hearing, Remote
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind
@@ -22,7 +22,7 @@ from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import WINDOW, Address
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tallystick.setting import Setting
+from tallystick.session.setting import Setting
 from tallystick_protocol.errors import CorruptResult
 from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.sampling import parse_top_k

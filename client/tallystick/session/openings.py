@@ -11,12 +11,12 @@ from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tallystick.auditing import Audit
 from tallystick.payments import Need
-from tallystick.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors, draw
 from tallystick.routing.route import successors
+from tallystick.session.auditing import Audit
+from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
 from tallystick_protocol.errors import (
     ChainError,
     ConfigError,
@@ -29,7 +29,7 @@ from tallystick_protocol.errors import (
 from tallystick_protocol.types import ZERO_ADDRESS, Address
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from tallystick_protocol.sampling import Sampling, pick
 from tallystick_protocol.types import WINDOW, Address
 
 if TYPE_CHECKING:
-    from tallystick.remote import Remote
-    from tallystick.session import Session
+    from tallystick.session.remote import Remote
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -13,19 +13,19 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
-from tallystick.auditing import Audit, Disagreement
-from tallystick.migration import FILL_TIMEOUT_S, Migration
-from tallystick.openings import LOOK_OUT_S
-from tallystick.remote import Remote
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors
+from tallystick.session.auditing import Audit, Disagreement
+from tallystick.session.migration import FILL_TIMEOUT_S, Migration
+from tallystick.session.openings import LOOK_OUT_S
+from tallystick.session.remote import Remote
 from tallystick.verdict import Accusation, Check
 from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, NoAuditor, TallystickError
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

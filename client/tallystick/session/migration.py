@@ -7,16 +7,16 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING
 
-from tallystick.auditing import send_kept
 from tallystick.checks import check_input
-from tallystick.remote import Hearing, Remote
 from tallystick.routing.candidates import Candidate
+from tallystick.session.auditing import send_kept
+from tallystick.session.remote import Hearing, Remote
 from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import Frame
 from tallystick_protocol.receipts import Receipt
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tallystick.checks import Terms
-from tallystick.line import COMMAND_TIMEOUT_S, Comeback, Line
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
+from tallystick.session.line import COMMAND_TIMEOUT_S, Comeback, Line
 from tallystick_protocol.errors import (
     BadFrame,
     CorruptResult,

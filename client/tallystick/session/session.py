@@ -12,21 +12,21 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tallystick.admission import has_class
-from tallystick.auditing import Audit
-from tallystick.books import Books
-from tallystick.farewells import Farewells
-from tallystick.openings import Openings
 from tallystick.prefixes import Prefix
-from tallystick.remote import Hearing, Remote
-from tallystick.repair import SETTLE_TIMEOUT_S, Repair
-from tallystick.results import Results
-from tallystick.rewinding import Rewinding
-from tallystick.ring import Ring
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.monitor import Monitor
-from tallystick.setting import Setting
+from tallystick.session.auditing import Audit
+from tallystick.session.books import Books
+from tallystick.session.farewells import Farewells
+from tallystick.session.openings import Openings
+from tallystick.session.remote import Hearing, Remote
+from tallystick.session.repair import SETTLE_TIMEOUT_S, Repair
+from tallystick.session.results import Results
+from tallystick.session.rewinding import Rewinding
+from tallystick.session.ring import Ring
+from tallystick.session.setting import Setting
+from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
-from tallystick.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick_protocol.errors import (
     TallystickError,
     Unreachable,

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from tallystick.remote import Remote
+from tallystick.session.remote import Remote
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.frames import Frame, Kind
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

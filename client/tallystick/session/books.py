@@ -10,16 +10,16 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from tallystick.auditing import Audit, Disagreement, arbitrate
 from tallystick.checks import check_input, check_output, check_terms
-from tallystick.remote import Remote
+from tallystick.session.auditing import Audit, Disagreement, arbitrate
+from tallystick.session.remote import Remote
 from tallystick_protocol.errors import CorruptResult, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import WINDOW, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 

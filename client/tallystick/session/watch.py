@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tallystick.patience import Patience
-from tallystick.remote import Remote
+from tallystick.session.patience import Patience
+from tallystick.session.remote import Remote
 from tallystick_protocol.errors import Unreachable
 
 if TYPE_CHECKING:
-    from tallystick.session import Session
+    from tallystick.session.session import Session
 
 log = logging.getLogger(__name__)
 
