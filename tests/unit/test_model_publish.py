@@ -159,6 +159,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "safetensors",
     ),
     "json": (lambda f: (f / "config.json").write_text("{"), "JSON"),
+    "config of many lists": (
+        lambda f: change_config(f, hidden_size=json.loads("[" * 400 + "]" * 400)),
+        "nested too deeply",
+    ),
+    "only a file for another program": (lambda f: (f / "model.safetensors").rename(f / "m.gguf"), "publish that file"),
     "config is no object": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "header of 2 GB": (lambda f: reframe(f, length=1 << 31), "safetensors"),
     "header is no JSON": (lambda f: reframe(f, raw=b"{"), "safetensors"),

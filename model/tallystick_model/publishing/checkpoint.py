@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tallystick_protocol.errors import ManifestError
 
 MAX_JSON_BYTES = 64 << 20
+MAX_CONFIG_DEPTH = 16
 CHUNK_BYTES = 16 << 20
 """Bytes of a tensor that are in memory at a time."""
 
@@ -63,6 +64,8 @@ class Checkpoint:
         if not isinstance(config, dict):
             self._refuse_pickles()
             raise ManifestError(f"{folder} has no config.json: publish a Hugging Face checkpoint folder")
+        if _depth(config) > MAX_CONFIG_DEPTH:
+            raise ManifestError("config.json is nested too deeply")
         self.config: dict[str, Any] = config
         self._tensors = self._index()
 
@@ -80,18 +83,22 @@ class Checkpoint:
         if (dtype := TORCH_DTYPES.get(stored.dtype)) is None:
             raise ManifestError(f"{name} is {stored.dtype}; {', '.join(TORCH_DTYPES)} can be read")
         rows = stored.shape[0] if stored.shape else 1
-        row_shape = stored.shape[1:]
-        row_bytes = math.prod(row_shape) * dtype.itemsize
-        step = max(1, CHUNK_BYTES // max(1, row_bytes))
+        step = max(1, CHUNK_BYTES // max(1, math.prod(stored.shape[1:]) * dtype.itemsize))
+        for first in range(0, rows, step):
+            chunk = self.rows(name, first, min(step, rows - first), dtype)
+            yield chunk if stored.shape else chunk.view(())
+
+    def rows(self, name: str, first: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of a tensor (first dimension), whose values have that dtype. Raises ManifestError."""
+        stored = self._tensors[name]
+        row_bytes = math.prod(stored.shape[1:]) * dtype.itemsize
+        data = bytearray(count * row_bytes)
         with stored.file.open("rb") as file:
-            file.seek(stored.offset)
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                data = bytearray(count * row_bytes)
-                if file.readinto(data) != len(data):
-                    raise ManifestError(f"{stored.file.name} ends within {name}: download it again")
-                chunk = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-                yield chunk.view(count, *row_shape) if stored.shape else chunk.view(())
+            file.seek(stored.offset + first * row_bytes)
+            if file.readinto(data) != len(data):
+                raise ManifestError(f"{stored.file.name} ends within {name}: download it again")
+        chunk = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return chunk.view(count, *stored.shape[1:])
 
     def fingerprint(self) -> list[list[Any]]:
         """The folder's own files and what they link to; subfolders hold nothing that is published but pooling."""
@@ -149,6 +156,12 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path.name} is not JSON: {str(error)[:80]}") from None
+
+
+def _depth(value: Any) -> int:
+    """How deeply objects and lists are nested; the parser has bounded it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _tensors_of(path: Path) -> dict[str, _Stored]:
