@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import inspect
 import re
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.initialization import no_init_weights
 
-from tallystick_model.config import KEPT, build_config, model_class
+from tallystick_model.architectures import model_class
+from tallystick_model.config import build_config
+from tallystick_model.config_keys import KEPT
+from tallystick_model.weightless import expect_tables, weightless
 from tallystick_protocol.errors import ManifestError
 
 BUILD_ERRORS = (
@@ -26,8 +26,6 @@ BUILD_ERRORS = (
     ImportError,
 )  # fmt: skip
 """What transformers raises over configs that make no sense."""
-
-_building = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +85,9 @@ def build_skeleton(
     if labels:
         config.num_labels = len(labels)
     try:
-        with _building, _parameters_on_meta(), no_init_weights(), _default_dtype(dtype):
+        with weightless(dtype):
             model = cls(config)
+        expect_tables(model)
         model.eval().requires_grad_(False)
         _settle_dtypes(model, dtype)
         ties = _untie(model)
@@ -198,37 +197,7 @@ def _settle_dtypes(model: Any, dtype: torch.dtype) -> None:
             _replace_tensor(model, name, tensor.to(wanted))
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _persistent_buffers_to_meta(model: Any) -> None:
     for name, tensor in named_weights(model).items():
         if tensor.device.type != "meta" and tensor.is_floating_point():
             _replace_tensor(model, name, tensor.to("meta"))
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """While held, every parameter that a module registers goes to meta (as accelerate's init_empty_weights does).
-
-    Its memory is never touched: modules fill their parameters after they have registered them.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and param.device.type != "meta":
-            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]

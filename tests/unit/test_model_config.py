@@ -8,7 +8,8 @@ import pytest
 import transformers
 
 from harness.checkpoints import SMALL
-from tallystick_model.config import build_config, checkpoint_config, model_class
+from tallystick_model.architectures import model_class
+from tallystick_model.config import build_config, checkpoint_config
 from tallystick_protocol.errors import ManifestError
 
 GOOD = checkpoint_config(transformers.LlamaConfig(**SMALL).to_dict())

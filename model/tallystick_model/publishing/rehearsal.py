@@ -16,8 +16,9 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from tallystick_model.anatomy import Anatomy, dissect
+from tallystick_model.architectures import model_class
 from tallystick_model.canonical.kernels import flushing_denormals
-from tallystick_model.config import build_config, model_class
+from tallystick_model.config import build_config
 from tallystick_model.loader import assemble, vocabulary
 from tallystick_model.probe import ordinary_id
 from tallystick_model.publishing.shrinking import shrink

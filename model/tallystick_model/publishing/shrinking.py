@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tallystick_model.config import PER_LAYER
+from tallystick_model.config_keys import PER_LAYER
 
 _SIZES: dict[int, str] = {
     64: """hidden_size d_model n_embd dim emb_dim embedding_size embedding_dim word_embed_proj_dim mamba_d_ssm
