@@ -76,8 +76,8 @@ def _name_of(checkpoint: Path) -> str:
 
 def carry_out(plan: Plan, store: Store, job: Job, progress: Report) -> Manifest:
     """Write what was planned; returns the manifest, which is in the store. Goes on from the job's notes."""
-    if left_out := plan.left_out():
-        progress(Progress("note", left_out, 0, 0, None))
+    for note in plan.notes():
+        progress(Progress("note", note, 0, 0, None))
     files = {name: _kept(content, store) for name, content in sorted(plan.companions.files.items())}
     draft = plan.draft(_write(plan, store, job, progress), files)
     meter = Meter(progress, "canary", sum(piece.bytes for piece in draft.pieces if piece.kind == "layer"))

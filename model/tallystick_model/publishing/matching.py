@@ -20,9 +20,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from tallystick_model.anatomy import Anatomy
-from tallystick_model.config import KEPT
+from tallystick_model.config_keys import KEPT
 from tallystick_model.publishing.checkpoint import CHUNK_BYTES, TORCH_DTYPES, TensorSource
 from tallystick_model.publishing.computed import computed_weights
+from tallystick_model.publishing.leftovers import Leftovers
 from tallystick_model.skeleton import BUILD_ERRORS, Skeleton
 from tallystick_protocol.errors import ManifestError
 
@@ -42,10 +43,12 @@ class _Recipe:
 
 
 class Weights:
-    """The weights of a model as a checkpoint holds them."""
+    """The weights of a model as a checkpoint holds them. left_out: its tensors that make no weight of the model."""
 
-    def __init__(self, source: TensorSource, skeleton: Skeleton, recipes: dict[str, _Recipe]) -> None:
-        self._source, self._skeleton, self._recipes = source, skeleton, recipes
+    def __init__(
+        self, source: TensorSource, skeleton: Skeleton, recipes: dict[str, _Recipe], left_out: tuple[str, ...] = ()
+    ) -> None:
+        self._source, self._skeleton, self._recipes, self.left_out = source, skeleton, recipes, left_out
         self._shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.weights().items()}
 
     def spec(self, name: str) -> tuple[str, tuple[int, ...]]:
@@ -97,7 +100,7 @@ def match(source: TensorSource, skeleton: Skeleton, anatomy: Anatomy) -> Weights
     Raises ManifestError naming what is missing, doubled, unknown or of another shape or dtype, and a tied weight stored
     twice with two values.
     """
-    found = _recipes(source, skeleton)
+    found, left_out = _recipes(source, skeleton)
     _settle_ties(source, found, skeleton.ties)
     elsewhere = anatomy.tied.keys() | anatomy.aliases.keys()
     needed = {name for name in anatomy.roles if name not in elsewhere}
@@ -109,11 +112,21 @@ def match(source: TensorSource, skeleton: Skeleton, anatomy: Anatomy) -> Weights
     weights = skeleton.weights()
     for name in sorted(needed):
         _check(source, name, found[name], weights[name])
-    return Weights(source, skeleton, {name: found[name] for name in needed})
+    return Weights(source, skeleton, {name: found[name] for name in needed}, left_out)
 
 
-def _recipes(source: TensorSource, skeleton: Skeleton) -> dict[str, _Recipe]:
+def unmade(source: TensorSource, skeleton: Skeleton) -> set[str]:
+    """The weights of a model that no tensor of a checkpoint makes, needed or not. Raises as `match` does."""
+    found, _ = _recipes(source, skeleton)
+    _settle_ties(source, found, skeleton.ties)
+    missing = skeleton.weights().keys() - found.keys()
+    return missing - computed_weights(skeleton, missing).keys()
+
+
+def _recipes(source: TensorSource, skeleton: Skeleton) -> tuple[dict[str, _Recipe], tuple[str, ...]]:
+    """How each weight is made, and which tensors make none. Raises ManifestError for one that nobody knows."""
     weights, prefix = skeleton.weights(), skeleton.model.base_model_prefix
+    leftovers, left_out = Leftovers(skeleton), list[str]()
     table = get_model_conversion_mapping(skeleton.model)
     renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in table if isinstance(entry, WeightConverter)]
@@ -130,7 +143,8 @@ def _recipes(source: TensorSource, skeleton: Skeleton) -> dict[str, _Recipe]:
             continue
         name = name if name in weights else plain or ""
         if not name:
-            _expect_droppable(stored, skeleton, prefix)
+            leftovers.expect(stored, source.spec(stored)[1], _spellings(stored, prefix))
+            left_out.append(stored)
         elif name in found:
             raise ManifestError(f"the checkpoint holds {name} twice, as {found[name].stored[0][0]} and {stored}")
         else:
@@ -139,7 +153,7 @@ def _recipes(source: TensorSource, skeleton: Skeleton) -> dict[str, _Recipe]:
         if recipe.conversion is not None:
             first, *others = recipe.conversion.target_patterns
             found |= {name.replace(first, other): recipe for other in others if name.replace(first, other) in weights}
-    return found
+    return found, tuple(left_out)
 
 
 def _check(source: TensorSource, name: str, recipe: _Recipe, weight: torch.Tensor) -> None:
@@ -163,20 +177,6 @@ def _spellings(stored: str, prefix: str) -> Iterable[str]:
         yield name
         yield f"{prefix}.{name}"
         yield name.removeprefix(f"{prefix}.")
-
-
-def _expect_droppable(stored: str, skeleton: Skeleton, prefix: str) -> None:
-    """Tables that the model computes itself may be left out; anything else is refused."""
-    buffers = {name for name, _ in skeleton.model.named_buffers()}
-    patterns = skeleton.model._keys_to_ignore_on_load_unexpected or ()
-    if any(name in buffers for name in _spellings(stored, prefix)) or any(re.search(p, stored) for p in patterns):
-        return
-    if stored.endswith(("rotary_emb.inv_freq", "embeddings.position_ids")):
-        return
-    raise ManifestError(
-        f"the checkpoint holds {stored}, which {type(skeleton.model).__name__} does not have: "
-        "is `architectures` in config.json right?"
-    )
 
 
 def as_stored(config: dict[str, Any], source: TensorSource) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from tallystick_model.anatomy import LINEAR_TYPES, Anatomy, dissect
-from tallystick_model.config import checkpoint_config
+from tallystick_model.config import read_checkpoint
 from tallystick_model.loader import vocabulary
 from tallystick_model.publishing.canary import CANARY_TEXT, canary_ids
 from tallystick_model.publishing.checkpoint import TensorSource
+from tallystick_model.publishing.choosing import architecture_of, suggesting
 from tallystick_model.publishing.companions import Companions, companions, pooling
 from tallystick_model.publishing.context import max_length
 from tallystick_model.publishing.generation import generation_settings
@@ -45,8 +46,10 @@ class Plan:
         self.source, self.numerics = source, numerics
         self.name = _printable("name", name)
         self.licence = _printable("licence", licence or find_licence(source))
-        self.architecture = architecture or _architecture(source)
-        self.config = as_stored(checkpoint_config(source.config), source)
+        read = read_checkpoint(source.config)
+        self.unread = read.left_out
+        self.config = as_stored(read.values, source)
+        self.architecture = architecture_of(source, self.config, architecture)
         self.task = task_of(self.config, self.architecture)
         self.labels = labels_of(source.config, self.task)
         self.skeleton: Skeleton = build_skeleton(self.config, self.architecture, self.labels)
@@ -58,7 +61,8 @@ class Plan:
         self.generation = generation_settings(source, self.vocab, needs_eos=generates)
         self.quantization = _quantization(quantize)
         self.encoding = self._encoding()
-        self.weights: Weights = match(Outline(source), self.skeleton, self.anatomy)
+        with suggesting(source, self.config, self.architecture):
+            self.weights: Weights = match(Outline(source), self.skeleton, self.anatomy)
         self.companions = Companions({}, ())
 
     def check(self, store: Store, written: Collection[str], scratch: Path) -> None:
@@ -88,13 +92,19 @@ class Plan:
         number = int(reader.piece.removeprefix("layer.")) if reader.piece.startswith("layer.") else 0
         return Piece(kinds.get(reader.piece, "layer"), number, cid, reader.size, reader.tensors)
 
-    def left_out(self) -> str:
-        """What of the model is not published, since nothing that is served depends on it: towers, poolers."""
-        shapes, unused = self.skeleton.weights(), self.anatomy.unused
-        if not unused:
-            return ""
-        count = sum(shapes[name].numel() for name in unused)
-        return f"{len(unused)} weights ({count:,} values), {unused[0]} first, have no part in text and are left out"
+    def notes(self) -> list[str]:
+        """What of the checkpoint is not published: what nothing that is served depends on, and what nothing reads."""
+        shapes, unused, others = self.skeleton.weights(), self.anatomy.unused, self.weights.left_out
+        notes = []
+        if unused:
+            values = f"{len(unused)} weights ({sum(shapes[name].numel() for name in unused):,} values)"
+            notes.append(f"{values}, {unused[0]} first, have no part in text and are left out")
+        if others:
+            what = f"tables that {self.architecture} computes, or weights of another class of its model type"
+            notes.append(f"{len(others)} tensors, {others[0][:100]!r} first, are left out: {what}")
+        if self.unread:
+            notes.append(f"config keys that nothing in transformers reads are left out: {', '.join(self.unread)[:600]}")
+        return notes
 
     def draft(self, pieces: list[Piece], tokenizer: dict[str, FileRef]) -> Manifest:
         """The manifest without its canary and norms."""
@@ -169,10 +179,3 @@ def _printable(what: str, text: str) -> str:
     if not 0 < len(text) <= 200 or not text.isprintable():
         raise ManifestError(f"the {what} {text[:40]!a} is not printable text of 1 to 200 characters: give a --{what}")
     return text
-
-
-def _architecture(source: TensorSource) -> str:
-    named = source.config.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
-        raise ManifestError("config.json must name one class in `architectures`; else say it with --architecture")
-    return named[0]
