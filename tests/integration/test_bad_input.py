@@ -508,8 +508,8 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], dict[str, str | None], str]] = {
     "nobody who has the manifest": ((*GENERATE, "a"), {"source": None}, r"nobody serves this model and no source"),
     "a source that lies": ((*GENERATE, "a"), {"source": "{lying}"}, r"sent wrong bytes"),
     "a source that is none": ((*GENERATE, "a"), {"source": "gopher://a"}, r"is not a gateway"),
-    "a checkpoint that is not there": (("publish", "/nowhere"), {}, r"/nowhere"),
-    "a folder that is no checkpoint": (("publish", "{folder}"), {}, r"config.json"),
+    "a checkpoint that is not there": (("publish", "/nowhere", "--no-register"), {}, r"/nowhere"),
+    "a folder that is no checkpoint": (("publish", "{folder}", "--no-register"), {}, r"config.json"),
 }
 
 
