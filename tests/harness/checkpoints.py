@@ -86,6 +86,14 @@ def save(cls: Any, config: Any, folder: Path, seed: int, dtype: torch.dtype = to
 
 def add_companions(folder: Path) -> None:
     """Tokenizer, generation config and licence."""
+    tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n\nRandom weights, for tests.\n")
+
+
+def tokenizer() -> Tokenizer:
+    """All bytes, <s>, </s>, and what TEXT merges of them: 300 tokens at most."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
@@ -93,10 +101,7 @@ def add_companions(folder: Path) -> None:
         vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    (folder / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 1}')
-    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n\nRandom weights, for tests.\n")
+    return tokenizer
 
 
 def change_config(folder: Path, **changes: Any) -> None:

@@ -1,4 +1,5 @@
-"""Turning a slow tokenizer's files into tokenizer.json with transformers' own converters: runs in the worker."""
+"""Turning a slow tokenizer's files, or a GGUF file's, into tokenizer.json with transformers' own converters: runs in
+the worker."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tallystick_model.sandbox.gguf_tokens import fit
 from tallystick_model.sandbox.limited import Limits, ask
 
 LIMITS = Limits(cpu_s=120, wall_s=300.0, memory_bytes=16 << 30, output_bytes=1 << 16)
@@ -32,4 +34,8 @@ def convert(request: dict[str, Any]) -> bool:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} has no form that tokenizer.json can hold")
     tokenizer.save_pretrained(request["out"])
+    if request["gguf"]:
+        from transformers.integrations.gguf import get_gguf_tokenizer
+
+        fit(Path(request["out"]), get_gguf_tokenizer(f"{request['folder']}/{request['gguf']}")[1]["tokens"])
     return True
