@@ -12,6 +12,7 @@ from tallystick_model.publishing.canary import Walk, canary_ids
 from tallystick_model.publishing.checkpoint import Checkpoint, TensorSource
 from tallystick_model.publishing.gguf import GgufCheckpoint
 from tallystick_model.publishing.job import Job, open_job
+from tallystick_model.publishing.mxfp4 import Mxfp4Checkpoint, is_mxfp4
 from tallystick_model.publishing.plan import Plan, Quantize
 from tallystick_model.publishing.progress import Meter, Progress, Report, quiet
 from tallystick_protocol.content.cid import Codec
@@ -47,7 +48,7 @@ def publish(
         elif work is None:
             work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tallystick-publish-")))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tallystick-tokenizer-")))
-        source: TensorSource = GgufCheckpoint(checkpoint, scratch) if _is_gguf(checkpoint) else Checkpoint(checkpoint)
+        source = _source_of(checkpoint, scratch)
         plan = Plan(
             source, name=name or _name_of(checkpoint), licence=licence, numerics=numerics, quantize=quantize,
             architecture=architecture,
@@ -64,6 +65,13 @@ def publish(
         manifest = carry_out(plan, store, job, progress)
         finish(manifest)
         return manifest
+
+
+def _source_of(checkpoint: Path, scratch: Path) -> TensorSource:
+    if _is_gguf(checkpoint):
+        return GgufCheckpoint(checkpoint, scratch)
+    folder = Checkpoint(checkpoint)
+    return Mxfp4Checkpoint(checkpoint) if is_mxfp4(folder) else folder
 
 
 def _is_gguf(checkpoint: Path) -> bool:

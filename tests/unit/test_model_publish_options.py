@@ -143,6 +143,35 @@ def test_experts_that_a_checkpoint_stores_one_by_one_become_one_tensor(tmp_path:
     assert any("experts" in name and name.endswith(SCALE) for piece in small.pieces for name in piece.tensors)
 
 
+def test_experts_in_mxfp4_are_what_their_four_bits_say(tmp_path: Path) -> None:
+    sizes = {**checkpoints.SMALL, **checkpoints.ENDS, "num_hidden_layers": 2, "hidden_size": 64, "head_dim": 16}
+    config = transformers.GptOssConfig(**sizes | {"intermediate_size": 96, "num_local_experts": 4})
+    folder = checkpoints.save(transformers.GptOssForCausalLM, config, tmp_path / "checkpoint", 0)
+    tensors = load_file(folder / "model.safetensors")
+    table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    table = torch.cat([table, -table])
+    expected = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, out = tensors.pop(name).shape
+        nibbles = torch.randint(0, 16, (experts, out, width // 32, 32), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (experts, out, width // 32), dtype=torch.uint8)
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scales
+        values = table[nibbles.long()] * 2.0 ** (scales.float() - 127)[..., None]
+        expected[name] = values.flatten(-2).transpose(1, 2).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    change_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    served = published(folder, tmp_path)
+    layers = [load_file(served.open_piece(piece)) for piece in served.manifest.pieces if piece.kind == "layer"]
+    held = {name: tensor for layer in layers for name, tensor in layer.items() if name in expected}
+    assert held.keys() == expected.keys() and {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+    assert all(torch.equal(held[name].float(), expected[name]) for name in expected)
+    name = min(expected)
+    tensors[f"{name}_scales"] = tensors[f"{name}_scales"][..., 1:].contiguous()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ManifestError, match="are not MXFP4"):
+        published(folder, tmp_path / "again")
+
+
 TASKS = {
     "MaskedLM": ("fill-mask", "logits", ()),
     "SequenceClassification": ("text-classification", "label", ("no", "yes")),
@@ -268,6 +297,19 @@ def test_what_fails_at_the_end_is_made_good_by_the_same_command(
     assert finished == [plain.manifest]
     assert {(one.stage, one.rate) for one in seen} == {("pieces", None), ("canary", None), ("done", None)}
     assert [path for path in (tmp_path / "store" / "publishing").rglob("*") if path.is_file()] == []
+
+
+def test_two_do_not_publish_the_same_at_once(folder: Path, plain: Published, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def try_too(progress: Progress) -> None:
+        if progress.stage == "pieces" and not refused:
+            with pytest.raises(ConfigError) as error:
+                published(folder, tmp_path)
+            refused.append(error.value.message)
+
+    assert published(folder, tmp_path, progress=try_too).manifest == plain.manifest
+    assert "another process publishes this checkpoint" in refused[0]
 
 
 def test_speed_and_time_are_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
