@@ -123,11 +123,11 @@ class Machine(RuleBasedStateMachine):
                 self.record.crop(length)
             return
         self.record.crop(length)
-        self.windows.crop()
+        self.windows.crop(length)
         del self.rows[length:]
         keep = 0 if self.one_shot else length // WINDOW
         del self.standing[keep:]
-        self.heard = {index: receipt for index, receipt in self.heard.items() if index < keep}
+        self.heard = {index: receipt for index, receipt in self.heard.items() if index < length // WINDOW}
         self.flush_to = 0
 
     @precondition(lambda self: self.upstream != ZERO_ADDRESS)

@@ -181,6 +181,36 @@ def test_a_hop_that_keeps_the_rows_that_it_says_it_has_is_found_out(models: Mode
     assert keeper[0] in told.replaced and len(told.replaced) == 2
 
 
+def test_a_crop_that_overtakes_a_replay_leaves_what_stands_before_it(models: Models, tmp_path: Path) -> None:
+    """A hop dies among drafts; some of them are wrong, and dropped while the node in its place is being filled."""
+
+    async def with_drafts(drafts: list[int]) -> tuple[list[int], float]:
+        world = models.world(tmp_path / str(len(drafts)))
+        for node in world.nodes.values():
+            node.device.row_s = 0.02
+        session = await world.session()
+        (first,) = await generate(session, LONG, 1)
+        await session.feed([first, *drafts], [True] * (1 + len(drafts)))
+        began = time.monotonic()
+        if drafts:
+            await asyncio.sleep(0.5)  # results are on their way
+            await at(world, session, 1).kill()
+            while not session.verdict.replaced:
+                session.news.clear()
+                await session.repair.mend_first()
+                await asyncio.sleep(0.01)
+            await session.drop(len(LONG) + 1)
+        more = await generate(session, [*LONG, first], 6)
+        took_s = time.monotonic() - began
+        await session.close()
+        await end(world)
+        return [first, *more], took_s
+
+    plain, _ = fast(lambda: with_drafts([]))
+    ids, took_s = fast(lambda: with_drafts([1, 2, 3]))
+    assert ids == plain and took_s < 20
+
+
 def test_who_is_only_named_by_another_hop_is_replaced_and_not_thought_worse_of(models: Models, tmp_path: Path) -> None:
     named: list[Address] = []
 

@@ -155,7 +155,7 @@ def test_what_is_due_is_what_a_node_computed_over_any_history(seed: int) -> None
             length = coins.randrange(len(record) + 1)
             hop.crop(length, computed=len(record))
             record.crop(length)
-            windows.crop()
+            windows.crop(length)
         else:
             sign(coins.choice((1, 2, 99)))
         assert hop.rows_due <= computed

@@ -96,7 +96,7 @@ async def test_an_epoch_divides_what_a_crop_makes_void_from_what_follows_it() ->
         serving = asyncio.create_task(inbox.serve_push(push, 3))
         await settle()
         if crop_first:
-            inbox.enter(inbox.announce(0))
+            inbox.enter(inbox.announce(0), 4)
         for frame in (step(5), Frame(Kind.CROP, {"epoch": 4}), step(7)):
             push.frames.put_nowait(frame)
         if not crop_first:
@@ -105,11 +105,11 @@ async def test_an_epoch_divides_what_a_crop_makes_void_from_what_follows_it() ->
             waiting = asyncio.create_task(inbox.next())
             await settle()
             assert not waiting.done(), "rows of a later epoch wait for the client's own word"
-            inbox.enter(inbox.announce(4))
-            _, frame = await waiting
+            inbox.enter(inbox.announce(4), 4)
+            _, frame, _ = await waiting
         else:
             async with asyncio.timeout(5):
-                _, frame = await inbox.next()
+                _, frame, _ = await inbox.next()
         assert frame.position == 7 and push.sent[0].body == {"position": 0, "epoch": 3}
         push.frames.put_nowait(Frame(Kind.CLOSE))
         with pytest.raises(Unreachable):
@@ -127,10 +127,26 @@ async def test_epochs_only_rise_and_a_clients_rows_belong_to_what_it_announced_b
     with pytest.raises(BadFrame):
         inbox.announce(4)
     inbox.put(step(2))
-    inbox.enter(5)
+    inbox.enter(5, 1)
     async with asyncio.timeout(5):
-        channel, frame = await inbox.next()
-    assert channel is None and frame.position == 2
+        channel, frame, epoch = await inbox.next()
+    assert channel is None and frame.position == 2 and epoch == 5
+
+
+async def test_rows_before_those_that_were_taken_back_stay_though_the_crop_overtakes_them() -> None:
+    """A replay that is on its way when drafts behind it are dropped."""
+    inbox = Inbox(8, lambda: 0, 3)
+    inbox.put(step(1))
+    inbox.enter(inbox.announce(4), 5)
+    inbox.enter(inbox.announce(5), 3)
+    inbox.enter(inbox.announce(6), 7)
+    async with asyncio.timeout(5):
+        _, frame, epoch = await inbox.next()
+    assert (frame.position, epoch, inbox.kept_of(epoch)) == (1, 3, 3)
+    assert inbox.kept_of(2) == 0 and inbox.kept_of(5) == 7 and inbox.kept_of(6) > 1 << 60
+    for later in range(7, 300):
+        inbox.enter(later, 9)
+    assert inbox.kept_of(3) == 0, "it is not known any more what was taken back"
 
 
 @pytest.mark.parametrize("body", [{}, {"epoch": 0}, {"epoch": "1"}, {"epoch": 1 << 31}, {"epoch": -1}])

@@ -70,7 +70,7 @@ def test_a_window_computed_anew_after_a_crop_gets_another_revision() -> None:
     compute(record, 64)
     before = sign(windows)
     record.crop(40)
-    windows.crop()
+    windows.crop(40)
     compute(record, 24)
     again = sign(windows)
     assert [(r.first, r.last, r.revision) for r in again] == [(32, 64, 1)]

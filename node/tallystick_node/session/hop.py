@@ -277,9 +277,9 @@ class Hop:
     async def _work(self) -> None:
         """Rows, in the order in which they came."""
         while True:
-            channel, frame = await self.inbox.next()
+            channel, frame, epoch = await self.inbox.next()
             await self.control.wait_attached()
-            await self.report(self.steps.take(channel, frame))
+            await self.report(self.steps.take(channel, frame, epoch))
 
     async def _hear(self) -> None:
         """The previous hop's receipts, as they come."""

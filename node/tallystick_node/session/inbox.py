@@ -1,13 +1,14 @@
 """What a session still has to work on: rows from its client and from the hop before, and that hop's receipts.
 
 Rows come in their order, receipts in theirs: rows may wait for a voucher that only a receipt behind them leads to.
-Every item belongs to an epoch (docs/sessions.md). Those of an earlier epoch than the session's are void; those of a
-later one wait until the session has heard from its client what leads there.
+Every item belongs to an epoch (docs/sessions.md). Of those of an earlier epoch than the session's, what was taken back
+since is void; those of a later one wait until the session has heard from its client what leads there.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from tallystick_protocol.peer import Channel
 
 PUSHED_FRAMES, PUSHED_RECEIPTS = 8, 64
 MAX_EPOCH = 1 << 31
+KEPT_CROPS = 256
+WHOLE = 1 << 62
 
 
 @dataclass(slots=True)
@@ -34,6 +37,7 @@ class Inbox:
         """max_rows: how many rows of the client may wait. position: rows that the session has computed."""
         self.epoch = epoch
         self._announced = epoch
+        self._crops: deque[tuple[int, int]] = deque([(epoch, 0)], KEPT_CROPS)
         self._max_rows = max_rows
         self._position = position
         self._rows = _Line(asyncio.Semaphore(PUSHED_FRAMES))
@@ -62,15 +66,25 @@ class Inbox:
         self._queued_rows += frame.num_rows
         self._rows.queue.put_nowait((None, frame, self._announced))
 
-    async def next(self) -> tuple[Channel | None, Frame]:
-        """The next rows that are not void, and the push connection that they came on; None for the client's."""
-        return await self._next(self._rows)
+    async def next(self) -> tuple[Channel | None, Frame, int]:
+        """The next rows of which some are wanted, the push connection that they came on (None for the client's), and
+        their epoch, which may be an earlier one."""
+        while True:
+            channel, frame, epoch = await self._next(self._rows)
+            if frame.position < self.kept_of(epoch):
+                return channel, frame, epoch
 
-    async def next_receipt(self) -> tuple[Channel | None, Frame]:
-        """The next receipt of the hop before that is not void, and its connection."""
+    async def next_receipt(self) -> tuple[Channel | None, Frame, int]:
+        """The next receipt of the hop before, its connection and its epoch, which may be an earlier one."""
         return await self._next(self._receipts)
 
-    async def _next(self, line: _Line) -> tuple[Channel | None, Frame]:
+    def kept_of(self, epoch: int) -> int:
+        """What of an epoch's rows was not taken back since: positions before this one."""
+        if epoch < self._crops[0][0] - 1:
+            return 0
+        return min((position for later, position in self._crops if later > epoch), default=WHOLE)
+
+    async def _next(self, line: _Line) -> tuple[Channel | None, Frame, int]:
         while True:
             channel, frame, epoch = await line.queue.get()
             while epoch > self.epoch and self._is_current(channel):
@@ -80,8 +94,8 @@ class Inbox:
                 self._queued_rows -= frame.num_rows
             else:
                 line.room.release()
-            if epoch == self.epoch and self._is_current(channel):
-                return channel, frame
+            if self._is_current(channel):
+                return channel, frame, epoch
 
     def is_push(self, channel: Channel | None) -> bool:
         """Whether a connection is the one on which the previous hop pushes."""
@@ -92,9 +106,10 @@ class Inbox:
         self._push = None
         self._changed.set()
 
-    def enter(self, epoch: int) -> None:
-        """Everything that was sent in an earlier epoch is void."""
+    def enter(self, epoch: int, position: int) -> None:
+        """Rows from `position` on that were sent in an earlier epoch are void."""
         self.epoch = epoch
+        self._crops.append((epoch, position))
         self._changed.set()
 
     async def serve_push(self, channel: Channel, epoch: int) -> None:
@@ -137,7 +152,7 @@ class Inbox:
                 if not epoch < marked < MAX_EPOCH:
                     raise BadFrame(f"epoch {marked} does not follow {epoch}")
                 epoch = marked
-            elif epoch >= self.epoch:
+            else:
                 line = self._receipts if frame.kind is Kind.RECEIPT else self._rows
                 await line.room.acquire()  # the hop before waits, not our memory
                 line.queue.put_nowait((channel, frame, epoch))

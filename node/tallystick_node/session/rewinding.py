@@ -47,7 +47,7 @@ class Rewinding:
             except CannotForget as error:
                 raise BadPosition(str(error)) from None
             hop.record.crop(length)
-            hop.windows.crop()
+            hop.windows.crop(frame.position)
             hop.signer.sealed = {k: v for k, v in hop.signer.sealed.items() if k < hop.record.num_complete}
             hop.steps.drop_held()
             hop.ring.disarm()
@@ -56,7 +56,7 @@ class Rewinding:
                 hop.record.take(source.record, length, last)
             epoch = take(frame.body, "epoch", int)
             await hop.downstream.enter(epoch, frame.position)
-            hop.inbox.enter(epoch)
+            hop.inbox.enter(epoch, frame.position)
             hop.billing.wake()  # a step that waited for a voucher is void now
             await hop.commands.done(frame)
 

@@ -25,7 +25,7 @@ class Signer:
         self._due = asyncio.Event()
         self._hop = hop
 
-    async def hear(self, channel: Channel | None, frame: Frame) -> None:
+    async def hear(self, channel: Channel | None, frame: Frame, epoch: int) -> None:
         """The previous hop's receipt: it signed what it sent, or we do not sign what we got."""
         hop = self._hop
         if not hop.inbox.is_push(channel):
@@ -37,6 +37,8 @@ class Signer:
         if receipt.model != hop.shop.model or receipt.end != hop.model.span.start:
             raise BadSignature("the receipt is for another model or other layers", hop=hop.previous)
         hop.steps.check_length(receipt.last)
+        if receipt.last > hop.inbox.kept_of(epoch):
+            return
         hop.windows.hear(receipt, 0 if hop.one_shot else window_of(receipt.first))
         self._due.set()
 

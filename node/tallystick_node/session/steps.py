@@ -22,7 +22,7 @@ from tallystick_protocol.errors import (
 from tallystick_protocol.frames import Frame, take
 from tallystick_protocol.peer import Channel
 from tallystick_protocol.receipts import rows_root, unpack_flags
-from tallystick_protocol.types import ZERO_ADDRESS, Positions
+from tallystick_protocol.types import ZERO_ADDRESS, Positions, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -41,8 +41,11 @@ class Steps:
         self._result_room = 4 * hop.model.manifest.width * hop.opened.max_length  # the opening has reserved it
         self.drop_held()
 
-    async def take(self, channel: Channel | None, frame: Frame) -> None:
-        """A STEP from the client (None) or over a push connection: new rows are computed, known ones sent on again."""
+    async def take(self, channel: Channel | None, frame: Frame, epoch: int) -> None:
+        """A STEP from the client (None) or over a push connection: new rows are computed, known ones sent on again.
+
+        epoch: in which it was sent. What was taken back since is void.
+        """
         hop = self._hop
         is_first = hop.previous == ZERO_ADDRESS
         by_ring = is_first and channel is not None
@@ -56,11 +59,10 @@ class Steps:
         if hop.one_shot:
             await self._take_at_once(frame, rows, want, types)
             return
-        epoch = hop.inbox.epoch
         await self._await_memory()
         async with hop.moving:
-            if epoch != hop.inbox.epoch:
-                return  # void since then
+            kept = max(hop.inbox.kept_of(epoch) - frame.position, 0)
+            rows, want = rows[:kept], want[:kept]
             if is_first and not by_ring:
                 hop.fed_by.confirm(hop.record, frame.position, rows)
                 hop.signer.wake()
@@ -131,7 +133,7 @@ class Steps:
     async def _compute(
         self, start: int, rows: list[bytes], want: list[bool], epoch: int, types: Sequence[int] = ()
     ) -> None:
-        """New rows from position `start`; void when the session has left their epoch.
+        """New rows from position `start`, void where they are taken back meanwhile.
 
         They are charged, computed and sent on a piece at a time: PONG tells how far a replay has come, the next hop
         begins, and no more is computed ahead of vouchers than credit allows.
@@ -152,12 +154,13 @@ class Steps:
     ) -> bool:
         """False when the rows are void."""
         hop = self._hop
-        cost = charge(hop.model.span, hop.model.manifest.layers, hop.shop.price, len(rows))
-        if not await hop.billing.book(cost, lambda: epoch != hop.inbox.epoch):
+        if not await hop.billing.book(self._cost(rows), lambda: hop.inbox.kept_of(epoch) <= start):
             return False  # cropped while it waited for a voucher
         async with hop.moving:
-            if epoch != hop.inbox.epoch:
-                hop.billing.refund(cost)
+            if (kept := max(hop.inbox.kept_of(epoch) - start, 0)) < len(rows):
+                hop.billing.refund(self._cost(rows[kept:]))
+                rows, want = rows[:kept], want[:kept]
+            if not rows:
                 return False
             hop.has_parted = False
             try:
@@ -165,7 +168,7 @@ class Steps:
                 result = await hop.shop.engine.forward(segment, hop.client, model=hop.model)
                 outputs = hop.rows.outputs(result, want)
             except (TallystickError, Withdrawn) as error:
-                hop.billing.refund(cost)
+                hop.billing.refund(self._cost(rows))
                 if hop.cache is not None and hop.cache.length > start:
                     with suppress(CannotForget):  # then the model refuses what goes on from elsewhere than its state
                         hop.cache.crop(start)  # its rows were computed, but are not fit to be signed
@@ -178,6 +181,10 @@ class Steps:
             await self._deliver(Positions(start, len(hop.record)), chosen)
         hop.signer.wake()
         return True
+
+    def _cost(self, rows: list[bytes]) -> Wei:
+        model = self._hop.model
+        return charge(model.span, model.manifest.layers, self._hop.shop.price, len(rows))
 
     async def _deliver(self, positions: Positions, chosen: int | None = None) -> None:
         """Send output rows on: to the next hop, or from the model's end to the client.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from tallystick_node.session.record import Record
 from tallystick_protocol.errors import LinkMismatch
 from tallystick_protocol.receipts import Context, Receipt
-from tallystick_protocol.types import ZERO32, ZERO_ADDRESS, Address, Digest, ModelId, SessionId, Span
+from tallystick_protocol.types import WINDOW, ZERO32, ZERO_ADDRESS, Address, Digest, ModelId, SessionId, Span
 from tallystick_protocol.wire import Wire
 
 
@@ -68,11 +68,12 @@ class Windows:
         """Sign everything up to `length` positions, complete or not, as soon as exactly so many are there."""
         self._flush_to = length
 
-    def crop(self) -> None:
-        """Drop receipts of rows that the record no longer has; heard ones may come again with another revision."""
+    def crop(self, length: int) -> None:
+        """Positions from `length` on were taken back, of which the record may not have had all that stay: drop receipts
+        of rows that it no longer has. Heard ones may come again with another revision."""
         keep = self._record.num_complete
         del self._standing[keep:], self._digests[keep:]
-        self._upstream = {index: heard for index, heard in self._upstream.items() if index < keep}
+        self._upstream = {index: heard for index, heard in self._upstream.items() if index < length // WINDOW}
         self._flush_to = 0
 
     def next_unsigned(self, now: int) -> Receipt | None:
