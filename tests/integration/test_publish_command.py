@@ -26,7 +26,7 @@ from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Address, ModelId, Wei
 
 EVIL = "evil [/x] [bold]name"
-LAYERS = 8
+LAYERS = 6
 
 
 @dataclass(frozen=True)
