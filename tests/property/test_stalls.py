@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tallystick.session import remote
 from tallystick.session.session import Session
 from tallystick_node.session.hop import IDLE_TIMEOUT_S, Hop
 from tallystick_protocol.errors import Unreachable
+from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import Address
 
 PROMPT = [7 + 3 * i % 90 for i in range(20)]
@@ -160,6 +162,26 @@ def test_a_hop_that_stands_still_in_a_long_prompt_is_replaced(models: Models, tm
     told = Told(models, tmp_path, LONG, row_s=0.02)
     ids = told.answer(4, {0: stand})
     assert ids == Told(models, tmp_path, LONG).answer(4) and len(told.replaced) == 1
+
+
+def test_who_stands_still_and_says_that_it_waits_for_money_is_believed_for_a_minute(
+    models: Models, tmp_path: Path
+) -> None:
+    async def stand(world: World, session: Session) -> None:
+        node = at(world, session, 1)
+        node.device.stands = True
+        control = hop_of(node).control
+        send = control.send
+
+        async def beg(frame: Frame) -> None:
+            await send(replace(frame, body={**frame.body, "unpaid": True}) if frame.kind is Kind.PONG else frame)
+
+        control.send = beg  # type: ignore[method-assign]
+
+    told = Told(models, tmp_path)
+    ids = told.answer(12, {5: stand})
+    assert ids == Told(models, tmp_path).answer(12)
+    assert len(told.replaced) == 1 and max(told.gaps) < 62
 
 
 def test_a_hop_that_keeps_the_rows_that_it_says_it_has_is_found_out(models: Models, tmp_path: Path) -> None:

@@ -125,22 +125,25 @@ class Watch:
                 return
 
     def fail_one(self, waited_s: float) -> bool:
-        """Nothing has moved for very long: fail whom that is owed to. False when nobody could take its place."""
+        """Nothing has moved for very long: fail whom that is owed to. False when nobody could take its place.
+
+        Who says that it waits for money is believed no longer, if nobody else holds it up.
+        """
         session, length = self._session, len(self._session.ids)
         why = f"held the session up for {waited_s:.0f} s"
-        late = [index for index, hop, _, _ in self._behind() if not hop.line.pong.unpaid]
-        if not late and session.first_missing() < length:
+        behind = [index for index, _, _, _ in self._behind()]
+        late = [index for index in behind if not session.hops[index].line.pong.unpaid]
+        if not behind and session.first_missing() < length:
             late = [len(session.hops) - 1]
-        if not late:
-            signed = [hop.standing.covered for hop in session.hops]
-            late = [signed.index(min(signed))] if min(signed) < length else []
         if late:
             return self._fail(late[0], why)
-        return any(
-            self._fail_auditor(audit.remote, audit.index, why)
-            for audit in session.audits
-            if audit.judged_to() < length
-        )
+        for audit in session.audits:
+            if audit.judged_to() < session.hops[audit.index].standing.covered:
+                return self._fail_auditor(audit.remote, audit.index, why)
+        signed = [hop.standing.covered for hop in session.hops]
+        if not behind and min(signed) == length:
+            return False
+        return self._fail(behind[0] if behind else signed.index(min(signed)), why)
 
     def _observe(self, length: int) -> None:
         """Take in what everybody has said. length: positions that are due from the first hop."""
