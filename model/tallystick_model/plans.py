@@ -32,8 +32,9 @@ _log = logging.getLogger(__name__)
 _SIZES = ((5, 2), (7, 3), (10, 5), (13, 4))
 """(rows, rows whose logits are wanted) of the recordings."""
 
-_SESSIONS = ((1,), (3, 7, 1))
-"""Rows of the sessions in the calls that are tried, each _TURNS times: step by step first, then straight."""
+_SESSIONS = ((1,), (3,), (3, 7, 1))
+"""Rows of the sessions in the calls that are tried, each _TURNS times: step by step first, then straight. What steps
+and short drafts take is ready then."""
 
 _TURNS = 4
 

@@ -361,7 +361,7 @@ class SpanModel:
         places = [segments[part.segment].first + row for part in parts for row in range(part.first, part.last)]
         types = token_types_of(segments, parts)
         rules = self._spliced.rules
-        missing = rules.fewest_rows - len(places) if rules is not None and rules.packs else 0
+        missing = rules.usual_rows(len(places)) - len(places) if rules is not None and rules.packs else 0
         if missing > 0:
             given += [given[-1][-1:]] * missing
             places += places[-1:] * missing

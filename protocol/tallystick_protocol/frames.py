@@ -125,7 +125,7 @@ class Frame:
     def rows(self) -> list[bytes]:
         """The bytes of each row."""
         size = self.shape[2] * VALUE_BYTES[self.dtype]
-        return [bytes(self.tensor[at : at + size]) for at in range(0, self.num_rows * size, size)]
+        return [bytes(self.tensor[i * size : (i + 1) * size]) for i in range(self.num_rows)]
 
 
 def rows_frame(kind: Kind, dtype: DType, rows: list[bytes], position: int, body: dict[str, Any]) -> Frame:

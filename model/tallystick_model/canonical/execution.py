@@ -83,6 +83,10 @@ class Canonical:
             return None
         return CanonicalOperators(dict(self._skeleton.model.named_parameters()))
 
+    def usual_rows(self, count: int) -> int:
+        """How many rows a call of so many has: few sizes below `ENOUGH_ROWS`, for each has a plan of its own."""
+        return self.fewest_rows if count <= self.fewest_rows else max(count, ENOUGH_ROWS)
+
     def _put_scopes(self) -> None:
         inside = {}
         for layer in self._anatomy.layers:
