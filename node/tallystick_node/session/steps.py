@@ -63,6 +63,8 @@ class Steps:
         async with hop.moving:
             kept = max(hop.inbox.kept_of(epoch) - frame.position, 0)
             rows, want = rows[:kept], want[:kept]
+            if not rows:
+                return  # taken back since then
             if is_first and not by_ring:
                 hop.fed_by.confirm(hop.record, frame.position, rows)
                 hop.signer.wake()
