@@ -41,6 +41,11 @@ SIZES = (30, 10, 10, 10, 25)
 IDS = (torch.arange(22) * 7919 + 13) % 300
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Published:
     root = tmp_path_factory.mktemp("devices")
