@@ -274,13 +274,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] @ plain_weight(ctx.module), None
-
-
-def plain_weight(module: CanonicalLinear) -> torch.Tensor:
-    """The (out, in) fp32 weight of a product, a copy where it is packed."""
-    weight = module.weight.to_dense() if module.weight.is_mkldnn else module.weight
-    return weight[: module.out_features].to(torch.float32)
+        return grads[0] @ ctx.module.plain_weight(), None
 
 
 @contextmanager

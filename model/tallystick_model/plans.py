@@ -49,12 +49,12 @@ class Plan:
     """One way through a span: to its end (result None: the streams leave), or on to the model's result of that name."""
 
     def __init__(self, program: Program, result: str | None) -> None:
-        self._program, self._result = program, result
+        self.program, self._result = program, result
 
     def run(self, inputs: Sequence[Any], rows: int, selected: int) -> Any:
         """As the model's forward: returns what has the result, or raises `Leave`."""
         tensors = [value.contiguous() for value in inputs if isinstance(value, torch.Tensor)]
-        outs = self._program.run(tensors, rows, selected)
+        outs = self.program.run(tensors, rows, selected)
         if self._result is None:
             raise Leave(outs)
         return SimpleNamespace(**{self._result: outs[0]})

@@ -202,6 +202,10 @@ async def write_plans(engine: Engine) -> None:
     began = time.monotonic()
     written = await engine.run(engine.model.prepare)
     log.info("%s, which took %.2f s", "plans are written" if written else "no plans", time.monotonic() - began)
+    began = time.monotonic()
+    joined = [await engine.run(join) for join in engine.model.joins()]
+    if joined:
+        log.info("%d of %d groups joined in %.2f s", sum(joined), len(joined), time.monotonic() - began)
 
 
 def self_check(loading: Loading, loaded: Loaded) -> Callable[[], Digest]:

@@ -49,6 +49,9 @@ def model_figures(
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     spans = {numerics: span_of(whole, numerics) for numerics in ("fp32", "bf16w")}
     figures: Figures = {f"planned_{name}": float(span.prepare()) for name, span in spans.items()}
+    for span in spans.values():
+        for join in span.joins():
+            join()
     coins = random.Random(1)
     vocab = vocabulary(whole.config)
 

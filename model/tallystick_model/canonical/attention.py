@@ -146,10 +146,16 @@ class TiledSeat:
         form = Scores(scale, softcap, sinks)
         heads, groups, dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
         folds = folded(heads, groups, dim, value_dim, form)
-        batch = self._batch
-        count, at = batch.tiling(query.shape[2], query.device)
-        tiles = query.new_zeros(count, heads, R, dim)
-        tiles.transpose(1, 2).index_put_(at, query[0].transpose(0, 1))
+        batch, num_rows = self._batch, query.shape[2]
+        place = batch.place_in_tile(num_rows)
+        if place is None:
+            count, at = batch.tiling(num_rows, query.device)
+            tiles = query.new_zeros(count, heads, R, dim)
+            tiles.transpose(1, 2).index_put_(at, query[0].transpose(0, 1))
+        else:  # the same values moved with fewer calls
+            count, at = 1, None
+            tiles = query.new_zeros(1, heads, R, dim)
+            tiles.narrow(2, place, num_rows).copy_(query)
         queries = tiles.view(count, 1, heads // folds, folds * R, dim).unbind(0)
         if self._plan.causal:
             batch.write(self._layer, key, value)
@@ -162,5 +168,7 @@ class TiledSeat:
             sides = batch.sides(self._plan.mask, folds, key, value)
             outs = [attend(rows, *side, form) for rows, side in zip(queries, sides, strict=True)]
         whole = torch.cat(outs) if count > 1 else outs[0]  # (count, heads // folds, folds * R, value_dim)
+        if at is None:
+            return whole.view(1, heads, R, value_dim).narrow(2, place, num_rows).transpose(1, 2).contiguous()
         rows = whole.view(count, heads // folds, folds, R, value_dim).permute(0, 3, 1, 2, 4)[at]
-        return rows.reshape(1, query.shape[2], heads, value_dim)
+        return rows.reshape(1, num_rows, heads, value_dim)

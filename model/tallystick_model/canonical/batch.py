@@ -62,6 +62,13 @@ class Batch:
         self._reach.clear()
         self._views.clear()
 
+    def place_in_tile(self, num_rows: int) -> int | None:
+        """Where a call's rows begin in their tile, if they are one segment's, without copies, and all in one tile."""
+        first = self._placed[0]
+        place = first.first % R
+        alone = len(self._placed) == 1 and first.end - first.begin == num_rows and place + num_rows <= R
+        return place if alone else None
+
     def tiling(self, num_rows: int, device: torch.device = CPU) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
         """How many tiles there are, and each row's tile and place in it, (num_rows,) each.
 

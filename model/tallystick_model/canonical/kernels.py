@@ -59,16 +59,12 @@ def flushing_denormals() -> Iterator[None]:
 
 
 def _direct_product(linear: CanonicalLinear, x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
-    """The packed product alone, where rows need be neither repeated nor cut."""
+    """The packed product alone, where rows need be neither repeated nor cut nor computed together with others'."""
     rows = x.numel() // linear.in_features
-    if linear.packed is None or not x.is_contiguous() or not linear.fewest <= rows <= MAX_ROWS:
+    alone = linear.packed is not None and linear.within is None
+    if not alone or not x.is_contiguous() or not linear.fewest <= rows <= MAX_ROWS:
         return None
-    product, weight, bias = torch.ops.mkldnn._linear_pointwise.default, linear.weight, linear.bias
-    if not linear.rounds:
-        return lambda x: product(x, weight, bias, "none", [], ""), 1
-    if linear.packed is torch.bfloat16:
-        return lambda x: product(x.bfloat16(), weight, bias, "none", [], "").float(), 1
-    return lambda x: product(x.bfloat16().float(), weight, bias, "none", [], "").bfloat16().float(), 1
+    return linear.direct, 1
 
 
 class CanonicalLinear(nn.Module):
@@ -78,6 +74,7 @@ class CanonicalLinear(nn.Module):
     even), products are added up in fp32; x and the result are handed over as fp32.
 
     packed: the dtype of the packed weight, None for a plain one; fewest: rows of a product.
+    within: the product over the same rows that it is computed in, and its first column there (`joining.py`).
     """
 
     weight: torch.Tensor
@@ -107,6 +104,7 @@ class CanonicalLinear(nn.Module):
             kept = F.pad(weight.float(), (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
         self.register_buffer("weight", kept, persistent=False)
         self.bias = bias
+        self.within: tuple[CanonicalLinear, int] | None = None
 
     @staticmethod
     def of(module: nn.Module, numerics: Numerics = "fp32") -> CanonicalLinear:
@@ -116,8 +114,33 @@ class CanonicalLinear(nn.Module):
         weight = weight.t().contiguous() if type(module) is Conv1D else weight
         return CanonicalLinear(weight, bias, numerics=numerics)
 
+    @property
+    def direct(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The packed product alone, of `fewest` to MAX_ROWS rows that lie side by side."""
+        product, weight, bias = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias
+        if not self.rounds:
+            return lambda x: product(x, weight, bias, "none", [], "")
+        if self.packed is torch.bfloat16:
+            return lambda x: product(x.bfloat16(), weight, bias, "none", [], "").float()
+        return lambda x: product(x.bfloat16().float(), weight, bias, "none", [], "").bfloat16().float()
+
+    def plain_weight(self) -> torch.Tensor:
+        """(out, in) fp32; a copy where it is packed."""
+        held, begin = self.within or (self, 0)
+        weight = held.weight.to_dense() if held.packed is not None else held.weight
+        return weight[begin : begin + self.out_features].float()
+
+    def compute_within(self, joint: CanonicalLinear, begin: int) -> None:
+        """From now on the product is columns of another one's, from `begin` on; its own weight is freed."""
+        self.within, self.bias = (joint, begin), None
+        self.weight = torch.empty(0)
+
     @whole(Traits(direct=_direct_product))
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.within is not None:
+            joint, begin = self.within
+            out: torch.Tensor = joint(x)[..., begin : begin + self.out_features].clone()
+            return out
         rows = x.reshape(-1, self.in_features)
         if self.rounds:
             rows = rows.bfloat16()

@@ -56,10 +56,10 @@ class Program:
         ):
             raise Unrecordable("another number of rows makes other steps")
         sizes = [(recording.rows, recording.selected) for recording in recordings]
-        self._steps = [_merged(steps, sizes) for steps in zip(*(one.steps for one in recordings), strict=True)]
+        self.steps = [_merged(steps, sizes) for steps in zip(*(one.steps for one in recordings), strict=True)]
         self._inputs, self._results = first.inputs, first.results
         self._by_selected = any(
-            isinstance(leaf, Size) and leaf.per_selected for step in self._steps for leaf in step.leaves
+            isinstance(leaf, Size) and leaf.per_selected for step in self.steps for leaf in step.leaves
         )
         self._straight: OrderedDict[tuple[int, int], Straight] = OrderedDict()
 
@@ -70,12 +70,16 @@ class Program:
         if straight is not None:
             self._straight.move_to_end(key)
             return straight.run(inputs)
-        steps = [self._at(step, rows, selected) for step in self._steps]
+        steps = [self._at(step, rows, selected) for step in self.steps]
         results, learnt = run_through(steps, dict(zip(self._inputs, inputs, strict=True)), self._results)
         self._straight[key] = straighten(steps, learnt, self._inputs, self._results)
         if len(self._straight) > MAX_KEPT:
             self._straight.popitem(last=False)
         return results
+
+    def forget(self) -> None:
+        """Straighten anew: what products are computed in has changed."""
+        self._straight.clear()
 
     def _at(self, step: Step, rows: int, selected: int) -> Step:
         leaves = [leaf.at(rows, selected) if isinstance(leaf, Size) else leaf for leaf in step.leaves]

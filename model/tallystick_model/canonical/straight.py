@@ -1,5 +1,6 @@
 """A recording at one number of rows as a straight list of calls: the same operators on the same values, without those
-whose result is known, is there already, or is needed by nobody, and with every view taken in one cut.
+whose result is known, is there already, or is needed by nobody, with every view taken in one cut, and with products
+that are computed together (`joining.py`) in one call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_unflatten
 
+from tallystick_model.canonical.kernels import MAX_ROWS, CanonicalLinear
 from tallystick_model.canonical.recording import Step, Value
 
 Registers = list[Any]
@@ -140,6 +142,8 @@ class _Plan:
         self.learnt = learnt
         self.same: dict[int, int] = {}
         self.steps: list[Step] = []
+        self._joint: dict[tuple[int, int], int] = {}  # (product, its rows' value) -> what it makes
+        self._inside: dict[int, tuple[int, int]] = {}  # value -> (the one whose memory it lies in, where it begins)
         self._made = set(inputs)
         self._seen: dict[Any, list[int]] = {}
 
@@ -163,7 +167,7 @@ class _Plan:
         if any(number in self.learnt.varying for number in step.outs):
             self.steps.append(kept)
         elif step.traits is not None:
-            self.steps.append(self._directly(kept))
+            self.steps.append(self._within_joint(kept) or self._directly(kept))
         elif not self._cut(step.outs):
             self.steps.append(kept)
 
@@ -189,9 +193,31 @@ class _Plan:
             if form.shape == held.shape and form.stride() == held.stride() and offset == 0:
                 self.same[number] = owner
             else:
-                where = (tuple(form.shape), form.stride(), offset)
-                self.steps.append(_step(torch.as_strided, [Value(owner), *where], [number]))
+                memory, begin = self._inside.get(owner, (owner, 0))
+                where = (tuple(form.shape), form.stride(), begin + offset)
+                self.steps.append(_step(torch.as_strided, [Value(memory), *where], [number]))
         return True
+
+    def _within_joint(self, step: Step) -> Step | None:
+        """A product that is columns of another one: the cut, behind the other's call, which stands once for all."""
+        linear, rows = step.leaves[0], step.leaves[-1]
+        if not isinstance(linear, CanonicalLinear) or linear.within is None or not isinstance(rows, Value):
+            return None
+        joint, begin = linear.within
+        form = self.learnt.forms[rows.number]
+        count = form.numel() // linear.in_features
+        if not form.is_contiguous() or not joint.fewest <= count <= MAX_ROWS:
+            return None
+        whole = self._joint.get((id(joint), rows.number))
+        if whole is None:
+            whole = self._joint[id(joint), rows.number] = -1 - len(self._joint)
+            self.steps.append(_step(joint.direct, [rows], [whole]))
+        number, end = step.outs[0], begin + linear.out_features
+        if count > 1:
+            return _step(_columns, [Value(whole), begin, end], [number])
+        self._inside[number] = (whole, begin)
+        out = self.learnt.forms[number]
+        return _step(torch.as_strided, [Value(whole), tuple(out.shape), out.stride(), begin], [number])
 
     def _directly(self, step: Step) -> Step:
         """The step, or what serves for it at these shapes."""
@@ -210,6 +236,10 @@ class _Plan:
                 kept.append(step)
                 wanted.update(_taken(step.leaves))
         return kept[::-1]
+
+
+def _columns(rows: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    return rows[..., begin:end].contiguous()
 
 
 def _step(function: Callable[..., Any], args: list[Any], outs: list[int]) -> Step:
