@@ -91,6 +91,7 @@ class _Bench:
     need: Need
     collector: Collector
     expected: dict[str, tuple[int, ...]]
+    settling: asyncio.Task[None]
     funded_to: int = BUDGET_ROWS // 2
 
 
@@ -216,10 +217,10 @@ class Lane:
         except BaseException:
             shop.purse.release([need])
             raise
-        expected: dict[str, tuple[int, ...]] = {}
-        bench = _Bench(remote, need, Collector(lambda *said: self._expect(candidate.node, *said)), expected)
+        collector, changed = Collector(lambda *said: self._expect(candidate.node, *said)), asyncio.Event()
+        bench = _Bench(remote, need, collector, {}, asyncio.create_task(self._settle(remote, changed)))
         self._benches[candidate.node] = bench
-        remote.listen(Hearing(lambda *_: None, lambda _, frame: bench.collector.take(frame), lambda: None))
+        remote.listen(Hearing(lambda *_: None, lambda _, frame: collector.take(frame), changed.set))
         if not remembered:
             await asyncio.to_thread(shop.purse.top_up, candidate.node)
         return bench
@@ -227,6 +228,16 @@ class Lane:
     def _expect(self, node: Address, name: str, dtype: DType, rows: int, width: int) -> None:
         if dtype is not DType.F32 or self._benches[node].expected.get(name) != (rows, width):
             raise CorruptResult(f"{node} returned a tensor that was not asked for", hop=node)
+
+    async def _settle(self, remote: Remote, changed: asyncio.Event) -> None:
+        """Send what a node waits for that interrupted sessions have left: no pass is due before its answer is there."""
+        while remote.failure is None:
+            await changed.wait()
+            changed.clear()
+            try:
+                await remote.pay(remote.rows_paid, self._shop.purse)
+            except TallystickError as error:
+                log.info("a voucher did not reach %s (%s)", remote.node, error)
 
     async def _pay(self, bench: _Bench) -> None:
         remote, purse = bench.remote, self._shop.purse
@@ -247,6 +258,7 @@ class Lane:
         if bench is None:
             return
         remote, shop = bench.remote, self._shop
+        bench.settling.cancel()
         shop.purse.release([bench.need])
         if node not in shop.avoid:
             shop.purse.expect(node, self._shop.price(remote.candidate, remote.rows_due - remote.rows_paid))

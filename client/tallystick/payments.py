@@ -153,8 +153,7 @@ class Purse:
             known = max(known, Wei(voucher.total))
         debt = Wei(owed - known)
         if not self._in_use[node]:
-            limit = Wei(max_debt + window * self._interrupted[node])
-            if debt > min(limit, self._expected.get(node, limit)):
+            if debt > self._at_stake(node, max_debt, window):
                 raise Rejected(f"{node} claims {debt} for earlier sessions, more than was ever at stake", hop=node)
             known = max(known, owed)
             self._expected[node] = Wei(0)
@@ -167,6 +166,25 @@ class Purse:
         """A session ended with rows sent to the node and not paid: it may claim that much at the next opening."""
         self._expected[node] = Wei(self._expected.get(node, Wei(0)) + debt)
         self._interrupted[node] += debt > 0
+
+    def settle(self, node: Address, owed: Wei, own: Wei, max_debt: Wei, window: int) -> Wei | None:
+        """Take over what interrupted sessions left at a node, which says what is owed in all: it uses up the credit of
+        the session that is open. Returns what is to be promised now; `recall` accepts that no more.
+
+        own: what is owed for the open session. Whatever the node says, no more is taken over than `recall` would
+        accept. None while several sessions are open: whose the rest is cannot be told.
+        """
+        if self._in_use[node] != 1:
+            return None
+        left = self._at_stake(node, max_debt, window)
+        debt = Wei(max(min(owed - self.promised(node) - own, left), 0))
+        self._expected[node] = Wei(left - debt)
+        return debt
+
+    def _at_stake(self, node: Address, max_debt: Wei, window: int) -> Wei:
+        """What interrupted sessions can have left at most."""
+        limit = Wei(max_debt + window * self._interrupted[node])
+        return min(limit, self._expected.get(node, limit))
 
     def leave(self, node: Address) -> None:
         """A session at the node has ended."""

@@ -95,9 +95,13 @@ async def one_run(models: Models, schedule: Schedule, folder: Path) -> Run:
         run.ids = await generate(session, PROMPT, TOKENS, steps=steps, on_token=on_token)
         run.wrong += linked(session)
         await session.take_leave()
+    except BaseException:
+        for fault in faults:
+            fault.cancel()  # it may wait for a token that never comes
+        raise
     finally:
         await session.close()
-        await asyncio.gather(*faults)
+    await asyncio.gather(*faults)
     run.worst_gap_s = max(later - earlier for earlier, later in itertools.pairwise(at))
     run.wrong += [*paid(world, session, schedule), *bounded(world, session, steps.drafted)]
     for node in world.nodes.values():
@@ -189,6 +193,10 @@ def check(models: Models, truths: dict[Schedule, list[int]], seeds: Iterator[int
 
 def test_whatever_fails_the_answer_is_the_same_and_nothing_is_left(models: Models, tmp_path: Path) -> None:
     check(models, {}, iter(range(15)), tmp_path)
+
+
+def test_debts_of_interrupted_sessions_hold_up_no_other(models: Models, tmp_path: Path) -> None:
+    check(models, {}, iter((5008, 5096, 5154)), tmp_path)
 
 
 @pytest.mark.nightly

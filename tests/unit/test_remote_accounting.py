@@ -11,13 +11,14 @@ import pytest
 
 from harness import samples
 from tallystick.payments import Need, Purse
-from tallystick.session.remote import Opening, Remote, Standing
+from tallystick.session.remote import Hearing, Opening, Remote, Standing
 from tallystick_node.session.record import Record
 from tallystick_node.session.windows import Terms as NodeTerms
 from tallystick_node.session.windows import Windows
 from tallystick_protocol.chain.reads import ChannelFunds
 from tallystick_protocol.errors import BadSignature, ConfigError, Rejected
 from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.peer import error_frame
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest, seal, unseal
 from tallystick_protocol.types import WINDOW, ZERO32, ZERO_ADDRESS, SessionId, Span, Wei
@@ -237,6 +238,110 @@ def test_a_node_that_says_less_than_was_promised_lowers_nothing() -> None:
     for owed in (0, -(10**9)):
         assert money.recall(NODE, Wei(owed), b"", Wei(100)) == 60
         money.leave(NODE)
+
+
+def beside_an_interrupted_one(debt: int) -> Purse:
+    """One session is open at the node; another one, opened beside it, has left a debt."""
+    money = purse()
+    for _ in range(2):
+        money.recall(NODE, Wei(0), b"", Wei(100))
+    money.expect(NODE, Wei(debt))
+    money.leave(NODE)
+    return money
+
+
+def test_what_an_interrupted_session_left_is_taken_over_beside_an_open_one_and_once() -> None:
+    money = beside_an_interrupted_one(50)
+    assert money.settle(NODE, Wei(70), Wei(30), Wei(100), 10) == 40
+    money.promise(NODE, Wei(40))
+    assert money.settle(NODE, Wei(70), Wei(30), Wei(100), 10) == 0
+    assert money.settle(NODE, Wei(999), Wei(30), Wei(100), 10) == 10
+    money.promise(NODE, Wei(10))
+    assert money.settle(NODE, Wei(999), Wei(30), Wei(100), 10) == 0
+    money.leave(NODE)
+    with pytest.raises(Rejected, match="more than was ever at stake"):
+        money.recall(NODE, Wei(51), b"", Wei(100))
+
+
+def test_no_more_is_taken_over_than_credit_and_a_window_for_each_interrupted_session() -> None:
+    money = beside_an_interrupted_one(5000)
+    for debt in (110, 0):
+        assert money.settle(NODE, Wei(10**77), Wei(0), Wei(100), 10) == debt
+        money.promise(NODE, Wei(debt))
+
+
+def test_nothing_is_taken_over_while_more_sessions_are_open_or_where_none_was_interrupted() -> None:
+    money = beside_an_interrupted_one(50)
+    money.recall(NODE, Wei(50), b"", Wei(100))
+    assert money.settle(NODE, Wei(50), Wei(0), Wei(100), 10) is None
+    money.leave(NODE)
+    assert money.settle(NODE, Wei(50), Wei(0), Wei(100), 10) == 50
+    assert beside_an_interrupted_one(0).settle(NODE, Wei(50), Wei(0), Wei(100), 10) == 0
+
+
+def remind(hop: Remote, **fields: Any) -> None:
+    """The node says that it waits for a voucher."""
+    hop._hearing = Hearing(lambda *_: None, lambda *_: None, lambda: None)
+    hop._take(error_frame("payment_required", "send a voucher", fields))
+
+
+async def test_a_node_that_waits_gets_what_interrupted_sessions_left_however_often_it_says_so() -> None:
+    wire, money = Wire(), beside_an_interrupted_one(5 * UNIT)
+    hop = remote(wire)
+    await hop.pay(0, money)
+    for _ in range(3):
+        remind(hop, owed=str(12 * UNIT), signed="0", at=8)  # 8 rows of this session, 4 of the other one
+        await hop.pay(0, money)
+    hop.owe(receipt(0, 32), 0)
+    for _ in range(3):
+        await hop.pay(32, money)
+    assert [total(frame.body["voucher"]) for frame in wire.sent] == [4 * UNIT, 36 * UNIT]
+
+
+async def test_a_reminder_is_kept_until_other_sessions_have_left() -> None:
+    wire, money = Wire(), beside_an_interrupted_one(5 * UNIT)
+    money.recall(NODE, Wei(0), b"", Wei(100))
+    hop = remote(wire)
+    remind(hop, owed=str(5 * UNIT), signed="0", at=0)
+    await hop.pay(0, money)
+    assert not wire.sent
+    money.leave(NODE)
+    await hop.pay(0, money)
+    assert [total(frame.body["voucher"]) for frame in wire.sent] == [5 * UNIT]
+
+
+async def test_a_node_that_waits_gets_a_voucher_over_what_is_promised_already() -> None:
+    wire, money = Wire(), purse()
+    hop = remote(wire)
+    hop.base = money.recall(NODE, Wei(100), b"", Wei(100))  # taken over at the opening, and no voucher over it
+    money.recall(NODE, Wei(100), b"", Wei(100))
+    for _ in range(3):
+        remind(hop, owed="100", signed="0", at=0)
+        await hop.pay(0, money)
+    assert [total(frame.body["voucher"]) for frame in wire.sent] == [100]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"owed": "9" * 500, "at": 0},
+        {"owed": 2**63, "at": -5},
+        {"owed": "1e99", "at": 1.5},
+        {"owed": "-7", "at": "x"},
+        {"owed": None, "at": True},
+        {"owed": str(10**77), "at": 2**63},
+        {"owed": ["1"], "at": {}},
+    ],
+)
+async def test_whatever_a_node_says_of_debts_it_gets_no_more_than_is_known(fields: dict[str, Any]) -> None:
+    for debt in (0, 5 * UNIT):
+        wire, money = Wire(), beside_an_interrupted_one(debt)
+        hop = remote(wire)
+        for _ in range(3):
+            remind(hop, **fields)
+            await hop.pay(0, money)
+        assert money.promised(NODE) <= debt and len(wire.sent) <= 1
 
 
 @pytest.mark.parametrize(

@@ -234,11 +234,13 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
         while checked <= disagreement.window:
             if remote.failure is not None:
                 raise remote.failure
-            if (receipt := heard.pop(checked, None)) is not None:
+            receipt = heard.pop(checked, None)
+            if receipt is not None:
                 session.books.check_receipt(remote, receipt, checked)
                 remote.owe(receipt, checked)
                 checked += 1
-                await remote.pay(remote.rows_due, session.setting.purse)
+            await remote.pay(remote.rows_due, session.setting.purse)
+            if receipt is not None:
                 continue
             if time.monotonic() > deadline:
                 raise Unreachable(f"the witness {remote.node} did not answer in time", hop=remote.node)

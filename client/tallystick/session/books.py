@@ -97,10 +97,12 @@ class Books:
         """Everything due, unless this hop is being audited: then what the audit has passed."""
         session = self._session
         audit = next((audit for audit in session.audits if audit.index == index), None)
+        rows = 0
         if audit is None and index not in session.repair.unaudited:
-            await hop.pay(hop.rows_due, session.setting.purse)
-        elif audit is not None and audit.approved and index not in self.disputes:
-            await hop.pay(hop.due_after.get(audit.approved - 1, 0), session.setting.purse)
+            rows = hop.rows_due
+        elif audit is not None and index not in self.disputes:
+            rows = hop.due_after.get(audit.approved - 1, 0)
+        await hop.pay(rows, session.setting.purse)
 
     # -- audits
 
@@ -117,11 +119,10 @@ class Books:
                 self.arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
         except TallystickError as error:
             audit.remote.failure = audit.remote.failure or error
-        if audit.approved:
-            try:
-                await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), session.setting.purse)
-            except Unreachable as error:
-                log.info("the auditor %s is gone (%s)", audit.remote.node, error)
+        try:
+            await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), session.setting.purse)
+        except Unreachable as error:
+            log.info("the auditor %s is gone (%s)", audit.remote.node, error)
 
     async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
         """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""

@@ -131,6 +131,9 @@ class Remote:
         self._claims = 0
         self._flush: Frame | None = None
         self._voucher: Frame | None = None
+        self._signed: Wei = Wei(0)  # the total of that
+        self._reminder: tuple[Wei, int] | None = None  # what is owed in all at which position, as the node says
+        self._is_reminded = False  # since the last voucher
         self._leave: Callable[[], None] | None = None
         self._promised: Callable[[], Wei] = lambda: Wei(0)
         self._dial: Callable[[], Awaitable[Channel]] | None = None
@@ -218,8 +221,12 @@ class Remote:
             hearing.on_result(self, frame)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
-            if error.code == "payment_required" or self._is_overtaken(error):
-                return  # a reminder: the voucher is on its way, withheld on purpose, or was there before
+            if error.code == "payment_required" and "of" not in frame.body:
+                self._reminder = Wei(_number(error, "owed") or 0), _number(error, "at") or 0
+                self._is_reminded = True
+                return
+            if self._is_overtaken(error):
+                return
             if isinstance(error, Draining):
                 self.is_draining = True
                 return
@@ -235,8 +242,8 @@ class Remote:
 
     def _is_overtaken(self, error: TallystickError) -> bool:
         """Whether a voucher was refused because a higher one of ours, from a session beside this, had arrived."""
-        signed = str(error.fields.get("signed", ""))[:78]
-        return error.code == "bad_voucher" and signed.isdecimal() and int(signed) <= self._promised()
+        signed = _number(error, "signed")
+        return error.code == "bad_voucher" and signed is not None and signed <= self._promised()
 
     def kept_of(self, epoch: int) -> int:
         """What of an epoch's rows is still wanted: positions before this one."""
@@ -353,12 +360,28 @@ class Remote:
         return Wei(self.base + charge(span, self.opening.num_layers, price, rows))
 
     async def pay(self, rows: int, purse: Purse) -> None:
-        """Send a voucher that covers `rows` rows of this session."""
-        if rows > self.rows_paid:
-            more = Wei(self.total(rows) - self.total(self.rows_paid))
+        """Send a voucher that covers `rows` rows of this session, and what else the node has said that it waits for."""
+        debt = self._debt(purse)
+        if rows > self.rows_paid or debt is not None:
+            rows = max(rows, self.rows_paid)
+            more = Wei(self.total(rows) - self.total(self.rows_paid) + (debt or 0))
             self.rows_paid = rows
             self._voucher = Frame(Kind.VOUCHER, {"voucher": purse.promise(self.node, more)})
+            self._signed = purse.promised(self.node)
             await self.send(self._voucher)
+
+    def _debt(self, purse: Purse) -> Wei | None:
+        """What a node that waits for a voucher is owed besides this session's rows: nothing, perhaps, but it may lack a
+        voucher over what is promised already. None where it waits for neither."""
+        if self._reminder is None:
+            return None
+        owed, at = self._reminder
+        own = Wei(self.total(self.rows_fed(at)) - self.total(self.rows_paid))
+        window = self.total(WINDOW) - self.base
+        debt = purse.settle(self.node, owed, own, Wei(self.candidate.offer.credit), window)
+        lacks = purse.promised(self.node) > self._signed and (self._is_reminded or debt is not None)
+        self._is_reminded = False
+        return (debt or Wei(0)) if debt or lacks else None
 
     async def close(self) -> None:
         await self.line.close()
@@ -369,3 +392,9 @@ class Remote:
 
 def fresh_nonce() -> bytes:
     return secrets.token_bytes(32)
+
+
+def _number(error: TallystickError, name: str) -> int | None:
+    """A number, or an amount in decimal, that a node's error names."""
+    text = str(error.fields.get(name, ""))[:78]
+    return int(text) if text.isdecimal() else None
