@@ -29,8 +29,8 @@ STAKE = Wei(2000 * ETHER)
 CLIENT_TOKENS = Wei(10_000 * ETHER)
 NODE_COMMAND = (sys.executable, "-m", "tallystick_node.cli")
 READY_TIMEOUT_S = 120.0
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-"""Many nodes on few cores: spinning threads would starve each other."""
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+"""Many nodes on few cores."""
 
 LEASE_S = "3"
 """Everybody is on this machine: who is away for longer than that does not come back."""
@@ -174,7 +174,7 @@ class LocalNet:
             "--model", "0x" + model.hex(), "--span", f"{node.span.start}:{node.span.end}", "--sources", self.source,
             "--hot-key", str(node.folder / "hot.json"), "--cold-key", str(node.folder / "cold.json"),
             "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
-            "--lease-s", LEASE_S, *(["--tls", "on"] if self._tls else []), *settings,
+            "--lease-s", LEASE_S, "--threads", "1", *(["--tls", "on"] if self._tls else []), *settings,
         ]  # fmt: skip
 
     def _start(self, node: LocalNode, model: ModelId, command: Sequence[str], settings: Sequence[str]) -> LocalNode:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tallystick_devnet.processes import Process, ProcessFailed
+from tallystick_node.cli import TORCH_ENVIRONMENT
 
 
 class Nursery:
@@ -76,7 +77,7 @@ class Nursery:
                 stderr=self._log.open("wb"),
                 text=True,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "THP_MEM_ALLOC_ENABLE": "1"},
+                env={**os.environ, **TORCH_ENVIRONMENT, "OMP_NUM_THREADS": "1"},
             )
             threading.Thread(target=self._listen, args=(self._popen,), daemon=True).start()
         return self._popen

@@ -25,6 +25,11 @@ from tallystick_protocol.types import Address
 if TYPE_CHECKING:  # torch takes seconds to import, and only `run` needs it
     from tallystick_node.node import Keys, MakeEngine
 
+TORCH_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}
+"""Read when torch is loaded. Its threads wait for the next product for some 0.2 ms before they sleep: products of one
+forward follow each other sooner, to be woken takes as long, and another process soon has the core. Large tensors lie
+in huge pages."""
+
 _LIST_SETTINGS = {"sources", "announce", "relays"}
 
 
@@ -89,8 +94,8 @@ def _flags(options: argparse.Namespace, settings: type[BaseSettings]) -> dict[st
 
 
 def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # both are read when torch is loaded: threads that wait sleep,
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # and large tensors lie in huge pages
+    for name, value in TORCH_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from tallystick_node.node import Node
     from tallystick_node.scheduling.engine import Engine
 

@@ -86,7 +86,7 @@ class NodeConfig(BaseSettings):
     max_sessions: int = Field(64, ge=1, le=4096, description="sessions open at once")
     lease_s: float = Field(30.0, ge=0, le=600, description="how long a session waits for a client that lost its link")
     drain_s: float = Field(15.0, ge=0, le=3600, description="how long clients have to move on when the node is stopped")
-    threads: int = Field(1, ge=1, le=256, description="threads for matrix products")
+    threads: int = Field(0, ge=0, le=256, description="threads for matrix products at most; 0: one for each core")
     check_class_s: float = Field(3600.0, ge=1, description="how often canary and class are checked again")
     look_around_s: float = Field(900.0, ge=1, description="how often a node with span = auto looks for a better place")
     dwell_s: float = Field(7200.0, ge=0, description="how long such a node stays before it moves for more throughput")
@@ -101,6 +101,11 @@ class NodeConfig(BaseSettings):
             if isinstance(value, bool):  # which pydantic would take for 0 or 1
                 raise ValueError(f"{name} is not true or false")
         return values
+
+    @property
+    def num_threads(self) -> int:
+        """Threads of each process that computes: as many as this one may use cores, where nothing else is said."""
+        return self.threads or max(len(os.sched_getaffinity(0)) // self.tensor_parallel, 1)
 
     @field_validator("node", "payee", "operator")
     @classmethod

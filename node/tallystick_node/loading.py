@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tallystick_model.loader import load_span
 from tallystick_model.numeric_class import STOCK
 from tallystick_model.parallel import close_model, load_parallel
 from tallystick_model.span import SpanModel
+from tallystick_node.alone import alone
 from tallystick_node.config import NodeConfig, process_environment
 from tallystick_node.pieces import Pieces
 from tallystick_node.placing import accelerators, place_span, room_on
@@ -75,10 +77,10 @@ class Loading:
         """What this machine should serve, as the network is now. at: the span it serves, since dwelt_s seconds."""
         manifest = await self.manifest()
         if self._machine is None:
-            torch.set_num_threads(self._config.threads)
+            torch.set_num_threads(self._config.num_threads)
             memory, cache = self._config.memory, self._config.cache_bytes
-            room, mixed = await asyncio.to_thread(self._room, manifest), self._config.device != "auto"
-            self._machine = await asyncio.to_thread(machine_for, manifest, memory, cache, room, mixed=mixed)
+            room, mixed = await alone(self._room, manifest), self._config.device != "auto"
+            self._machine = await alone(partial(machine_for, manifest, memory, cache, room, mixed=mixed))
         machine, stacks = self._machine, stacks_of(manifest.layers, manifest.encoder_layers)
         servers = await find_servers(self._chain, self._directory, self._model, self._node)
         supply = supply_of(servers, machine.rate)
@@ -108,8 +110,8 @@ class Loading:
         manifest = await self.manifest()
         manifest.stack_of(span)
         manifest.span_pieces(span)
-        torch.set_num_threads(config.threads)
-        room = await asyncio.to_thread(self._room, manifest)
+        torch.set_num_threads(config.num_threads)
+        room = await alone(self._room, manifest)
         placement = place_span(config.device, manifest, span, room)
         check_memory(manifest, span, config.memory, placement)
         pieces = await self._pieces()
@@ -118,9 +120,9 @@ class Loading:
         )
         try:
             with took.of("canary"):
-                error = await asyncio.to_thread(self._reproduce, model, manifest)
+                error = await alone(self._reproduce, model, manifest)
             with took.of("class test"):
-                measured = await asyncio.to_thread(self._find_class, manifest, placement.distinct)
+                measured = await alone(self._find_class, manifest, placement.distinct)
         except BaseException:
             close_model(model)
             raise
@@ -176,7 +178,7 @@ class Loading:
     ) -> SpanModel:
         config = self._config
         if config.tensor_parallel > 1:
-            return load_parallel(manifest, span, open_piece, config.tensor_parallel, config.threads)
+            return load_parallel(manifest, span, open_piece, config.tensor_parallel, config.num_threads)
         return load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
 
     async def _pieces(self) -> Pieces:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tallystick_model.parallel import ParallelSpan, close_model
+from tallystick_node.alone import alone
 from tallystick_node.config import NodeConfig
 from tallystick_node.journal import Journal
 from tallystick_node.listener import Listener, bind
@@ -137,7 +140,8 @@ class Node:
             loaded = await loading.load(span)
             manifest = loaded.manifest
             stack.callback(close_model, loaded.model)
-            engine = self._make_engine(loaded.model, config.step_rows)
+            engine = await alone(self._make_engine, loaded.model, config.step_rows)
+            torch.set_num_threads(1)  # of everybody but the engine
             stack.callback(engine.close)
             self._span = span
             if self._joins:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tallystick_model.parallel import close_model
 from tallystick_model.span import SpanModel
+from tallystick_node.alone import alone
 from tallystick_node.pieces import Pieces
 from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.manifest import Manifest, Piece
@@ -67,7 +68,7 @@ async def fetch_and_load(
         with took.of("reading, checking and packing beside it"):
             return load(lambda piece: arriving[piece.cid].result())
 
-    fetching, loading = asyncio.create_task(fetch()), asyncio.create_task(asyncio.to_thread(fill))
+    fetching, loading = asyncio.create_task(fetch()), asyncio.create_task(alone(fill))
     try:
         model = await loading
     except BaseException:

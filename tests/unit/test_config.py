@@ -102,7 +102,7 @@ def test_an_unknown_flag_is_refused() -> None:
         ("sources", "'http://a'"),
         ("sources", "[1]"),
         ("log_level", "'INFO'"),
-        ("threads", "0"),
+        ("threads", "-1"),
         ("credit_positions", "127"),
         ("node", "'0x12'"),
         ("payee", "'somebody'"),

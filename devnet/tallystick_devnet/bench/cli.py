@@ -103,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
     parser.add_argument("--model", type=Path, help="a checkpoint; without it, a random Llama of 134 M parameters")
     parser.add_argument("--numerics", choices=["fp32", "bf16w"], default="fp32", help="how the network computes")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each process, generate's too")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)),
+        help="threads of each process at most, generate's too; those that are there without it",
+    )  # fmt: skip
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=f"of: {','.join(SECTIONS)}")
     parser.add_argument("--quick", action="store_true", help="one run of each: to see that it works")
     parser.add_argument("--tls", action="store_true", help="TLS between all processes, not only over delayed links")

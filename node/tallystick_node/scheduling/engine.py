@@ -26,6 +26,7 @@ from tallystick_model.stock import StockCache
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
+from tallystick_node.scheduling.threads import Threads
 from tallystick_protocol.errors import Overloaded, TallystickError, Unreachable
 from tallystick_protocol.types import Span
 
@@ -68,10 +69,12 @@ class Engine:
     """
 
     def __init__(self, model: SpanModel, step_rows: int = 0) -> None:
-        """step_rows: rows of a forward; 0 for what suits the device."""
+        """step_rows: rows of a forward; 0 for what suits the device. Of torch's threads, as many as there are now are
+        used at most."""
         self.model = model
-        usual = STEP_ROWS if model.placement.first.type == "cpu" else STEP_ROWS_ACCELERATOR
-        self.step_rows = step_rows or usual
+        on_cpu = model.placement.first.type == "cpu"
+        self.step_rows = step_rows or (STEP_ROWS if on_cpu else STEP_ROWS_ACCELERATOR)
+        self._threads = Threads(torch.get_num_threads(), on_cpu and model.packs)
         self.meter = Meter()
         self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
         self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -205,6 +208,8 @@ class Engine:
 
     def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
         """One forward; the answers to the jobs that are complete with it, or have failed."""
+        rows = sum(count for _, count in batch)
+        self._threads.choose(rows)
         began = time.perf_counter()
         model = batch[0][0].model
         pieces = [piece_of(model, task.task, task.done, count) for task, count in batch]  # type: ignore[arg-type]
@@ -219,11 +224,13 @@ class Engine:
             task.withdrawn = True
             return [(task, None, error)]
         took_s, share = time.perf_counter() - began, len(model.span) / len(self.model.span)
-        self.meter.note(sum(count for _, count in batch), len(batch), took_s, share)
+        self._threads.note(rows, took_s / share)
+        self.meter.note(rows, len(batch), took_s, share)
         done = [_completed(task, count, result) for (task, count), result in zip(batch, results, strict=True)]
         return [answer for answer in done if answer is not None]
 
     def _work(self, task: _Task, work: Callable[[], Any], count: int) -> _Answer:
+        self._threads.use_all()
         began = time.perf_counter()
         try:
             result = work()

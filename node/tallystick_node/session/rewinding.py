@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from tallystick_model.canonical.cache import KvCache
 from tallystick_model.stock import CannotForget
+from tallystick_node.alone import alone
 from tallystick_node.session.kept import FORKS_PER_ROW, FREE_FORKS, Source
 from tallystick_protocol.errors import BadPosition, Rejected, SessionUnknown
 from tallystick_protocol.frames import Frame, take
@@ -43,7 +43,7 @@ class Rewinding:
                 if source is None:
                     self._rewind_cache(length)
                 else:  # copying takes its time
-                    await asyncio.to_thread(self._rewind_cache, length, source, last)
+                    await alone(self._rewind_cache, length, source, last)
             except CannotForget as error:
                 raise BadPosition(str(error)) from None
             hop.record.crop(length)
