@@ -1,7 +1,8 @@
 """How many threads compute a forward: one, or as many as there are, whichever has been quicker of late.
 
 The bits are the same (docs/numerics.md), the pace is not: two threads read the weights faster than one, until another
-process wants their core as well; then they wait for each other.
+process wants their core as well; then they wait for each other. So more than one is not even tried while more threads
+want to run, on the whole machine, than it has cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ WEIGHT = 0.2
 FEW_ROWS = 4
 """Up to so many rows a forward takes as long as reading the weights does."""
 
-_TASKS = Path("/proc/self/task")
+_TASKS, _LOAD = Path("/proc/self/task"), Path("/proc/loadavg")
 
 
 @dataclass(slots=True)
@@ -71,7 +72,8 @@ class Threads:
 
     def choose(self, rows: int) -> None:
         """Before a forward of so many rows."""
-        self._use(1 if self._varies and not self._pace(rows).takes_all() else self._most)
+        is_free = self._cores is None or not self._cores.are_taken
+        self._use(self._most if not self._varies or (is_free and self._pace(rows).takes_all()) else 1)
 
     def note(self, rows: int, seconds: float) -> None:
         """It has taken so long."""
@@ -102,8 +104,21 @@ class Cores:
 
     def __init__(self, threads: int) -> None:
         self._cores = _cores()
+        self._load = os.open(_LOAD, os.O_RDONLY | os.O_CLOEXEC) if _LOAD.exists() else -1
         self._helpers: list[int] | None = None if threads <= len(self._cores) else []
         self._own = -1
+
+    def __del__(self) -> None:
+        if self._load >= 0:
+            os.close(self._load)
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether more threads of this machine want to run than there are cores for them, at this moment."""
+        if self._load < 0:
+            return False
+        running = os.pread(self._load, 128, 0).split()[3].split(b"/")[0]
+        return int(running) > (os.cpu_count() or 1)
 
     def part(self) -> None:
         """Before work with all threads."""

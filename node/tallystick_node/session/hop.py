@@ -210,7 +210,7 @@ class Hop:
         num_receipts: how many windows' receipts it has. first_result: the first position whose result it lacks.
         """
         async with self.moving, self.signer.lock:
-            state = {"position": self.position, "epoch": self.inbox.epoch}
+            state = {"position": self.fed_by.confirmed(self.position), "epoch": self.inbox.epoch}
             hello = [Frame(Kind.RESUMED, state)]
             sealed = self.signer.sealed
             hello += [self.signer.frame(sealed[at]) for at in sorted(sealed) if at >= num_receipts]

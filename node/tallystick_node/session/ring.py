@@ -163,9 +163,13 @@ class Receiver:
         if self._unconfirmed is not None and self._unconfirmed >= length:
             self._unconfirmed = None
 
+    def confirmed(self, length: int) -> int:
+        """How many of `length` rows the client has sent the ids of."""
+        return length if self._unconfirmed is None else min(length, self._unconfirmed)
+
     def may_sign(self, last: int) -> bool:
         """Whether the client has sent every id before `last`."""
-        return self._unconfirmed is None or last <= self._unconfirmed
+        return self.confirmed(last) == last
 
 
 def _address(frame: Frame, key: str) -> Address:
