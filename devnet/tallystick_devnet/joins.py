@@ -267,6 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     as_json = options.pop("json")
     world = World(**options)
+    if world.hours <= world.warm_up_hours:
+        parser.error(f"--hours must be more than --warm-up-hours, which are {world.warm_up_hours:g}")
     outcome = Simulation(world).run()
     if as_json:
         print(json.dumps({"world": asdict(world), **outcome.to_json()}))

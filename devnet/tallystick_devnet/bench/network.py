@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -28,6 +28,9 @@ from tallystick_protocol.types import Address, ModelId, Span, Wei
 
 SAMPLED_NODE = (sys.executable, "-m", "tallystick_devnet.bench.sampled_node")
 PRICE = Wei(10**12)
+REST_S = 0.03
+"""CPU seconds of a second that a node takes which nobody asks for anything."""
+
 CHANNEL = Wei(100 * ETHER)
 """In each node's channel before anything is measured: a client that must fund first waits for a block."""
 
@@ -149,7 +152,23 @@ def bench_net(
         for node in bench.nodes:
             node.wait()
         Wallet(net.chain.chain(), key).fund(key.address, [(node.address, CHANNEL) for node in bench.nodes])
+        wait_for_rest([node.process.pid for node in bench.nodes])
         yield bench
+
+
+def wait_for_rest(pids: Sequence[int], timeout_s: float = 180.0) -> None:
+    """Return when these processes have nothing to do any more: nodes that have begun to serve still write plans."""
+    deadline, before, resting = time.monotonic() + timeout_s, _cpu_s(pids), 0
+    while resting < 3 and time.monotonic() < deadline:
+        time.sleep(1)
+        now = _cpu_s(pids)
+        resting = resting + 1 if now - before < REST_S * len(pids) else 0
+        before = now
+
+
+def _cpu_s(pids: Sequence[int]) -> float:
+    fields = (Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids)
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

@@ -25,8 +25,8 @@ def max_length(skeleton: Skeleton, source: TensorSource) -> int:
     config: Any = skeleton.config.get_text_config()
     for field in _FIELDS:
         length = getattr(config, field, None)
-        if type(length) is int and 0 < length <= MAX_LENGTH:
-            return length - _padding_rows(skeleton.model, length)
+        if type(length) is int and length > 0:
+            return min(length - _padding_rows(skeleton.model, length), MAX_LENGTH)
     settings = source.read_json("tokenizer_config.json")
     length = settings.get("model_max_length") if isinstance(settings, dict) else None
     if type(length) is int and 0 < length <= MAX_LENGTH:
