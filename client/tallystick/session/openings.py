@@ -208,6 +208,8 @@ class Openings:
             except TallystickError as error:
                 log.info("%s cannot audit (%s)", candidate.node, error)
                 self._session.lost.add(candidate.node)
+                if error.code == "overloaded":
+                    self._session.busy.add(candidate.node)
                 continue
             audit = Audit(self._session, index, remote)
             self._session.audits.append(audit)

@@ -45,7 +45,7 @@ class Session:
     """An open route. Use `open`, then `feed` and `result`, then `finish`; always `close`.
 
     avoid: nodes that lied or are banned; lost: those that failed; hearsay: those of them that failed by another node's
-    word alone.
+    word alone; busy: that had no room for an audit.
     """
 
     def __init__(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> None:
@@ -56,6 +56,7 @@ class Session:
         self.avoid: set[Address] = set()
         self.lost: set[Address] = set()
         self.hearsay: set[Address] = set()
+        self.busy: set[Address] = set()
         self.ids: list[int] = []
         self.want: list[bool] = []
         self.results = Results(setting)
@@ -288,7 +289,7 @@ class Session:
         if self.watch.longest_pause_s > IDLE_S:
             blameless.add("session_unknown")
         left = {old for old, _, why in self.verdict.replaced if why in blameless}
-        self.monitor.close(self.lost - left - self.hearsay, served=self.is_open)
+        self.monitor.close(self.lost - left - self.hearsay - self.busy, served=self.is_open)
 
     # -- what arrives
 
