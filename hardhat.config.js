@@ -10,7 +10,7 @@ const production = {
 };
 // The tests run the contracts' production artifacts; they themselves are compiled quickly.
 const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
-const tests = ["Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
+const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
 
 export default {
   solidity: {
