@@ -37,7 +37,7 @@ contract BeaconTest is CourtWorld {
         beacon.randao(BLOCK, header);
     }
 
-    function test_what_is_no_header_is_refused() public {
+    function test_what_is_no_header_is_refused() public view {
         try beacon.randao(BLOCK - 1, "") {
             revert("taken");
         } catch {}

@@ -60,7 +60,7 @@ abstract contract CourtWorld is World {
     }
 
     /// Token, Models, Staking, Escrow, Beacon, Court, Emissions: one after the other.
-    function authorities() internal view override returns (address minter, address slasher) {
+    function authorities() internal view virtual override returns (address minter, address slasher) {
         uint256 nonce = vm.getNonce(address(this));
         return (vm.computeCreateAddress(address(this), nonce + 6), vm.computeCreateAddress(address(this), nonce + 5));
     }
@@ -172,20 +172,20 @@ abstract contract CourtWorld is World {
 
     // Voting
 
-    function commitmentOf(bytes32 id, address who, Vote vote) internal view returns (bytes32) {
-        return keccak256(abi.encode(id, court.cases(id).round, who, vote, ROOTS, bytes32("salt")));
+    function commitmentOf(bytes32 id, address who, Vote choice) internal view returns (bytes32) {
+        return keccak256(abi.encode(id, court.cases(id).round, who, choice, ROOTS, bytes32("salt")));
     }
 
-    function commit(bytes32 id, uint256 i, Vote vote, uint256 count) internal {
+    function commit(bytes32 id, uint256 i, Vote choice, uint256 count) internal {
         uint256[] memory seats = firstOf(seatsOf(id, juror(i)), count);
-        bytes32 commitment = commitmentOf(id, juror(i), vote);
+        bytes32 commitment = commitmentOf(id, juror(i), choice);
         vm.prank(juror(i));
         court.commit(id, seats, commitment);
     }
 
-    function reveal(bytes32 id, uint256 i, Vote vote) internal {
+    function reveal(bytes32 id, uint256 i, Vote choice) internal {
         vm.prank(juror(i));
-        court.reveal(id, vote, ROOTS, "salt");
+        court.reveal(id, choice, ROOTS, "salt");
     }
 
     /// Each juror commits and reveals `counts[i]` seats for `votes[i]`; then the reveals' time is over.
