@@ -92,7 +92,7 @@ contract Court is ICourt {
         require(receipt.time <= block.timestamp && block.timestamp < end, OutOfTime(block.timestamp, receipt.time, end));
         id = caseId(digest, evidence);
         Case storage c = _cases[id];
-        require(c.state == State.None, Known(id));
+        require(c.state == State.None, CaseKnown(id));
         require(!receiptClosed[digest], ReceiptClosed(digest));
         bytes32 offence = keccak256(abi.encode(accused, receipt.session));
         require(_offences[offence] != Offence.Convicted, SessionClosed(accused, receipt.session));
@@ -173,13 +173,13 @@ contract Court is ICourt {
     }
 
     /// @inheritdoc ICourt
-    function reveal(bytes32 id, Vote vote, bytes32 roots, bytes32 salt) external {
+    function reveal(bytes32 id, address juror, Vote vote, bytes32 roots, bytes32 salt) external {
         Case storage c = _inState(id, State.Drawn);
         _checkTime(c.commitEnd, c.commitEnd + REVEAL);
-        (uint256 round, address juror) = (c.round, _juror());
+        uint256 round = c.round;
         Ballot memory ballot = _ballots[id][round][juror];
         bytes32 commitment = keccak256(abi.encode(id, round, juror, vote, roots, salt));
-        // A second reveal fails here, too: the commitment is gone.
+        // No check of the caller: who knows the salt has it from the juror. A second reveal fails here, too.
         require(vote != Vote.None && ballot.commitment == bytes26(commitment), WrongReveal(juror));
         (ballot.commitment, ballot.vote) = (0, vote);
         _ballots[id][round][juror] = ballot;

@@ -40,7 +40,7 @@ contract Emissions is IEmissions {
         EPOCH = escrow.EPOCH();
         START = block.timestamp / EPOCH;
         // Nothing lies here between transactions, so a standing approval risks nothing.
-        require(TOKEN.approve(address(STAKING), type(uint256).max));
+        TOKEN.approve(address(STAKING), type(uint256).max);
     }
 
     /// @inheritdoc IEmissions

@@ -151,7 +151,7 @@ interface ICourt {
     error TooLongTrial(uint256 trial, uint256 remembered);
     error NotSigned(address signer, address node);
     error OutOfTime(uint256 time, uint256 from, uint256 until);
-    error Known(bytes32 id);
+    error CaseKnown(bytes32 id);
     error ReceiptClosed(bytes32 receipt);
     error SessionClosed(address node, bytes32 session);
     error TooFewUnits(uint256 units, uint256 minimum);
@@ -222,8 +222,8 @@ interface ICourt {
     /// @param commitment `keccak256(abi.encode(id, round, node, vote, roots, salt))`.
     function commit(bytes32 id, uint256[] calldata seats, bytes32 commitment) external;
 
-    /// @notice Opens the commitment. Caller: a node or one of its hot keys.
-    function reveal(bytes32 id, Vote vote, bytes32 roots, bytes32 salt) external;
+    /// @notice Opens a juror's commitment. Anybody who knows the salt may.
+    function reveal(bytes32 id, address juror, Vote vote, bytes32 roots, bytes32 salt) external;
 
     /// @notice Disputes the round's verdict, for `appealBond` of the caller's. A larger jury decides anew.
     function appeal(bytes32 id) external;

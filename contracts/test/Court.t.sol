@@ -28,8 +28,7 @@ contract CourtTest is CourtWorld {
 
     function refuses(Terms memory changed, bytes memory reason) private {
         bytes memory code = initcode("Court", abi.encode(staking, beacon, changed));
-        vm.expectRevert(reason);
-        this.createHere(code);
+        refusesToDeploy(code, reason);
     }
 
     function test_the_terms_are_the_parameters() public view {
@@ -149,7 +148,7 @@ contract CourtTest is CourtWorld {
         bytes32 id = open();
         Receipt memory r = receiptOf("session", opened);
         bytes memory signature = signed(r);
-        vm.expectRevert(abi.encodeWithSelector(ICourt.Known.selector, id));
+        vm.expectRevert(abi.encodeWithSelector(ICourt.CaseKnown.selector, id));
         court.open(r, signature, EVIDENCE_CID);
         // Other evidence is another case: a dead CID in front protects nobody.
         open("session", opened, "other evidence");
@@ -249,10 +248,11 @@ contract CourtTest is CourtWorld {
         court.commit(id, new uint256[](1), 0);
         draw(id);
         uint256[] memory seats = seatsOf(id, juror(0));
+        bytes32 commitment = commitmentOf(id, juror(0), Vote.Guilty);
         vm.expectEmit(address(court));
         emit ICourt.Committed(id, 0, juror(0), seats.length);
         vm.prank(juror(0));
-        court.commit(id, seats, commitmentOf(id, juror(0), Vote.Guilty));
+        court.commit(id, seats, commitment);
         assertEq(court.ballots(id, 0, juror(0)).seats, seats.length);
         vm.expectRevert(abi.encodeWithSelector(ICourt.HasCommitted.selector, juror(0)));
         vm.prank(juror(0));
@@ -272,8 +272,7 @@ contract CourtTest is CourtWorld {
         vm.warp(court.cases(id).commitEnd);
         vm.expectEmit(address(court));
         emit ICourt.Revealed(id, 0, juror(1), Vote.Clear, seats.length, ROOTS);
-        vm.prank(client);
-        court.reveal(id, Vote.Clear, ROOTS, "salt");
+        court.reveal(id, juror(1), Vote.Clear, ROOTS, "salt");
     }
 
     function test_commitments_end_to_the_second() public {
@@ -800,9 +799,13 @@ contract CourtTest is CourtWorld {
         draw(id);
         vote(id, Vote.Guilty);
         assertEq(court.appealBond(id), 2 * BOND);
+        token.transfer(client, 2 * BOND);
+        vm.prank(client);
+        token.approve(address(court), 2 * BOND);
         vm.expectEmit(address(court));
         emit ICourt.Appealed(id, 0, client, Verdict.Guilty, 2 * BOND);
-        appeal(id, client, 2 * BOND);
+        vm.prank(client);
+        court.appeal(id);
         assertEq(court.appeals(id, 0).by, client);
         assertEq(court.appealBond(id), 4 * BOND);
         assertEq(court.cases(id).seedBlock, block.number + terms.lookahead);

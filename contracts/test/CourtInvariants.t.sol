@@ -185,7 +185,7 @@ contract CourtHandler is CourtWorld {
         assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * minStake / 1000, "fined too much");
     }
 
-    function leave(uint256 n, uint256 amount) external {
+    function unbond(uint256 n, uint256 amount) external {
         address who = n % 2 == 0 ? node : juror(n % JURORS);
         Node memory state = staking.nodes(who);
         uint256 active = state.stake - state.leaving;

@@ -184,8 +184,7 @@ abstract contract CourtWorld is World {
     }
 
     function reveal(bytes32 id, uint256 i, Vote choice) internal {
-        vm.prank(juror(i));
-        court.reveal(id, choice, ROOTS, "salt");
+        court.reveal(id, juror(i), choice, ROOTS, "salt");
     }
 
     /// Each juror commits and reveals `counts[i]` seats for `votes[i]`; then the reveals' time is over.

@@ -35,16 +35,14 @@ contract EmissionsTest is CourtWorld {
 
     function test_less_than_what_burned_comes_back() public {
         bytes memory code = initcode("Emissions", abi.encode(escrow, 10_000, 1, 1));
-        vm.expectRevert(abi.encodeWithSelector(IEmissions.BadGamma.selector, 10_000, 10_000));
-        this.createHere(code);
+        refusesToDeploy(code, abi.encodeWithSelector(IEmissions.BadGamma.selector, 10_000, 10_000));
         deploy("Emissions", abi.encode(escrow, 9_999, 1, 1));
     }
 
     function test_the_budgets_fit_the_cap() public {
         uint256 room = token.CAP() - token.minted();
         bytes memory code = initcode("Emissions", abi.encode(escrow, 9000, room / 4 + 1, 2));
-        vm.expectRevert(abi.encodeWithSelector(IEmissions.OverCap.selector, room + 4, room));
-        this.createHere(code);
+        refusesToDeploy(code, abi.encodeWithSelector(IEmissions.OverCap.selector, room + 4, room));
         deploy("Emissions", abi.encode(escrow, 9000, room / 4, 2));
     }
 

@@ -200,8 +200,7 @@ contract CourtGasTest is GasRecorder, CourtWorld {
         }
         vm.warp(court.cases(id).commitEnd);
         for (uint256 i = 0; i < JURORS; i++) {
-            vm.prank(juror(i));
-            court.reveal(id, choice, ROOTS, "salt");
+            court.reveal(id, juror(i), choice, ROOTS, "salt");
             if (i != 0) record("court.reveal", 40_000);
         }
         vm.warp(court.cases(id).commitEnd + terms.reveal + terms.appeal);

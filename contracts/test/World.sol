@@ -37,6 +37,18 @@ abstract contract Assertions {
     }
 }
 
+/// Hands on a constructor's own error.
+contract Maker {
+    function make(bytes memory code) external {
+        assembly {
+            if iszero(create(0, add(code, 32), mload(code))) {
+                returndatacopy(0, 0, returndatasize())
+                revert(0, returndatasize())
+            }
+        }
+    }
+}
+
 /// Token, Models, Staking and Escrow as built for deployment, with the production parameters. This contract is treasury and,
 /// unless a test says otherwise, minter and slasher.
 /// The tests take the contracts from the artifacts: it is the deployed bytecode that is tested, and it is compiled once.
@@ -104,14 +116,10 @@ abstract contract World is Assertions {
         require(made != address(0), "the constructor reverted");
     }
 
-    /// A constructor's own error, for `expectRevert`.
-    function createHere(bytes memory code) external {
-        assembly {
-            if iszero(create(0, add(code, 32), mload(code))) {
-                returndatacopy(0, 0, returndatasize())
-                revert(0, returndatasize())
-            }
-        }
+    function refusesToDeploy(bytes memory code, bytes memory reason) internal {
+        Maker maker = new Maker();
+        vm.expectRevert(reason);
+        maker.make(code);
     }
 
     function parameter(string memory name) internal view returns (uint256) {
