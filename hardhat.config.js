@@ -8,6 +8,8 @@ const production = {
   ...solc,
   settings: { optimizer: { enabled: true, runs: 999999 }, viaIR: true, evmVersion: "cancun" },
 };
+// The Court is the one large contract; called seldom, it is compiled for size.
+const small = { ...production, settings: { ...production.settings, optimizer: { enabled: true, runs: 200 } } };
 // The tests run the contracts' production artifacts; they themselves are compiled quickly.
 const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
 const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
@@ -15,7 +17,10 @@ const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas
 export default {
   solidity: {
     compilers: [production],
-    overrides: Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),
+    overrides: {
+      "contracts/Court.sol": small,
+      ...Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),
+    },
   },
   test: {
     solidity: {

@@ -68,11 +68,16 @@ contract GasTest is GasRecorder {
         vm.prank(stranger);
         staking.stake(node, 100 ether);
         record("stake top-up", 65_000);
+        // Whole units, on another day: all sums change.
         vm.warp(START + epoch);
+        vm.prank(stranger);
+        staking.stake(node, minStake);
+        record("stake units", 75_000);
+        vm.warp(START + 2 * epoch);
         vm.prank(node);
-        staking.unbond(100 ether);
+        staking.unbond(minStake);
         record("unbond", 50_000);
-        vm.warp(START + epoch + unbonding);
+        vm.warp(START + 2 * epoch + unbonding);
         vm.prank(node);
         staking.withdraw();
         record("unstake withdraw", 55_000);
@@ -196,7 +201,7 @@ contract CourtGasTest is GasRecorder, CourtWorld {
         record("court.draw", 160_000);
         for (uint256 i = 0; i < JURORS; i++) {
             committed(id, i, choice, i == 0 ? 1 : i == 1 ? 3 : 2);
-            record(i == 0 ? "court.commit 1 seat" : i == 1 ? "court.commit 3 seats" : "court.commit 2 seats", 90_000);
+            record(i == 0 ? "court.commit 1 seat" : i == 1 ? "court.commit 3 seats" : "court.commit 2 seats", 85_000);
         }
         vm.warp(court.cases(id).commitEnd);
         for (uint256 i = 0; i < JURORS; i++) {

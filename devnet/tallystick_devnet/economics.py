@@ -44,12 +44,13 @@ def agrees(part: int, voted: int) -> bool:
 class Committee:
     """Probabilities in one round, for an adversary with a share of the stake, everybody voting.
 
-    missed: too few seats were drawn; convicts: the adversary alone outvotes the honest; blocks: the honest alone do not
-    reach two thirds.
+    missed: too few seats were drawn; convicts: the adversary alone has two thirds of the seats; captures: and there is
+    a quorum, so that the verdict counts; blocks: the honest alone do not have two thirds.
     """
 
     missed: float
     convicts: float
+    captures: float
     blocks: float
 
 
@@ -57,32 +58,32 @@ def committee(seats: int, share: float) -> Committee:
     """Seats of the adversary and of the honest are Poisson with means seats x share and seats x (1 - share)."""
     limit = 4 * seats + 40
     adversary, honest = poisson(seats * share, limit), poisson(seats * (1 - share), limit)
-    missed = convicts = blocks = 0.0
+    missed = convicts = captures = blocks = 0.0
     for a, p in enumerate(adversary):
         for h, q in enumerate(honest):
-            if not has_quorum(a + h, seats):
-                missed += p * q
-            else:
-                convicts += p * q * agrees(a, a + h)
-                blocks += p * q * (not agrees(h, a + h))
-    return Committee(missed, convicts, blocks)
+            quorum, alone = has_quorum(a + h, seats), agrees(a, a + h)
+            missed += p * q * (not quorum)
+            convicts += p * q * alone
+            captures += p * q * (alone and quorum)
+            blocks += p * q * (not agrees(h, a + h))
+    return Committee(missed, convicts, captures, blocks)
 
 
 def drawn_committees(seats: int, share: float, rounds: int, units: int = 300, seed: int = 0) -> Committee:
     """The same, counted over juries drawn by hash as the contract draws them; ten nodes hold the units."""
     jurors = [Address(f"0x{node:040x}") for node in range(1, 11)]
     bad = round(share * len(jurors))
-    missed = convicts = blocks = 0
+    missed = convicts = captures = blocks = 0
     for number in range(rounds):
         drawn = Digest(keccak(f"{seed} {number}".encode()))
         counts = [len(winning_seats(drawn, juror, units // len(jurors), units, seats)) for juror in jurors]
         a, h = sum(counts[:bad]), sum(counts[bad:])
-        if not has_quorum(a + h, seats):
-            missed += 1
-        else:
-            convicts += agrees(a, a + h)
-            blocks += not agrees(h, a + h)
-    return Committee(missed / rounds, convicts / rounds, blocks / rounds)
+        quorum, alone = has_quorum(a + h, seats), agrees(a, a + h)
+        missed += not quorum
+        convicts += alone
+        captures += alone and quorum
+        blocks += not agrees(h, a + h)
+    return Committee(missed / rounds, convicts / rounds, captures / rounds, blocks / rounds)
 
 
 # Deterrence
@@ -120,7 +121,7 @@ def accuser(bond_per_bounty: float, convicts: float, clears: float, stake: float
 
 
 def self_payment(paid: float, others: float, budget: float = math.inf) -> float:
-    """What somebody has gained who paid itself `paid` through the protocol in an epoch in which others paid `others`."""
+    """What somebody has gained who paid itself `paid` in an epoch in which others paid `others`."""
     burned, all_burned = FEE * paid, FEE * (paid + others)
     reward = min(GAMMA * all_burned, budget) * burned / all_burned if all_burned else 0.0
     return reward - burned
@@ -143,13 +144,14 @@ def self_acquittal(stake: float, jury: float, slashed: float = FIRST) -> float:
 
 def tables(rounds: int) -> Iterator[str]:
     yield f"committees: one round, closed form (and {rounds} juries drawn by hash)"
-    yield "seats  missed            f     convicts alone       blocks"
+    yield "seats  missed             f    convicts alone   with a quorum    blocks"
     for seats in SEATS:
         for share in SHARES:
             exact, counted = committee(seats, share), drawn_committees(seats, share, rounds)
             yield (
                 f"{seats:5}  {exact.missed:.1e} ({counted.missed:.1e})  {share:.1f}  "
-                f"{exact.convicts:.0e} ({counted.convicts:.0e})  {exact.blocks:.0e} ({counted.blocks:.0e})"
+                f"{exact.convicts:.0e} ({counted.convicts:.0e})  {exact.captures:.0e} ({counted.captures:.0e})  "
+                f"{exact.blocks:.0e} ({counted.blocks:.0e})"
             )
     yield ""
     yield "deterrence: gain per session, in tokens, above which cheating pays; stake 1,000"

@@ -1,4 +1,4 @@
-"""Headers, seats and commitments as the Court expects them. The contract itself is asked in integration/test_court.py."""
+"""Headers, seats and commitments as the Court expects them; integration/test_court.py asks the contract."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def test_shares_do_not_grow_by_splitting(split: int) -> None:
     threshold = (2**256 - 1) // 300 * 15
     for who, units in ((JUROR, split), (Address("0x" + "00" * 19 + "08"), 300 - split)):
         for unit in winning_seats(SEED, who, units, 300, 15):
-            assert int.from_bytes(
-                keccak(SEED + bytes(12) + bytes.fromhex(who[2:]) + unit.to_bytes(32, "big")), "big"
-            ) < threshold
+            assert (
+                int.from_bytes(keccak(SEED + bytes(12) + bytes.fromhex(who[2:]) + unit.to_bytes(32, "big")), "big")
+                < threshold
+            )
 
 
 def test_a_commitment_binds_everything() -> None:

@@ -22,14 +22,16 @@ def test_committees_are_those_of_the_design(seats: int) -> None:
         assert found.missed == pytest.approx(missed, rel=0.1)
         # The design's figures have one digit.
         assert f"{found.convicts:.0e}" == f"{convicts:.0e}"
-        assert found.blocks == pytest.approx(blocks, rel=0.35)
+        assert f"{found.blocks:.0e}" == f"{blocks:.0e}"
+        # They leave the quorum out, which makes capture rarer still.
+        assert found.captures < found.convicts
 
 
 def test_juries_drawn_by_hash_are_poissons() -> None:
     counted, exact = economics.drawn_committees(15, 0.3, 1000), economics.committee(15, 0.3)
     assert counted.missed == pytest.approx(exact.missed, abs=0.015)
     assert counted.blocks == pytest.approx(exact.blocks, abs=0.05)
-    assert counted.convicts <= 0.02
+    assert counted.captures <= 0.02
 
 
 @pytest.mark.parametrize("audit", [0.01, 0.05])

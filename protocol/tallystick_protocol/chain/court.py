@@ -68,9 +68,7 @@ def winning_seats(seed: Digest, juror: Address, own_units: int, units: int, seat
     threshold = MAX_HASH // units * seats if seats < units else MAX_HASH
     stem = seed + b"\0" * 12 + address_bytes(juror)
     return [
-        unit
-        for unit in range(own_units)
-        if int.from_bytes(keccak(stem + unit.to_bytes(32, "big")), "big") < threshold
+        unit for unit in range(own_units) if int.from_bytes(keccak(stem + unit.to_bytes(32, "big")), "big") < threshold
     ]
 
 
