@@ -6,7 +6,12 @@ const require = createRequire(import.meta.url);
 const solc = { version: "0.8.37", path: require.resolve("solc/soljson.js") };
 const production = {
   ...solc,
-  settings: { optimizer: { enabled: true, runs: 999999 }, viaIR: true, evmVersion: "cancun" },
+  settings: {
+    optimizer: { enabled: true, runs: 999999 },
+    viaIR: true,
+    evmVersion: "cancun",
+    outputSelection: { "*": { "*": ["storageLayout"] } },
+  },
 };
 // The Court is the one large contract; called seldom, it is compiled for size.
 const small = { ...production, settings: { ...production.settings, optimizer: { enabled: true, runs: 200 } } };
