@@ -19,6 +19,9 @@ const small = { ...production, settings: { ...production.settings, optimizer: { 
 const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
 const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
 
+// At night: more runs of everything that is fuzzed.
+const factor = Number(process.env.TALLYSTICK_FUZZ_FACTOR ?? 1);
+
 export default {
   solidity: {
     compilers: [production],
@@ -33,8 +36,8 @@ export default {
         readFile: ["tests/vectors/eip712.json", "contracts/parameters.json"],
         readDirectory: ["artifacts/contracts"],
       },
-      fuzz: { runs: 256, seed: process.env.TALLYSTICK_FUZZ_SEED },
-      invariant: { runs: 64, depth: 64, failOnRevert: true },
+      fuzz: { runs: 256 * factor, seed: process.env.TALLYSTICK_FUZZ_SEED },
+      invariant: { runs: 64 * factor, depth: 64, failOnRevert: true },
     },
   },
 };
