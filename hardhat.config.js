@@ -14,7 +14,10 @@ const production = {
   },
 };
 // The Court is the one large contract; called seldom, it is compiled for size.
-const small = { ...production, settings: { ...production.settings, optimizer: { enabled: true, runs: 200 } } };
+const optimizer = { enabled: true, runs: 200 };
+// scripts/mutate builds a hundred times, and measures no gas.
+const viaIR = !process.env.TALLYSTICK_QUICK_BUILD;
+const small = { ...production, settings: { ...production.settings, optimizer, viaIR } };
 // The tests run the contracts' production artifacts; they themselves are compiled quickly.
 const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
 const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
@@ -24,7 +27,7 @@ const factor = Number(process.env.TALLYSTICK_FUZZ_FACTOR ?? 1);
 
 export default {
   solidity: {
-    compilers: [production],
+    compilers: [viaIR ? production : small],
     overrides: {
       "contracts/Court.sol": small,
       ...Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),

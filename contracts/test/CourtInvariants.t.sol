@@ -26,6 +26,8 @@ contract CourtHandler is CourtWorld {
     mapping(bytes32 session => uint256) private convictions;
     mapping(bytes32 receipt => bool) private closed;
     uint256 private newestBlock = BLOCK;
+    /// How often: 0 ruled without a slash, 1 with one, 2 appealed, 3 redrawn, 4 reported, 5 and 6 settled a clear or another vote.
+    uint256[7] public reached;
 
     function setUp() public override {
         super.setUp();
@@ -72,7 +74,14 @@ contract CourtHandler is CourtWorld {
         return staking.totalUnitsAt(block.timestamp) - staking.unitsAt(node, block.timestamp);
     }
 
-    function seed(uint256 which, uint256 randao) external {
+    /// A whole round at once: actions drawn one by one seldom come in this order.
+    function tryRound(uint256 which, uint256 randao, uint256 choices, uint256 counts, uint256 silent) external {
+        seed(which, randao);
+        takeSeats(which, choices, counts);
+        showVotes(which, silent);
+    }
+
+    function seed(uint256 which, uint256 randao) public {
         (Tried memory t, Case memory c) = some(which);
         if (c.state != State.Open) return;
         bytes memory header = mine(t.id, randao);
@@ -83,7 +92,7 @@ contract CourtHandler is CourtWorld {
     }
 
     /// All jurors take seats, some of them not all, and mostly vote alike.
-    function takeSeats(uint256 which, uint256 choices, uint256 counts) external {
+    function takeSeats(uint256 which, uint256 choices, uint256 counts) public {
         (Tried memory t, Case memory c) = some(which);
         if (c.state != State.Drawn || block.timestamp >= c.commitEnd || !remembered(c)) return;
         for (uint256 i = 0; i < JURORS; i++) {
@@ -102,7 +111,7 @@ contract CourtHandler is CourtWorld {
         return Vote(within(own % 4 == 0 ? own / 4 : choices, 1, 5));
     }
 
-    function showVotes(uint256 which, uint256 silent) external {
+    function showVotes(uint256 which, uint256 silent) public {
         (Tried memory t, Case memory c) = some(which);
         if (c.state != State.Drawn) return;
         if (block.timestamp < c.commitEnd) vm.warp(c.commitEnd);
@@ -120,9 +129,12 @@ contract CourtHandler is CourtWorld {
         (Tried memory t, Case memory c) = some(which);
         if (c.state != State.Drawn || c.round == 2) return;
         uint256 revealEnd = c.commitEnd + terms.reveal;
-        bool inTime = block.timestamp >= revealEnd && block.timestamp < revealEnd + terms.appeal;
-        if (inTime && court.standing(t.id) != Verdict.Missed) court.appeal(t.id);
-        else if (block.timestamp >= revealEnd && court.standing(t.id) == Verdict.Missed) court.redraw(t.id);
+        if (block.timestamp < revealEnd) vm.warp(revealEnd);
+        bool missed = court.standing(t.id) == Verdict.Missed;
+        if (missed) court.redraw(t.id);
+        else if (block.timestamp < revealEnd + terms.appeal) court.appeal(t.id);
+        else return;
+        reached[missed ? 3 : 2]++;
     }
 
     function decide(uint256 which) external {
@@ -142,6 +154,7 @@ contract CourtHandler is CourtWorld {
             require(closed[receipt] || convictions[t.session] != 0, "C1: still open");
         }
         uint256 slashed = stake - staking.nodes(node).stake;
+        reached[slashed == 0 ? 0 : 1]++;
         if (slashed == 0) return;
         assertEq(++convictions[t.session], 1); // C1
         require(verdict == Verdict.Guilty || (verdict == Verdict.Fault && before.faultAt != 0), "C5: no conviction");
@@ -163,25 +176,27 @@ contract CourtHandler is CourtWorld {
         if (verdict == Verdict.Fault) assertLe(2 * voting, 3 * (sums[1] + sums[3]), "C5");
     }
 
-    function pay(uint256 which, uint256 round, uint256 i) external {
+    function pay(uint256 which, uint256 number, uint256 i) external {
         (Tried memory t, Case memory c) = some(which);
-        Ballot memory b = court.ballots(t.id, round % 3, juror(i % JURORS));
+        Ballot memory b = court.ballots(t.id, number % 3, juror(i % JURORS));
         if (c.state != State.Ruled || b.vote == Vote.None || b.settled) return;
-        court.settle(t.id, round % 3, juror(i % JURORS));
+        court.settle(t.id, number % 3, juror(i % JURORS));
+        reached[b.vote == Vote.Clear ? 5 : 6]++;
     }
 
-    function tell(uint256 which, uint256 round, uint256 i, uint256 count) external {
+    function tell(uint256 which, uint256 number, uint256 i, uint256 count) external {
         (Tried memory t, Case memory c) = some(which);
-        (round, i) = (within(round, 0, c.round), i % JURORS);
-        if (court.seeds(t.id, round) == 0 || !remembered(c)) return;
-        if (round == c.round && block.timestamp < c.commitEnd + terms.reveal) return;
-        Ballot memory b = court.ballots(t.id, round, juror(i));
-        uint256[] memory seats = list(t.id, c, round, juror(i));
+        (number, i) = (within(number, 0, c.round), i % JURORS);
+        if (court.seeds(t.id, number) == 0 || !remembered(c)) return;
+        if (number == c.round && block.timestamp < c.commitEnd + terms.reveal) return;
+        Ballot memory b = court.ballots(t.id, number, juror(i));
+        uint256[] memory seats = list(t.id, c, number, juror(i));
         uint256 known = b.fined + (b.vote == Vote.None ? 0 : b.seats);
         if (seats.length <= known) return;
         uint256 stake = staking.nodes(juror(i)).stake;
         uint256 told = within(count, known + 1, seats.length);
-        court.report(t.id, round, juror(i), firstOf(seats, told));
+        court.report(t.id, number, juror(i), firstOf(seats, told));
+        reached[4]++;
         assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * minStake / 1000, "fined too much");
     }
 
@@ -305,6 +320,27 @@ contract CourtInvariants is Assertions {
         list[0].addr = address(handler);
         list[0].selectors = new bytes4[](1);
         list[0].selectors[0] = World.setUp.selector;
+    }
+
+    /// What no action reaches holds vacuously.
+    function test_the_actions_reach_everything() public {
+        for (uint256 i = 0; i < 400; i++) {
+            uint256 x = uint256(keccak256(abi.encode(i)));
+            if (x % 8 == 0) handler.accuse(x >> 8, x >> 16, x & 256 == 0);
+            if (x % 8 == 1) handler.tryRound(x >> 8, x >> 16, x >> 32, x >> 64, x >> 128);
+            if (x % 8 == 2) handler.dispute(x >> 8);
+            if (x % 8 == 3) handler.decide(x >> 8);
+            if (x % 8 == 4) handler.pay(x >> 8, x >> 16, x >> 32);
+            if (x % 8 == 5) handler.tell(x >> 8, x >> 16, x >> 32, x >> 64);
+            if (x % 8 == 6) handler.pass(x >> 8);
+            if (x % 8 == 7) handler.withdraw();
+            handler.checkBalance();
+            handler.checkHolds();
+            handler.checkCap();
+        }
+        for (uint256 i = 0; i < 7; i++) {
+            require(handler.reached(i) != 0, vm.toString(i));
+        }
     }
 
     function invariant_C2_the_balance_is_bonds_and_shares() public view {
