@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 from web3.types import RPCEndpoint
 
-from tallystick_devnet.localchain import LocalChain, rich_key, start_chain
+from tallystick_devnet.localchain import LocalChain, repository, rich_key, start_chain
+from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.court import State, Verdict, Vote, case_id, commitment, header_rlp, winning_seats
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
@@ -246,6 +251,34 @@ def test_a_wrong_header_draws_nothing(bench: Bench) -> None:
     other = header_rlp(bench.chain.web3.eth.get_block(number + 1))
     with pytest.raises(ChainError, match="NotTheBlock"):
         bench.stranger.send("drawing", bench.chain.court.functions.draw(id_, other))
+
+
+def deploy(bench: Bench, out: Path, scale: str) -> subprocess.CompletedProcess[str]:
+    root = repository()
+    node = shutil.which("node", path=f"{root}/.venv/bin:{os.environ['PATH']}")
+    assert node is not None, "Node.js is not installed; run scripts/install"
+    command = [node, root / "scripts" / "deploy.js", "--rpc", bench.local.rpc, "--out", out, "--scale", scale]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_test_networks_trials_are_short(bench: Bench, tmp_path: Path) -> None:
+    done = deploy(bench, tmp_path / "book.json", "100")
+    assert done.returncode == 0, done.stderr
+    chain = Chain(bench.local.rpc, load_book(tmp_path / "book.json"))
+    chain.check()
+    court, staking = chain.court.functions, chain.staking.functions
+    assert [court.COMMIT().call(), court.APPEAL().call(), court.EVIDENCE().call()] == [432, 864, 6048]
+    assert [court.LOOKAHEAD().call(), court.HEADERS().call()] == [1, 8191]
+    assert staking.SLASHER().call() == chain.court.address
+    assert chain.token.functions.MINTER().call() == chain.emissions.address
+    assert staking.UNBONDING().call() >= 6048 + 6 * 432 + 2 * 864
+
+
+def test_a_scale_that_leaves_no_time_for_a_trial_is_refused(bench: Bench, tmp_path: Path) -> None:
+    done = deploy(bench, tmp_path / "book.json", "86400")
+    assert done.returncode == 1
+    assert "--scale 86400 leaves no time for a trial" in done.stderr
+    assert not (tmp_path / "book.json").exists()
 
 
 def test_a_reward_for_work_is_less_than_what_burned(bench: Bench) -> None:
