@@ -10,8 +10,8 @@ import {IToken} from "./interfaces/IToken.sol";
 
 /// @dev Invariants:
 /// (C1) a receipt has one ruling on its merits, a node one conviction per session;
-/// (C2) the token balance is the bonds of open cases and their appeals, and what jurors have not been paid yet (plus what
-/// strangers send here by mistake): bonds in = bonds out + pots + burned;
+/// (C2) the token balance is the bonds of open cases and their appeals, and what jurors have not been paid yet (plus
+/// what strangers send here by mistake): bonds in = bonds out + pots + burned;
 /// (C3) a node's holds are its open cases;
 /// (C4) nobody has more seats than units, and the accused has none;
 /// (C5) nobody is slashed without two thirds of at least half of the expected seats; within EVIDENCE at most CAP_BPS;
@@ -27,8 +27,8 @@ contract Court is ICourt {
     }
 
     bytes32 private constant RECEIPT_TYPEHASH = keccak256(
-        "Receipt(address node,bytes32 model,bytes32 numericClass,bytes32 session,uint32 attempt,uint16 start,uint16 end,"
-        "uint32 first,uint32 last,uint32 revision,bytes32 context,bytes32 input,bytes32 output,bytes32 previous,"
+        "Receipt(address node,bytes32 model,bytes32 numericClass,bytes32 session,uint32 attempt,uint16 start,"
+        "uint16 end,uint32 first,uint32 last,uint32 revision,bytes32 context,bytes32 input,bytes32 output,bytes32 previous,"
         "bytes32 challenge,bytes32 sketches,uint48 at)"
     );
     uint256 private constant BPS = 10_000;
@@ -88,8 +88,7 @@ contract Court is ICourt {
     function open(Receipt calldata receipt, bytes calldata signature, bytes32 evidence) external returns (bytes32 id) {
         (address accused, bytes32 digest) = (receipt.node, digestOf(receipt));
         _checkSigned(accused, digest, signature);
-        uint256 end = receipt.time + EVIDENCE;
-        require(receipt.time <= block.timestamp && block.timestamp < end, OutOfTime(block.timestamp, receipt.time, end));
+        _checkTime(receipt.time, receipt.time + EVIDENCE);
         id = caseId(digest, evidence);
         Case storage c = _cases[id];
         require(c.state == State.None, CaseKnown(id));
@@ -318,7 +317,10 @@ contract Court is ICourt {
     }
 
     /// Reverts unless `seats` are winning units of the juror, each once and at least one.
-    function _checkSeats(bytes32 id, Case storage c, uint256 round, address juror, uint256[] calldata seats) private view {
+    function _checkSeats(bytes32 id, Case storage c, uint256 round, address juror, uint256[] calldata seats)
+        private
+        view
+    {
         require(juror != c.accused, IsAccused(juror));
         uint256 units = STAKING.unitsAt(juror, c.openedAt);
         (bytes32 seed, uint256 threshold) = (seeds[id][round], _threshold(c.units, seatsOf(round)));

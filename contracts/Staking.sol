@@ -229,7 +229,7 @@ contract Staking is IStaking, EIP712 {
         _total = Total(uint24(total.units - before + current), epoch, past);
     }
 
-    /// `past` with `units`, which held since epoch `since`, as the value at each beginning of an epoch from there to `epoch`.
+    /// `past` with `units`, which held since epoch `since`, as the value at every epoch's beginning from there to `epoch`.
     function _remember(uint168 past, uint256 since, uint256 units, uint256 epoch) private pure returns (uint168) {
         for (uint256 i = 0; i < BOUNDARIES && since + i < epoch; i++) {
             past = past << BITS | uint168(units);

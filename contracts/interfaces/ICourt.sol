@@ -27,7 +27,7 @@ struct Receipt {
     uint48 time;
 }
 
-/// @notice None: no such case. Open: waits for the seed block's header. Drawn: has its seats, and until when they may commit.
+/// @notice None: no such case. Open: waits for the seed block's header. Drawn: has its seats, and times for what follows.
 enum State {
     None,
     Open,
@@ -235,7 +235,7 @@ interface ICourt {
     /// @notice Pays a juror's ballot to its payee, or fines it for the opposite of the verdict: half to the caller.
     function settle(bytes32 id, uint256 round, address juror) external;
 
-    /// @notice Fines a node for winning units that it did not reveal a vote for: half to the caller. In parts or at once.
+    /// @notice Fines a node for winning units that it revealed no vote for: half to the caller. In parts or at once.
     /// @param seats winning units, ascending; more than the juror revealed and was fined for.
     function report(bytes32 id, uint256 round, address juror, uint256[] calldata seats) external;
 
