@@ -6,16 +6,32 @@ const require = createRequire(import.meta.url);
 const solc = { version: "0.8.37", path: require.resolve("solc/soljson.js") };
 const production = {
   ...solc,
-  settings: { optimizer: { enabled: true, runs: 999999 }, viaIR: true, evmVersion: "cancun" },
+  settings: {
+    optimizer: { enabled: true, runs: 999999 },
+    viaIR: true,
+    evmVersion: "cancun",
+    outputSelection: { "*": { "*": ["storageLayout"] } },
+  },
 };
+// The Court is the one large contract; called seldom, it is compiled for size.
+const optimizer = { enabled: true, runs: 200 };
+// scripts/mutate builds a hundred times, and measures no gas.
+const viaIR = !process.env.TALLYSTICK_QUICK_BUILD;
+const small = { ...production, settings: { ...production.settings, optimizer, viaIR } };
 // The tests run the contracts' production artifacts; they themselves are compiled quickly.
 const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
-const tests = ["Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
+const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
+
+// At night: more runs of everything that is fuzzed.
+const factor = Number(process.env.TALLYSTICK_FUZZ_FACTOR ?? 1);
 
 export default {
   solidity: {
-    compilers: [production],
-    overrides: Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),
+    compilers: [viaIR ? production : small],
+    overrides: {
+      "contracts/Court.sol": small,
+      ...Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),
+    },
   },
   test: {
     solidity: {
@@ -23,8 +39,8 @@ export default {
         readFile: ["tests/vectors/eip712.json", "contracts/parameters.json"],
         readDirectory: ["artifacts/contracts"],
       },
-      fuzz: { runs: 256, seed: process.env.TALLYSTICK_FUZZ_SEED },
-      invariant: { runs: 64, depth: 64, failOnRevert: true },
+      fuzz: { runs: 256 * factor, seed: process.env.TALLYSTICK_FUZZ_SEED },
+      invariant: { runs: 64 * factor, depth: 64, failOnRevert: true },
     },
   },
 };

@@ -14,20 +14,23 @@ import {IToken} from "./interfaces/IToken.sol";
 /// (S4) a slash takes no more than asked and no more than the stake, and burns at least half;
 /// (S5) without slashes, stake(t') >= active(t) for every t' < t + UNBONDING;
 /// (S6) nothing is withdrawn while held;
-/// (S7) weightAt never exceeds the weight at the epoch's boundary.
+/// (S7) unitsAt is what the node had at the epoch's beginning, totalUnitsAt the sum of it over all nodes.
 ///
 /// TOKEN is our own and calls nobody, so there is no reentrancy to guard against. Its cap is below 2^90, so that amounts
 /// fit 104 bits once they have been transferred.
 contract Staking is IStaking, EIP712 {
-    /// @dev `active` now, `past` at the beginning of epoch `since`, the last epoch in which it changed.
-    struct Weight {
-        uint104 active;
-        uint104 past;
-        uint48 since;
+    /// @dev `past` holds `units` at the beginning of epoch `since`, the last in which they changed, in its lowest BITS, and
+    /// at the beginnings of the epochs before in the next ones.
+    struct Total {
+        uint24 units;
+        uint32 since;
+        uint168 past;
     }
 
     bytes32 private constant BIND_TYPEHASH = keccak256("Bind(address node,uint256 deadline)");
     uint256 private constant MAX_ENDPOINT = 256;
+    uint8 private constant BITS = 24;
+    uint256 private constant BOUNDARIES = 7;
 
     IToken public immutable TOKEN;
     IModels public immutable MODELS;
@@ -37,12 +40,15 @@ contract Staking is IStaking, EIP712 {
     uint256 public immutable EPOCH;
 
     mapping(address node => Node) private _nodes;
-    mapping(bytes32 model => Weight) private _weights;
+    Total private _total;
+    mapping(bytes32 model => uint256) public weights;
     mapping(address signer => address node) public nodeOf;
 
     constructor(IToken token, IModels models, address slasher, uint256 minStake, uint256 unbonding, uint256 epoch)
         EIP712("Tallystick", "1")
     {
+        uint256 units = token.CAP() / minStake;
+        require(units < 1 << BITS, TooManyUnits(units, (1 << BITS) - 1));
         TOKEN = token;
         MODELS = models;
         SLASHER = slasher;
@@ -105,10 +111,10 @@ contract Staking is IStaking, EIP712 {
         require(bonded != 0 && bonded >= MIN_STAKE, TooLittle(bonded, MIN_STAKE));
         require(endpoint.length <= MAX_ENDPOINT, EndpointTooLong(endpoint.length, MAX_ENDPOINT));
         if (n.model != model) {
-            if (n.model != 0) _shift(n.model, bonded, 0);
-            _shift(model, 0, bonded);
-            // In its new model the node weighed nothing at this epoch's beginning.
-            (n.model, n.past, n.since) = (model, 0, _epoch(block.timestamp));
+            if (n.model != 0) weights[n.model] -= bonded;
+            else _count(n, 0, bonded / MIN_STAKE);
+            weights[model] += bonded;
+            n.model = model;
         }
         (n.start, n.end) = (start, end);
         emit Serving(msg.sender, model, start, end, operator, price, endpoint);
@@ -187,56 +193,54 @@ contract Staking is IStaking, EIP712 {
     }
 
     /// @inheritdoc IStaking
-    function weights(bytes32 model) external view returns (uint256) {
-        return _weights[model].active;
-    }
-
-    /// @inheritdoc IStaking
-    function weightAt(address node, uint256 time) external view returns (uint256) {
+    function unitsAt(address node, uint256 time) external view returns (uint256) {
         Node storage n = _nodes[node];
-        uint256 current = _active(n);
-        uint256 boundary = _boundary(current, n.past, n.since, time);
-        return current < boundary ? current : boundary;
+        return _boundary(_active(n) / MIN_STAKE, n.past, n.since, time);
     }
 
     /// @inheritdoc IStaking
-    function totalAt(bytes32 model, uint256 time) external view returns (uint256) {
-        Weight storage w = _weights[model];
-        return _boundary(w.active, w.past, w.since, time);
+    function totalUnitsAt(uint256 time) external view returns (uint256) {
+        Total memory total = _total;
+        return _boundary(total.units, total.past, total.since, time);
     }
 
     // Weights
-
-    function _epoch(uint256 time) private view returns (uint48) {
-        return uint48(time / EPOCH);
-    }
 
     function _active(Node storage n) private view returns (uint256) {
         return n.model == 0 ? 0 : n.stake - n.leaving;
     }
 
-    /// Notes that the node's weight was `before` until now, in its own record and in its model's.
+    /// Notes that the node's weight was `before` until now, in its own record and in the sums.
     function _reweigh(Node storage n, uint256 before) private {
         uint256 current = _active(n);
         if (current == before) return;
-        uint48 epoch = _epoch(block.timestamp);
-        if (n.since != epoch) (n.past, n.since) = (uint104(before), epoch);
-        _shift(n.model, uint104(before), uint104(current));
+        weights[n.model] = weights[n.model] - before + current;
+        _count(n, before / MIN_STAKE, current / MIN_STAKE);
     }
 
-    /// Replaces `less` by `more` in a model's total.
-    function _shift(bytes32 model, uint104 less, uint104 more) private {
-        Weight memory w = _weights[model];
-        uint48 epoch = _epoch(block.timestamp);
-        if (w.since != epoch) (w.past, w.since) = (w.active, epoch);
-        w.active = w.active - less + more;
-        _weights[model] = w;
+    /// Notes that the node had `before` units until now, and has `current`.
+    function _count(Node storage n, uint256 before, uint256 current) private {
+        if (current == before) return;
+        uint32 epoch = uint32(block.timestamp / EPOCH);
+        (n.past, n.since) = (_remember(n.past, n.since, before, epoch), epoch);
+        Total memory total = _total;
+        uint168 past = _remember(total.past, total.since, total.units, epoch);
+        // No truncation: all units together are at most CAP / MIN_STAKE.
+        _total = Total(uint24(total.units - before + current), epoch, past);
     }
 
-    /// The weight at the beginning of `time`'s epoch, out of the weight now and the one remembered.
+    /// `past` with `units`, which held since epoch `since`, as the value at every epoch's beginning from there to `epoch`.
+    function _remember(uint168 past, uint256 since, uint256 units, uint256 epoch) private pure returns (uint168) {
+        for (uint256 i = 0; i < BOUNDARIES && since + i < epoch; i++) {
+            past = past << BITS | uint168(units);
+        }
+        return past;
+    }
+
+    /// The units at the beginning of `time`'s epoch, out of those now and those remembered.
     function _boundary(uint256 current, uint256 past, uint256 since, uint256 time) private view returns (uint256) {
         (uint256 epoch, uint256 newest) = (time / EPOCH, block.timestamp / EPOCH);
-        require(since <= epoch && epoch <= newest, UnknownEpoch(epoch, since, newest));
-        return epoch == since ? past : current;
+        require(since < epoch + BOUNDARIES && epoch <= newest, UnknownEpoch(epoch, since, newest));
+        return epoch > since ? current : (past >> BITS * (since - epoch)) & ((1 << BITS) - 1);
     }
 }

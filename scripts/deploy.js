@@ -3,12 +3,13 @@
 //   node scripts/deploy.js --rpc URL [--out deployments/<chainId>.json] [--key-env NAME] [--treasury ADDRESS] [--scale N]
 //
 // Without --key-env, account 0 of a development node signs. --treasury gets the genesis supply (default: the deployer).
-// --scale N divides every delay and the epoch by N, for test networks.
+// --scale N divides every delay (seconds and blocks) and the epoch by N, for test networks.
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
 import {
+  Contract,
   ContractFactory,
   FetchRequest,
   HDNodeWallet,
@@ -25,10 +26,11 @@ const ROOT = join(dirname(fileURLToPath(import.meta.url)), "..");
 const USAGE =
   "usage: node scripts/deploy.js --rpc URL [--out FILE] [--key-env NAME] [--treasury ADDRESS] [--scale N]";
 const BUILD = "node node_modules/hardhat/dist/src/cli.js build";
-const NOBODY = "0x000000000000000000000000000000000000dEaD"; // minter and slasher until the Court is built
 const DEV_CHAINS = [31337n, 1337n];
 const DEV_MNEMONIC = "test test test test test test test test test test test junk"; // everybody's: anvil, Hardhat
-const ABI_VERSION = 1;
+const ABI_VERSION = 2;
+const DELAYS = ["UNBONDING", "EXIT_DELAY", "EPOCH", "EVIDENCE", "COMMIT", "REVEAL", "APPEAL", "RELAPSE", "LOOKAHEAD"];
+const NAMES = ["Token", "Models", "Staking", "Escrow", "Beacon", "Court", "Emissions"]; // in the order of deployment
 
 /** A failure the person at the keyboard can mend: its message is all they see. */
 class Failure extends Error {}
@@ -59,7 +61,12 @@ function artifact(name) {
 function parameters(scale) {
   const all = JSON.parse(readFileSync(join(ROOT, "contracts", "parameters.json"), "utf8"));
   const scaled = (seconds) => Math.max(1, Math.floor(seconds / scale));
-  for (const name of ["UNBONDING", "EXIT_DELAY", "EPOCH"]) all[name] = scaled(all[name]);
+  for (const name of DELAYS) all[name] = scaled(all[name]);
+  // What the Court's constructor asks for; rounding breaks it when an epoch is a second long.
+  const trial = 3 * (all.COMMIT + all.REVEAL) + 2 * all.APPEAL;
+  if (trial > 6 * all.EPOCH || all.EVIDENCE + trial > all.UNBONDING) {
+    throw new Failure(`--scale ${scale} leaves no time for a trial; name a smaller one.`);
+  }
   return all;
 }
 
@@ -112,17 +119,23 @@ function devAddress(index) {
 
 /** What to deploy, in order: [name, constructor arguments], with the addresses the deployer's next nonces give. */
 function plan(from, nonce, treasury, p) {
-  const [token, models, staking, escrow] = [0, 1, 2, 3].map((i) => getCreateAddress({ from, nonce: nonce + i }));
-  return [
-    { name: "Token", address: token, args: [NOBODY, treasury, p.GENESIS] },
-    { name: "Models", address: models, args: [] },
-    { name: "Staking", address: staking, args: [token, models, NOBODY, p.MIN_STAKE, p.UNBONDING, p.EPOCH] },
-    { name: "Escrow", address: escrow, args: [staking, p.FEE_BPS, p.EXIT_DELAY] },
-  ].map((step) => {
-    const { abi, bytecode } = artifact(step.name);
+  const at = Object.fromEntries(NAMES.map((name, i) => [name, getCreateAddress({ from, nonce: nonce + i })]));
+  const terms = [p.EVIDENCE, p.COMMIT, p.REVEAL, p.APPEAL, p.RELAPSE, p.LOOKAHEAD, p.HEADERS, p.MIN_UNITS];
+  // Token and Staking name contracts that come later: the one that mints, the one that slashes.
+  const args = {
+    Token: [at.Emissions, treasury, p.GENESIS],
+    Models: [],
+    Staking: [at.Token, at.Models, at.Court, p.MIN_STAKE, p.UNBONDING, p.EPOCH],
+    Escrow: [at.Staking, p.FEE_BPS, p.EXIT_DELAY],
+    Beacon: [],
+    Court: [at.Staking, at.Beacon, terms],
+    Emissions: [at.Escrow, p.GAMMA_BPS, p.BUDGET, p.HALVING],
+  };
+  return NAMES.map((name) => {
+    const { abi, bytecode } = artifact(name);
     // An upper bound instead of an estimate: a constructor that reads a contract of this plan has nothing to read yet.
-    const gasLimit = 600_000n + 250n * BigInt(bytecode.length / 2);
-    return { ...step, factory: new ContractFactory(abi, bytecode), gasLimit };
+    const gasLimit = 700_000n + 250n * BigInt(bytecode.length / 2);
+    return { name, address: at[name], args: args[name], factory: new ContractFactory(abi, bytecode), gasLimit };
   });
 }
 
@@ -154,6 +167,15 @@ async function deploy(signer, steps, nonce) {
   return contracts;
 }
 
+/** The cycle is closed: who may mint and who may slash are the contracts that were deployed. */
+async function checkAuthorities(provider, contracts) {
+  const read = (name, getter) => new Contract(contracts[name].address, artifact(name).abi, provider)[getter]();
+  for (const [name, getter, expected] of [["Token", "MINTER", "Emissions"], ["Staking", "SLASHER", "Court"]]) {
+    const found = await read(name, getter);
+    if (found !== contracts[expected].address) throw new Failure(`${name}.${getter} is ${found}, not ${expected}; deploy again.`);
+  }
+}
+
 async function main() {
   const { rpc, out, treasury, scale, "key-env": keyEnv } = options();
   const { provider, chainId } = await connect(rpc);
@@ -166,6 +188,7 @@ async function main() {
   const steps = plan(signer.address, nonce, treasury ?? signer.address, parameters(Number(scale)));
   await checkFunds(provider, signer.address, steps);
   const contracts = await deploy(signer, steps, nonce);
+  await checkAuthorities(provider, contracts);
   const genesis = (await provider.getBlock(0)).hash;
   const book = { chainId: Number(chainId), genesis, blockTag: "safe", contracts };
   mkdirSync(dirname(file), { recursive: true });

@@ -7,19 +7,20 @@ import {IToken} from "./IToken.sol";
 /// @notice One address = one stake = one model = one span of layers. The address is the owner's cold key.
 /// @param stake all that lies here for the node, in token base units.
 /// @param leaving the part of `stake` that is unbonding: slashable, but no security. leaving <= stake.
-/// @param since the last epoch in which the node's weight changed; `past` is the weight at that epoch's beginning.
 /// @param leaveAt when `leaving` may be withdrawn, in seconds.
 /// @param holds number of open cases; while it is not zero nothing can be withdrawn.
 /// @param start first layer served; [start, end) is half-open.
+/// @param since the last epoch in which the node's units changed.
+/// @param past its units at the beginning of epoch `since` in the lowest 24 bits, of the six epochs before in the next ones.
 struct Node {
     uint104 stake;
     uint104 leaving;
-    uint48 since;
-    uint104 past;
     uint48 leaveAt;
-    uint32 holds;
+    uint24 holds;
     uint16 start;
     uint16 end;
+    uint32 since;
+    uint168 past;
     bytes32 model;
     address payee;
 }
@@ -59,7 +60,8 @@ interface IStaking {
     error KeyTaken(address signer, address node);
     error Expired(uint256 time, uint256 deadline);
     error BadProof(address recovered, address signer);
-    error UnknownEpoch(uint256 epoch, uint256 oldest, uint256 newest);
+    error UnknownEpoch(uint256 epoch, uint256 changed, uint256 newest);
+    error TooManyUnits(uint256 units, uint256 maximum);
 
     function TOKEN() external view returns (IToken);
 
@@ -68,7 +70,7 @@ interface IStaking {
     /// @notice The one address that may hold and slash.
     function SLASHER() external view returns (address);
 
-    /// @notice The least active stake of a serving node, in token base units.
+    /// @notice The least active stake of a serving node, in token base units. It is the unit, too, in which seats are drawn.
     function MIN_STAKE() external view returns (uint256);
 
     /// @notice Seconds between `unbond` and `withdraw`. At least the time in which a fault can be proved and ruled on.
@@ -131,12 +133,13 @@ interface IStaking {
     /// @notice The sum of the weights of all nodes of a model, now. A client checks that the nodes it found add up to it.
     function weights(bytes32 model) external view returns (uint256);
 
-    /// @notice The weight that counts for a decision at `time`: the lower of the weight now and the weight in the same
-    /// model at the beginning of that epoch. Stake that came within the epoch does not count, stake that left neither.
-    /// @dev One boundary is remembered: reverts with UnknownEpoch before the node's last change, and in the future.
-    function weightAt(address node, uint256 time) external view returns (uint256);
+    /// @notice The node's units, `active / MIN_STAKE`, at the beginning of `time`'s epoch, whatever model it served. Stake
+    /// that came within the epoch does not count; stake that left since does.
+    /// @dev Seven boundaries are remembered, so that nobody makes a juror's unknown by staking for it: reverts with
+    /// UnknownEpoch for those more than six epochs before the last change, and for the future.
+    function unitsAt(address node, uint256 time) external view returns (uint256);
 
-    /// @notice The model's total weight at the beginning of `time`'s epoch; at least the sum of its nodes' `weightAt`.
-    /// @dev Reverts like `weightAt`.
-    function totalAt(bytes32 model, uint256 time) external view returns (uint256);
+    /// @notice The sum of all nodes' `unitsAt`.
+    /// @dev Reverts like `unitsAt`.
+    function totalUnitsAt(uint256 time) external view returns (uint256);
 }

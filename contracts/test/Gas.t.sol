@@ -1,13 +1,21 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Receipt, Vote} from "../interfaces/ICourt.sol";
 import {Deposit, Row} from "../interfaces/IEscrow.sol";
+import {CourtWorld} from "./CourtWorld.sol";
 import {World, vm} from "./World.sol";
 
 /// What every operation costs as a transaction of its own, calldata and the 21,000 included, against its target.
 /// `--snapshot` writes the numbers to snapshots/, `--snapshot-check` compares.
+abstract contract GasRecorder is World {
+    function record(string memory name, uint256 target) internal {
+        assertLe(vm.snapshotGasLastCall("operations", name), target, name);
+    }
+}
+
 /// hardhat-config: isolate = true
-contract GasTest is World {
+contract GasTest is GasRecorder {
     address private payee = address(0xFEE);
 
     function setUp() public override {
@@ -21,10 +29,8 @@ contract GasTest is World {
         token.approve(address(staking), type(uint256).max);
         vm.prank(stranger);
         token.approve(address(escrow), type(uint256).max);
-    }
-
-    function record(string memory name, uint256 target) private {
-        assertLe(vm.snapshotGasLastCall("operations", name), target, name);
+        // The network has other nodes already.
+        serving(session, bert, 2 * minStake);
     }
 
     function serve(bytes32 model, uint16 end) private {
@@ -62,11 +68,16 @@ contract GasTest is World {
         vm.prank(stranger);
         staking.stake(node, 100 ether);
         record("stake top-up", 65_000);
+        // Whole units, on another day: all sums change.
         vm.warp(START + epoch);
+        vm.prank(stranger);
+        staking.stake(node, minStake);
+        record("stake units", 75_000);
+        vm.warp(START + 2 * epoch);
         vm.prank(node);
-        staking.unbond(100 ether);
+        staking.unbond(minStake);
         record("unbond", 50_000);
-        vm.warp(START + epoch + unbonding);
+        vm.warp(START + 2 * epoch + unbonding);
         vm.prank(node);
         staking.withdraw();
         record("unstake withdraw", 55_000);
@@ -146,5 +157,105 @@ contract GasTest is World {
         vm.prank(node);
         escrow.refund(client, 10 ether);
         record("refund", 55_000);
+    }
+}
+
+/// The Court's operations, and a claim. Jurors, accuser and Court have tokens already.
+/// hardhat-config: isolate = true
+contract CourtGasTest is GasRecorder, CourtWorld {
+    function setUp() public override(World, CourtWorld) {
+        CourtWorld.setUp();
+        token.transfer(address(court), 1);
+        token.transfer(reporter, 1);
+        token.transfer(node, 1);
+        for (uint256 i = 0; i < JURORS; i++) {
+            token.transfer(juror(i), 1);
+        }
+    }
+
+    function authorities() internal view override(World, CourtWorld) returns (address, address) {
+        return CourtWorld.authorities();
+    }
+
+    function committed(bytes32 id, uint256 i, Vote choice, uint256 count) private {
+        uint256[] memory seats = firstOf(seatsOf(id, juror(i)), count);
+        bytes32 commitment = commitmentOf(id, juror(i), choice);
+        vm.prank(juror(i));
+        court.commit(id, seats, commitment);
+    }
+
+    /// One round for `choice`; every operation recorded under its name and `suffix`.
+    function round(bytes32 sessionId, Vote choice, string memory suffix, uint256 ruling) private returns (bytes32 id) {
+        uint256 time = block.timestamp;
+        opened = time;
+        Receipt memory r = receiptOf(sessionId, time);
+        bytes memory signature = signed(r);
+        bytes32 digest = court.digestOf(r);
+        vm.prank(accuser);
+        id = court.open(r, signature, EVIDENCE_CID);
+        record("court.open", 185_000);
+        uint256 randao = 1;
+        while (!enough(keccak256(abi.encode(randao, id, uint256(0))))) randao++;
+        bytes memory header = mine(id, randao);
+        court.draw(id, header);
+        record("court.draw", 160_000);
+        for (uint256 i = 0; i < JURORS; i++) {
+            committed(id, i, choice, i == 0 ? 1 : i == 1 ? 3 : 2);
+            record(i == 0 ? "court.commit 1 seat" : i == 1 ? "court.commit 3 seats" : "court.commit 2 seats", 85_000);
+        }
+        vm.warp(court.cases(id).commitEnd);
+        for (uint256 i = 0; i < JURORS; i++) {
+            court.reveal(id, juror(i), choice, ROOTS, "salt");
+            if (i != 0) record("court.reveal", 40_000);
+        }
+        vm.warp(court.cases(id).commitEnd + terms.reveal + terms.appeal);
+        court.rule(digest, EVIDENCE_CID);
+        record(string.concat("court.rule ", suffix), ruling);
+    }
+
+    function enough(bytes32 seed) private view returns (bool) {
+        for (uint256 i = 0; i < JURORS; i++) {
+            if (winning(seed, 0, juror(i)).length < 3) return false;
+        }
+        return true;
+    }
+
+    function test_clear() public {
+        bytes32 id = round("session", Vote.Clear, "clear", 110_000);
+        court.settle(id, 0, juror(0));
+        record("court.settle paid", 75_000);
+    }
+
+    function test_guilty() public {
+        bytes32 id = round("session 1", Vote.Guilty, "guilty first", 185_000);
+        uint256[] memory seats = winning(court.seeds(id, 0), 0, juror(0));
+        vm.prank(reporter);
+        court.report(id, 0, juror(0), seats);
+        record("court.report", 120_000);
+        vm.warp(block.timestamp + 1);
+        round("session 2", Vote.Guilty, "guilty again", 165_000);
+    }
+
+    function test_appeal() public {
+        bytes32 id = open();
+        draw(id);
+        vote(id, Vote.Guilty);
+        vm.prank(accuser);
+        court.appeal(id);
+        record("court.appeal", 115_000);
+    }
+
+    function test_claim() public {
+        fund(client, node, 1000 ether);
+        fund(client, juror(0), 1000 ether);
+        Row[] memory list = new Row[](1);
+        list[0] = row(CLIENT_KEY, client, node, 1000 ether);
+        escrow.redeem(node, list);
+        list[0] = row(CLIENT_KEY, client, juror(0), 1000 ether);
+        escrow.redeem(juror(0), list);
+        vm.warp(block.timestamp + epoch);
+        emissions.claim(block.timestamp / epoch - 1, node);
+        emissions.claim(block.timestamp / epoch - 1, juror(0));
+        record("emissions.claim", 125_000);
     }
 }

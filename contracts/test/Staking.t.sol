@@ -169,13 +169,9 @@ contract StakingTest is World {
         staking.serve(bert, 0, 4, 0, "", node);
         assertEq(staking.weights(llama), 0);
         assertEq(staking.weights(bert), BIG);
-        // It was in the old model at the boundary, so it has no say in the new one yet.
-        assertEq(staking.weightAt(node, block.timestamp), 0);
-        assertEq(staking.totalAt(llama, block.timestamp), BIG);
-        assertEq(staking.totalAt(bert, block.timestamp), 0);
-        vm.warp(START + 2 * epoch);
-        assertEq(staking.weightAt(node, block.timestamp), BIG);
-        assertEq(staking.totalAt(llama, block.timestamp), 0);
+        // Units count whatever the model.
+        assertEq(staking.unitsAt(node, block.timestamp), 10);
+        assertEq(staking.totalUnitsAt(block.timestamp), 10);
     }
 
     // Leaving
@@ -312,49 +308,106 @@ contract StakingTest is World {
         assertEq(staking.slash(node, 1, 1, client), 0);
     }
 
-    // Weights at a boundary
+    // Units at a boundary
+
+    function units(address who, uint256 time, uint256 expected) private view {
+        assertEq(staking.unitsAt(who, time), expected);
+    }
 
     function test_stake_of_this_epoch_counts_from_the_next() public {
         serving(node, llama, BIG);
-        assertEq(staking.weightAt(node, block.timestamp), 0);
+        units(node, block.timestamp, 0);
+        assertEq(staking.totalUnitsAt(block.timestamp), 0);
         uint256 boundary = (START / epoch + 1) * epoch;
         vm.warp(boundary - 1);
-        assertEq(staking.weightAt(node, block.timestamp), 0);
+        units(node, block.timestamp, 0);
         vm.warp(boundary);
-        assertEq(staking.weightAt(node, block.timestamp), BIG);
-        assertEq(staking.totalAt(llama, block.timestamp), BIG);
+        units(node, block.timestamp, 10);
+        assertEq(staking.totalUnitsAt(block.timestamp), 10);
     }
 
-    function test_a_strangers_dust_disqualifies_nobody() public {
-        serving(node, llama, BIG);
+    function test_stake_counts_in_whole_units_while_it_serves() public {
+        staking.stake(node, BIG);
         vm.warp(START + epoch);
-        staking.stake(node, 1);
-        assertEq(staking.weightAt(node, block.timestamp), BIG);
-        assertEq(staking.totalAt(llama, block.timestamp), BIG);
+        units(node, block.timestamp, 0);
+        serving(client, llama, 2 * minStake - 1);
+        vm.warp(START + 2 * epoch);
+        units(client, block.timestamp, 1);
+        staking.stake(client, 1);
+        vm.warp(START + 3 * epoch);
+        units(client, block.timestamp, 2);
     }
 
-    function test_stake_that_left_since_does_not_count() public {
+    function test_stake_that_left_since_counts() public {
         serving(node, llama, BIG);
         vm.warp(START + epoch);
         vm.prank(node);
         staking.unbond(BIG - minStake);
-        assertEq(staking.weightAt(node, block.timestamp), minStake);
-        assertEq(staking.totalAt(llama, block.timestamp), BIG);
-        staking.stake(node, BIG);
-        assertEq(staking.weightAt(node, block.timestamp), BIG);
+        units(node, block.timestamp, 10);
+        assertEq(staking.totalUnitsAt(block.timestamp), 10);
+        vm.warp(START + 2 * epoch);
+        units(node, block.timestamp, 1);
+        units(node, START + epoch, 10);
     }
 
-    function test_a_forgotten_epoch_is_not_guessed() public {
+    /// Each epoch somebody stakes for the node; a trial that began before still knows its units.
+    function test_a_stranger_makes_no_jurors_units_unknown() public {
+        serving(node, llama, BIG);
+        uint256 opened = START + epoch;
+        for (uint256 day = 1; day <= 7; day++) {
+            vm.warp(START + day * epoch);
+            units(node, opened, 10);
+            assertEq(staking.totalUnitsAt(opened), 10);
+            units(node, block.timestamp, 9 + day);
+            staking.stake(node, minStake);
+        }
+        units(node, opened, 10);
+        units(node, START + 3 * epoch, 12);
+        units(node, START + 7 * epoch, 16);
+        uint256 first = opened / epoch;
+        vm.warp(START + 8 * epoch);
+        units(node, opened, 10);
+        staking.stake(node, minStake);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, first, first + 7, first + 7));
+        staking.unitsAt(node, opened);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, first, first + 7, first + 7));
+        staking.totalUnitsAt(opened);
+    }
+
+    function test_dust_changes_no_units() public {
+        serving(node, llama, BIG);
+        vm.warp(START + epoch);
+        uint256 since = staking.nodes(node).since;
+        staking.stake(node, minStake - 1);
+        assertEq(staking.nodes(node).since, since);
+        units(node, block.timestamp, 10);
+    }
+
+    function test_a_long_silence_is_remembered_at_once() public {
+        serving(node, llama, BIG);
+        vm.warp(START + 100 * epoch);
+        units(node, START + epoch, 10);
+        staking.stake(node, minStake);
+        units(node, block.timestamp, 10);
+        units(node, START + 94 * epoch, 10);
+        vm.warp(START + 101 * epoch);
+        units(node, block.timestamp, 11);
+    }
+
+    function test_the_future_is_not_guessed() public {
         serving(node, llama, BIG);
         uint256 today = START / epoch;
-        vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, today - 1, today, today));
-        staking.weightAt(node, START - epoch);
         vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, today + 1, today, today));
-        staking.weightAt(node, START + epoch);
-        vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, today - 1, today, today));
-        staking.totalAt(llama, START - epoch);
-        vm.warp(START + 5 * epoch);
-        assertEq(staking.weightAt(node, START + epoch), BIG); // nothing changed since
+        staking.unitsAt(node, START + epoch);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, today + 1, today, today));
+        staking.totalUnitsAt(START + epoch);
+    }
+
+    function test_units_fit_their_records() public {
+        uint256 least = token.CAP() / (1 << 24) + 1;
+        deploy("Staking", abi.encode(token, models, this, least, unbonding, epoch));
+        bytes memory code = initcode("Staking", abi.encode(token, models, this, token.CAP() >> 24, unbonding, epoch));
+        refusesToDeploy(code, abi.encodeWithSelector(IStaking.TooManyUnits.selector, 1 << 24, (1 << 24) - 1));
     }
 
     function testFuzz_weights_add_up(uint96 a, uint96 b, uint96 out) public {
@@ -395,12 +448,12 @@ contract StakingHandler is World {
 
     Fault[] private faults;
     mapping(address node => uint256) private slashed;
-    mapping(address node => uint256) public boundary; // active weight and model at the beginning of this epoch
-    mapping(address node => bytes32) public boundaryModel;
-    mapping(bytes32 model => uint256) public boundaryTotal;
+    mapping(uint256 epoch => mapping(address node => uint256)) public boundary; // units at its beginning
+    uint256 private firstEpoch;
 
     function setUp() public override {
         super.setUp();
+        firstEpoch = START / epoch;
     }
 
     function book() external view returns (IStaking, IToken, bytes32[2] memory) {
@@ -469,13 +522,26 @@ contract StakingHandler is World {
     function pass(uint256 time) external {
         uint256 before = block.timestamp / epoch;
         vm.warp(block.timestamp + within(time, 1, 3 days));
-        if (block.timestamp / epoch == before) return;
-        for (uint256 i = 0; i < 3; i++) {
-            boundary[nodeAt(i)] = staking.active(nodeAt(i));
-            boundaryModel[nodeAt(i)] = staking.nodes(nodeAt(i)).model;
+        for (uint256 e = before + 1; e <= block.timestamp / epoch; e++) {
+            for (uint256 i = 0; i < 3; i++) {
+                Node memory n = staking.nodes(nodeAt(i));
+                boundary[e][nodeAt(i)] = n.model == 0 ? 0 : (n.stake - n.leaving) / minStake;
+            }
         }
-        boundaryTotal[llama] = staking.weights(llama);
-        boundaryTotal[bert] = staking.weights(bert);
+    }
+
+    /// S7, for this epoch and the six before.
+    function checkUnits() external view {
+        uint256 newest = block.timestamp / epoch;
+        for (uint256 e = newest - firstEpoch < 6 ? firstEpoch : newest - 6; e <= newest; e++) {
+            uint256 sum;
+            for (uint256 i = 0; i < 3; i++) {
+                uint256 expected = boundary[e][nodeAt(i)];
+                assertEq(staking.unitsAt(nodeAt(i), e * epoch), expected);
+                sum += expected;
+            }
+            assertEq(staking.totalUnitsAt(e * epoch), sum);
+        }
     }
 
     /// S5: a ruling within 12 days of a fault finds the stake that was active then, but for what was slashed since.
@@ -525,15 +591,13 @@ contract StakingInvariants is Assertions {
 
     function invariant_S3_a_models_weight_is_its_nodes() public view {
         for (uint256 m = 0; m < 2; m++) {
-            (uint256 active, uint256 counted) = (0, 0);
+            uint256 active;
             for (uint256 i = 0; i < 3; i++) {
                 address node = handler.nodeAt(i);
                 if (staking.nodes(node).model != models[m]) continue;
                 active += staking.active(node);
-                counted += staking.weightAt(node, block.timestamp);
             }
             assertEq(staking.weights(models[m]), active);
-            assertLe(counted, staking.totalAt(models[m], block.timestamp), "parts above the total");
         }
     }
 
@@ -541,17 +605,7 @@ contract StakingInvariants is Assertions {
         handler.checkFaults();
     }
 
-    function invariant_S7_weights_are_those_of_the_boundary() public view {
-        for (uint256 i = 0; i < 3; i++) {
-            address node = handler.nodeAt(i);
-            bool stayed = handler.boundaryModel(node) == staking.nodes(node).model;
-            uint256 most = stayed ? handler.boundary(node) : 0;
-            uint256 weight = staking.weightAt(node, block.timestamp);
-            assertLe(weight, most, "S7");
-            assertLe(weight, staking.active(node), "S7: weight above active");
-        }
-        for (uint256 m = 0; m < 2; m++) {
-            assertEq(staking.totalAt(models[m], block.timestamp), handler.boundaryTotal(models[m]));
-        }
+    function invariant_S7_units_are_those_of_the_boundaries() public view {
+        handler.checkUnits();
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Receipt} from "../interfaces/ICourt.sol";
 import {IEscrow, Row} from "../interfaces/IEscrow.sol";
 import {IStaking} from "../interfaces/IStaking.sol";
 import {World, vm} from "./World.sol";
@@ -17,26 +18,6 @@ struct Voucher {
 struct Bind {
     address node;
     uint256 deadline;
-}
-
-struct Receipt {
-    address node;
-    bytes32 model;
-    bytes32 numericClass;
-    bytes32 session;
-    uint32 attempt;
-    uint16 start;
-    uint16 end;
-    uint32 first;
-    uint32 last;
-    uint32 revision;
-    bytes32 context;
-    bytes32 input;
-    bytes32 output;
-    bytes32 previous;
-    bytes32 challenge;
-    bytes32 sketches;
-    uint48 time; // `at` in the type string: as an identifier it is about to become a keyword
 }
 
 struct Offer {

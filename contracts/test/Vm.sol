@@ -5,6 +5,10 @@ pragma solidity 0.8.37;
 interface Vm {
     function prank(address sender) external;
     function warp(uint256 time) external;
+    function roll(uint256 number) external;
+    function setBlockhash(uint256 number, bytes32 hash) external;
+    function getNonce(address account) external view returns (uint64);
+    function computeCreateAddress(address deployer, uint256 nonce) external pure returns (address);
     function chainId(uint256 id) external;
     function etch(address target, bytes calldata code) external;
     function addr(uint256 key) external pure returns (address);

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from eth_abi.abi import encode
 
+from tallystick_protocol.chain.book import NAMES
 from tallystick_protocol.chain.reads import abi
 from tallystick_protocol.chain.reverts import _HINTS, explain
 from tallystick_protocol.signing import keccak
@@ -23,8 +24,7 @@ class Refused(Exception):
 
 
 def errors() -> list[dict[str, Any]]:
-    names = ("Token", "Models", "Staking", "Escrow")
-    return [entry for name in names for entry in abi(name) if entry["type"] == "error"]
+    return [entry for name in NAMES for entry in abi(name) if entry["type"] == "error"]
 
 
 def selector(entry: dict[str, Any]) -> bytes:

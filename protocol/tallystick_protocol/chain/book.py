@@ -11,7 +11,7 @@ from tallystick_protocol.errors import BadMessage, ConfigError
 from tallystick_protocol.signing import Domain, address_bytes, checksum_address, escrow_domain, staking_domain
 from tallystick_protocol.types import Address
 
-NAMES = ("Token", "Models", "Staking", "Escrow")
+NAMES = ("Token", "Models", "Staking", "Escrow", "Beacon", "Court", "Emissions")
 LOCAL_CHAINS = (31337, 1337)
 
 

@@ -92,6 +92,7 @@ class Chain:
         }
         self.token, self.models = contracts["Token"], contracts["Models"]
         self.staking, self.escrow = contracts["Staking"], contracts["Escrow"]
+        self.court, self.emissions = contracts["Court"], contracts["Emissions"]
 
     def guard(self, what: str, call: Callable[[], T]) -> T:
         """Run a call; every failure becomes a ChainError that says what was tried and what to look at."""

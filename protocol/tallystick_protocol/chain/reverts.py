@@ -10,6 +10,7 @@ from typing import Any
 from eth_abi.abi import decode
 from eth_abi.exceptions import DecodingError
 
+from tallystick_protocol.chain.book import NAMES
 from tallystick_protocol.signing import keccak
 
 _HINTS = {
@@ -20,6 +21,10 @@ _HINTS = {
     "Expired": "sign again; is this machine's clock right?",
     "NotReady": "the delay has not passed yet",
     "Held": "a dispute is open",
+    "OutOfTime": "this step of the dispute has not begun, or is over",
+    "NothingToWin": "the node has no stake, or was slashed as much as it may be for now",
+    "HeaderAvailable": "draw with the seed block's header",
+    "Early": "the epoch is not over yet",
     "ERC20InsufficientBalance": "get tokens first",
     "ERC20InsufficientAllowance": "approve the tokens first",
     "Known": "the model is on chain already",
@@ -30,7 +35,7 @@ _HINTS = {
 def _errors() -> dict[bytes, tuple[str, list[str], list[str]]]:
     """selector -> (name, argument types, argument names)"""
     found: dict[bytes, tuple[str, list[str], list[str]]] = {}
-    for name in ("Token", "Models", "Staking", "Escrow"):
+    for name in NAMES:
         for entry in loads((files("tallystick_protocol.chain") / "abi" / f"{name}.json").read_text()):
             if entry["type"] == "error":
                 kinds = [argument["type"] for argument in entry["inputs"]]

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: MIT
+pragma solidity 0.8.37;
+
+import {Ballot, Case, Receipt, Record, State, Verdict, Vote} from "../interfaces/ICourt.sol";
+import {Node} from "../interfaces/IStaking.sol";
+import {CourtWorld} from "./CourtWorld.sol";
+import {Assertions, FuzzSelector, World, vm} from "./World.sol";
+
+/// Up to six cases over three sessions of one node, side by side: opened, drawn, voted, appealed, redrawn, ruled, settled,
+/// reported in any order, while the node and the jurors stake and leave.
+contract CourtHandler is CourtWorld {
+    struct Tried {
+        bytes32 id;
+        bytes32 session;
+        uint256 time;
+        bytes32 evidence;
+    }
+
+    struct Slash {
+        uint256 time;
+        uint256 bps;
+    }
+
+    Tried[] private tried;
+    Slash[] private slashes;
+    mapping(bytes32 session => uint256) private convictions;
+    mapping(bytes32 receipt => bool) private closed;
+    uint256 private newestBlock = BLOCK;
+    /// How often: 0 ruled without a slash, 1 with one, 2 appealed, 3 redrawn, 4 reported, 5 settled.
+    uint256[6] public reached;
+
+    function setUp() public override {
+        super.setUp();
+        token.approve(address(court), type(uint256).max);
+    }
+
+    function some(uint256 which) private view returns (Tried memory t, Case memory c) {
+        if (tried.length == 0) return (t, c);
+        t = tried[which % tried.length];
+        c = court.cases(t.id);
+    }
+
+    // Actions
+
+    function accuse(uint256 which, uint256 ago, bool other) external {
+        if (tried.length == 6) return;
+        bytes32 sessionId = bytes32(which % 3 + 1);
+        uint256 time = block.timestamp - within(ago, 0, 2 days);
+        Tried memory t = Tried(0, sessionId, time, bytes32(tried.length + 1));
+        // Half of the time another case over a receipt that was tried already.
+        if (other && tried.length != 0) {
+            Tried memory before = tried[which % tried.length];
+            (t.session, t.time) = (before.session, before.time);
+        }
+        Receipt memory r = receiptOf(t.session, t.time);
+        bytes memory signature = signed(r);
+        uint256 purse = token.balanceOf(accuser);
+        uint256 bond = court.bondFor(node, t.time);
+        vm.prank(accuser);
+        try court.open(r, signature, t.evidence) returns (bytes32 id) {
+            assertEq(convictions[t.session], 0); // C1
+            require(!closed[court.digestOf(r)], "C1: a closed receipt is tried");
+            assertEq(purse - token.balanceOf(accuser), bond);
+            t.id = id;
+            tried.push(t);
+        } catch {
+            bool reason = convictions[t.session] != 0 || closed[court.digestOf(r)] || bond == 0;
+            reason = reason || block.timestamp >= t.time + terms.evidence || outside() < terms.minUnits;
+            require(reason, "refused without a reason");
+        }
+    }
+
+    function outside() private view returns (uint256) {
+        return staking.totalUnitsAt(block.timestamp) - staking.unitsAt(node, block.timestamp);
+    }
+
+    /// A whole round at once: actions drawn one by one seldom come in this order.
+    function tryRound(uint256 which, uint256 randao, uint256 choices, uint256 counts, uint256 silent) external {
+        seed(which, randao);
+        takeSeats(which, choices, counts);
+        showVotes(which, silent);
+    }
+
+    function seed(uint256 which, uint256 randao) public {
+        (Tried memory t, Case memory c) = some(which);
+        if (c.state != State.Open) return;
+        bytes memory header = mine(t.id, randao);
+        if (block.number > newestBlock) newestBlock = block.number;
+        vm.roll(newestBlock);
+        if (newestBlock - c.seedBlock <= 256) court.draw(t.id, header);
+        else if (newestBlock > c.seedBlock + terms.headers) court.retarget(t.id);
+    }
+
+    /// All jurors take seats, some of them not all, and mostly vote alike.
+    function takeSeats(uint256 which, uint256 choices, uint256 counts) public {
+        (Tried memory t, Case memory c) = some(which);
+        if (c.state != State.Drawn || block.timestamp >= c.commitEnd || !remembered(c)) return;
+        for (uint256 i = 0; i < JURORS; i++) {
+            if (court.ballots(t.id, c.round, juror(i)).seats != 0) continue;
+            uint256[] memory seats = list(t.id, c, c.round, juror(i));
+            if (seats.length == 0) continue;
+            uint256 count = counts >> 8 * i & 3 == 0 ? within(counts >> 8 * i, 1, seats.length) : seats.length;
+            bytes32 commitment = commitmentOf(t.id, juror(i), choice(choices, i));
+            vm.prank(juror(i));
+            court.commit(t.id, firstOf(seats, count), commitment);
+        }
+    }
+
+    function choice(uint256 choices, uint256 i) private pure returns (Vote) {
+        uint256 own = choices >> 16 * (i + 1);
+        return Vote(within(own % 4 == 0 ? own / 4 : choices, 1, 5));
+    }
+
+    function showVotes(uint256 which, uint256 silent) public {
+        (Tried memory t, Case memory c) = some(which);
+        if (c.state != State.Drawn) return;
+        if (block.timestamp < c.commitEnd) vm.warp(c.commitEnd);
+        if (block.timestamp >= c.commitEnd + terms.reveal) return;
+        for (uint256 i = 0; i < JURORS; i++) {
+            if (silent >> 8 * i & 7 == 0) continue;
+            Ballot memory b = court.ballots(t.id, c.round, juror(i));
+            for (uint8 v = 1; v <= 5 && b.seats != 0 && b.vote == Vote.None; v++) {
+                if (b.commitment == bytes26(commitmentOf(t.id, juror(i), Vote(v)))) reveal(t.id, i, Vote(v));
+            }
+        }
+    }
+
+    function dispute(uint256 which) external {
+        (Tried memory t, Case memory c) = some(which);
+        if (c.state != State.Drawn || c.round == 2) return;
+        uint256 revealEnd = c.commitEnd + terms.reveal;
+        if (block.timestamp < revealEnd) vm.warp(revealEnd);
+        bool missed = court.standing(t.id) == Verdict.Missed;
+        if (missed) court.redraw(t.id);
+        else if (block.timestamp < revealEnd + terms.appeal) court.appeal(t.id);
+        else return;
+        reached[missed ? 3 : 2]++;
+    }
+
+    function decide(uint256 which) external {
+        (Tried memory t, Case memory c) = some(which);
+        if (c.state != State.Drawn) return;
+        uint256 end = c.commitEnd + terms.reveal + (c.round == 2 ? 0 : terms.appeal);
+        if (block.timestamp < end) vm.warp(end);
+        if (court.standing(t.id) == Verdict.Missed && c.round != 2) return;
+        uint256 stake = staking.nodes(node).stake;
+        uint256 supply = token.totalSupply();
+        Record memory before = court.records(node);
+        bytes32 receipt = digestOf(t.session, t.time);
+        Verdict verdict = court.rule(receipt, t.evidence);
+        checkVerdict(t.id, c, verdict);
+        closed[receipt] = court.receiptClosed(receipt);
+        if (verdict == Verdict.Clear || verdict == Verdict.Fault) {
+            require(closed[receipt] || convictions[t.session] != 0, "C1: still open");
+        }
+        uint256 slashed = stake - staking.nodes(node).stake;
+        reached[slashed == 0 ? 0 : 1]++;
+        if (slashed == 0) return;
+        assertEq(++convictions[t.session], 1); // C1
+        require(verdict == Verdict.Guilty || (verdict == Verdict.Fault && before.faultAt != 0), "C5: no conviction");
+        assertLe(slashed, 2 * (supply - token.totalSupply()), "less than half burned");
+        slashes.push(Slash(block.timestamp, (slashed * 10_000 + stake - 1) / stake));
+    }
+
+    /// C5, C6: out of the ballots, two thirds of at least half of the seats.
+    function checkVerdict(bytes32 id, Case memory c, Verdict verdict) private view {
+        assertLe(c.round, 2, "C6");
+        uint256[6] memory sums;
+        for (uint256 i = 0; i < JURORS; i++) {
+            Ballot memory b = court.ballots(id, c.round, juror(i));
+            sums[uint8(b.vote)] += b.vote == Vote.None ? 0 : b.seats;
+        }
+        uint256 voting = sums[1] + sums[2] + sums[3] + sums[4];
+        if (verdict != Verdict.Void) assertLe(court.seatsOf(c.round), 2 * (voting + sums[5]), "C5: no quorum");
+        if (verdict == Verdict.Guilty) assertLe(2 * voting, 3 * sums[1], "C5");
+        if (verdict == Verdict.Fault) assertLe(2 * voting, 3 * (sums[1] + sums[3]), "C5");
+    }
+
+    function pay(uint256 which, uint256 number, uint256 i) external {
+        (Tried memory t, Case memory c) = some(which);
+        Ballot memory b = court.ballots(t.id, number % 3, juror(i % JURORS));
+        if (c.state != State.Ruled || b.vote == Vote.None || b.settled) return;
+        court.settle(t.id, number % 3, juror(i % JURORS));
+        reached[5]++;
+    }
+
+    function tell(uint256 which, uint256 number, uint256 i, uint256 count) external {
+        (Tried memory t, Case memory c) = some(which);
+        (number, i) = (within(number, 0, c.round), i % JURORS);
+        if (court.seeds(t.id, number) == 0 || !remembered(c)) return;
+        if (number == c.round && block.timestamp < c.commitEnd + terms.reveal) return;
+        Ballot memory b = court.ballots(t.id, number, juror(i));
+        uint256[] memory seats = list(t.id, c, number, juror(i));
+        uint256 known = b.fined + (b.vote == Vote.None ? 0 : b.seats);
+        if (seats.length <= known) return;
+        uint256 stake = staking.nodes(juror(i)).stake;
+        uint256 told = within(count, known + 1, seats.length);
+        court.report(t.id, number, juror(i), firstOf(seats, told));
+        reached[4]++;
+        assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * minStake / 1000, "fined too much");
+    }
+
+    function unbond(uint256 n, uint256 amount) external {
+        address who = n % 2 == 0 ? node : juror(n % JURORS);
+        Node memory state = staking.nodes(who);
+        uint256 active = state.stake - state.leaving;
+        if (active < 8 * minStake) return;
+        vm.prank(who);
+        staking.unbond(within(amount, 0, minStake));
+    }
+
+    function withdraw() external {
+        Node memory state = staking.nodes(node);
+        vm.prank(node);
+        try staking.withdraw() {
+            assertEq(state.holds, 0); // no exit before the ruling
+        } catch {
+            require(state.holds != 0 || block.timestamp < state.leaveAt, "refused without a reason");
+        }
+    }
+
+    function top(uint256 n, uint256 amount) external {
+        address who = n % 2 == 0 ? node : juror(n % JURORS);
+        Node memory state = staking.nodes(who);
+        uint256 active = state.stake - state.leaving;
+        staking.stake(who, within(amount, active < minStake ? minStake - active : 0, 2 * minStake));
+    }
+
+    function pass(uint256 time) external {
+        vm.warp(block.timestamp + within(time, 1, 1 days));
+    }
+
+    // Checks
+
+    function remembered(Case memory c) private view returns (bool) {
+        return block.timestamp / epoch <= c.openedAt / epoch + 6;
+    }
+
+    /// The winning units of `who` in this case.
+    function list(bytes32 id, Case memory c, uint256 round, address who) private view returns (uint256[] memory seats) {
+        uint256 own = staking.unitsAt(who, c.openedAt);
+        seats = new uint256[](own);
+        uint256 count;
+        for (uint256 unit = 0; unit < own; unit++) {
+            if (court.wins(id, round, who, unit)) seats[count++] = unit;
+        }
+        return firstOf(seats, count);
+    }
+
+    /// C2: bonds, appeals, and shares that wait.
+    function checkBalance() external view {
+        uint256 sum;
+        for (uint256 i = 0; i < tried.length; i++) {
+            Case memory c = court.cases(tried[i].id);
+            if (c.state != State.Ruled) sum += c.purse;
+            for (uint256 round = 0; round <= c.round; round++) {
+                if (c.state != State.Ruled && court.appeals(tried[i].id, round).by != address(0)) {
+                    sum += uint256(c.purse) << (round + 1);
+                }
+                if (c.state == State.Ruled) sum += waiting(tried[i].id, c, round);
+            }
+        }
+        assertEq(token.balanceOf(address(court)), sum);
+    }
+
+    function waiting(bytes32 id, Case memory c, uint256 round) private view returns (uint256 sum) {
+        for (uint256 i = 0; i < JURORS; i++) {
+            Ballot memory b = court.ballots(id, round, juror(i));
+            bool same = uint8(c.verdict) - 1 == uint8(b.vote);
+            if (c.verdict == Verdict.Void) same = b.vote != Vote.Abstain && b.vote != Vote.None;
+            if (c.verdict == Verdict.Fault) same = b.vote == Vote.Fault || b.vote == Vote.Guilty;
+            if (same && !b.settled) sum += uint256(b.seats) * c.purse;
+        }
+    }
+
+    /// C3 and C4.
+    function checkHolds() external view {
+        uint256 holds;
+        for (uint256 i = 0; i < tried.length; i++) {
+            Case memory c = court.cases(tried[i].id);
+            if (c.state != State.Ruled) holds++;
+            assertEq(court.ballots(tried[i].id, c.round, node).seats, 0);
+            if (!remembered(c)) continue;
+            for (uint256 k = 0; k < JURORS; k++) {
+                Ballot memory b = court.ballots(tried[i].id, c.round, juror(k));
+                uint256 known = b.fined + (b.vote == Vote.None ? 0 : b.seats);
+                assertLe(known, staking.unitsAt(juror(k), c.openedAt), "C4");
+            }
+        }
+        assertEq(staking.nodes(node).holds, holds);
+    }
+
+    /// C5: what any EVIDENCE long saw. Rounded up, by one basis point a slash.
+    function checkCap() external view {
+        for (uint256 i = 0; i < slashes.length; i++) {
+            uint256 sum;
+            for (uint256 k = i; k < slashes.length && slashes[k].time < slashes[i].time + terms.evidence; k++) {
+                sum += slashes[k].bps;
+            }
+            assertLe(sum, 3000 + slashes.length, "C5: above the cap");
+        }
+    }
+}
+
+contract CourtInvariants is Assertions {
+    CourtHandler private handler;
+
+    function setUp() public {
+        handler = new CourtHandler();
+        handler.setUp();
+    }
+
+    function targetContracts() external view returns (address[] memory list) {
+        list = new address[](1);
+        list[0] = address(handler);
+    }
+
+    function excludeSelectors() external view returns (FuzzSelector[] memory list) {
+        list = new FuzzSelector[](1);
+        list[0].addr = address(handler);
+        list[0].selectors = new bytes4[](1);
+        list[0].selectors[0] = World.setUp.selector;
+    }
+
+    /// What no action reaches holds vacuously.
+    function test_the_actions_reach_everything() public {
+        for (uint256 i = 0; i < 400; i++) {
+            uint256 x = uint256(keccak256(abi.encode(i)));
+            if (x % 8 == 0) handler.accuse(x >> 8, x >> 16, x & 256 == 0);
+            if (x % 8 == 1) handler.tryRound(x >> 8, x >> 16, x >> 32, x >> 64, x >> 128);
+            if (x % 8 == 2) handler.dispute(x >> 8);
+            if (x % 8 == 3) handler.decide(x >> 8);
+            for (uint256 k = 0; k < 15 && x % 8 == 4; k++) {
+                handler.pay(x >> 8, k / 5, k);
+            }
+            if (x % 8 == 5) handler.tell(x >> 8, x >> 16, x >> 32, x >> 64);
+            if (x % 8 == 6) handler.pass(x >> 8);
+            if (x % 8 == 7) handler.withdraw();
+            handler.checkBalance();
+            handler.checkHolds();
+            handler.checkCap();
+        }
+        for (uint256 i = 0; i < 6; i++) {
+            require(handler.reached(i) != 0, vm.toString(i));
+        }
+    }
+
+    function invariant_C2_the_balance_is_bonds_and_shares() public view {
+        handler.checkBalance();
+    }
+
+    function invariant_C3_C4_holds_are_open_cases() public view {
+        handler.checkHolds();
+    }
+
+    function invariant_C5_no_evidence_period_sees_more_than_the_cap() public view {
+        handler.checkCap();
+    }
+}
