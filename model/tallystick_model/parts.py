@@ -13,7 +13,7 @@ from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import WrongLayers
 from tallystick_protocol.types import Span
 
-_PROBE_STEPS = (5, 1)
+_PROBE_STEPS, _THREAD_STEPS = (5, 1), (64, 17, 5, 1)
 """Rows of the steps that are compared."""
 
 
@@ -54,21 +54,34 @@ def parts_agree(model: SpanModel) -> bool:
     if not serves_parts(model):
         return False
     layers = [part_of(model, Span(layer, layer + 1)) for layer in range(model.span.start, model.span.end)]
-    seed = torch.Generator().manual_seed(0)
-    length = min(sum(_PROBE_STEPS), model.manifest.max_length)
+    whole = _steps([model], _PROBE_STEPS)
+    return all(torch.equal(one, other) for one, other in zip(whole, _steps(layers, _PROBE_STEPS), strict=True))
+
+
+def threads_agree(model: SpanModel) -> bool:
+    """Whether a span gives the same bits with one of torch's threads as with all that there are: tried on some rows."""
+    threads = torch.get_num_threads()
+    many = _steps([model], _THREAD_STEPS)
+    torch.set_num_threads(1)
+    try:
+        one = _steps([model], _THREAD_STEPS)
+    finally:
+        torch.set_num_threads(threads)
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(one, many, strict=True))
+
+
+def _steps(spans: list[SpanModel], sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """What leaves a chain of spans, step by step; in one step where nothing is kept in between, or it is too long."""
+    model, seed = spans[0], torch.Generator().manual_seed(0)
+    length = min(sum(sizes), model.manifest.max_length)
+    if not model.causal or length < sum(sizes):
+        sizes = (length,)
     rows = torch.randint(model.manifest.vocab, (length,), generator=seed)
     if not model.is_first:
         rows = torch.randn(length, model.manifest.width, generator=seed)
     takes_memory = 0 < model.manifest.encoder_layers <= model.span.start
     memory = torch.randn(2, model.manifest.width, generator=seed) if takes_memory else None
-    whole = _steps([model], rows, memory)
-    return all(torch.equal(one, other) for one, other in zip(whole, _steps(layers, rows, memory), strict=True))
-
-
-def _steps(spans: list[SpanModel], rows: torch.Tensor, memory: torch.Tensor | None) -> list[torch.Tensor]:
-    """What leaves a chain of spans, step by step; in one step where nothing is kept in between."""
-    caches = [span.new_cache(len(rows), memory) for span in spans]
-    sizes = _PROBE_STEPS if spans[0].causal and len(rows) == sum(_PROBE_STEPS) else (len(rows),)
+    caches = [span.new_cache(length, memory) for span in spans]
     left, first = [], 0
     for step in rows.split(list(sizes)):
         for span, cache in zip(spans, caches, strict=True):

@@ -11,13 +11,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
-async def alone(function: Callable[..., T], *arguments: Any) -> T:
-    """function(*arguments), in a thread of its own; torch's helpers of that thread end with it."""
+async def alone(function: Callable[..., T], *arguments: Any, threads: int = 1) -> T:
+    """function(*arguments), in a thread of its own that computes with so many of torch's, which end with it."""
+
+    def run() -> T:
+        torch.set_num_threads(threads)
+        return function(*arguments)
+
     executor = ThreadPoolExecutor(1, "alone")
     try:
-        return await asyncio.get_running_loop().run_in_executor(executor, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(executor, run)
     finally:
         executor.shutdown(wait=False)

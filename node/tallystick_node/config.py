@@ -105,7 +105,7 @@ class NodeConfig(BaseSettings):
     @property
     def num_threads(self) -> int:
         """Threads of each process that computes: as many as this one may use cores, where nothing else is said."""
-        return self.threads or max(len(os.sched_getaffinity(0)) // self.tensor_parallel, 1)
+        return self.threads or max(_cores() // self.tensor_parallel, 1)
 
     @field_validator("node", "payee", "operator")
     @classmethod
@@ -209,3 +209,13 @@ def _check_file(path: Path, known: set[str]) -> None:
             spelled = re.compile(rf"""\s*\[*\s*["']?{re.escape(key)}["']?\s*[].=]""")
             line = next((n for n, row in enumerate(text.splitlines(), 1) if spelled.match(row)), 0)
             raise ConfigError(f"{path}:{line}: {key!r} is no setting; see `tallystick-node config show`")
+
+
+def _cores() -> int:
+    """Cores that this process may use, as its affinity and its control group say."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (Path("/sys/fs/cgroup") / "cpu.max").read_text().split()
+        return count if quota == "max" else max(min(count, int(quota) // int(period)), 1)
+    except (OSError, ValueError, ZeroDivisionError):
+        return count

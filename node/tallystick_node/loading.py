@@ -77,10 +77,10 @@ class Loading:
         """What this machine should serve, as the network is now. at: the span it serves, since dwelt_s seconds."""
         manifest = await self.manifest()
         if self._machine is None:
-            torch.set_num_threads(self._config.num_threads)
-            memory, cache = self._config.memory, self._config.cache_bytes
-            room, mixed = await alone(self._room, manifest), self._config.device != "auto"
-            self._machine = await alone(partial(machine_for, manifest, memory, cache, room, mixed=mixed))
+            memory, cache, threads = self._config.memory, self._config.cache_bytes, self._config.num_threads
+            room, mixed = await alone(self._room, manifest, threads=threads), self._config.device != "auto"
+            measure = partial(machine_for, manifest, memory, cache, room, mixed=mixed)
+            self._machine = await alone(measure, threads=threads)
         machine, stacks = self._machine, stacks_of(manifest.layers, manifest.encoder_layers)
         servers = await find_servers(self._chain, self._directory, self._model, self._node)
         supply = supply_of(servers, machine.rate)
@@ -110,8 +110,8 @@ class Loading:
         manifest = await self.manifest()
         manifest.stack_of(span)
         manifest.span_pieces(span)
-        torch.set_num_threads(config.num_threads)
-        room = await alone(self._room, manifest)
+        threads = config.num_threads
+        room = await alone(self._room, manifest, threads=threads)
         placement = place_span(config.device, manifest, span, room)
         check_memory(manifest, span, config.memory, placement)
         pieces = await self._pieces()
@@ -120,9 +120,9 @@ class Loading:
         )
         try:
             with took.of("canary"):
-                error = await alone(self._reproduce, model, manifest)
+                error = await alone(self._reproduce, model, manifest, threads=threads)
             with took.of("class test"):
-                measured = await alone(self._find_class, manifest, placement.distinct)
+                measured = await alone(self._find_class, manifest, placement.distinct, threads=threads)
         except BaseException:
             close_model(model)
             raise
@@ -179,7 +179,9 @@ class Loading:
         config = self._config
         if config.tensor_parallel > 1:
             return load_parallel(manifest, span, open_piece, config.tensor_parallel, config.num_threads)
-        return load_span(manifest, span, open_piece, execution=config.execution, placement=placement)
+        return load_span(
+            manifest, span, open_piece, execution=config.execution, placement=placement, threads=config.num_threads
+        )
 
     async def _pieces(self) -> Pieces:
         serving = await asyncio.to_thread(self._chain.serving, self._model)

@@ -140,8 +140,9 @@ class Node:
             loaded = await loading.load(span)
             manifest = loaded.manifest
             stack.callback(close_model, loaded.model)
-            engine = await alone(self._make_engine, loaded.model, config.step_rows)
-            torch.set_num_threads(1)  # of everybody but the engine
+            torch.set_num_threads(1)  # on the event loop
+            make = self._make_engine
+            engine = await alone(make, loaded.model, config.step_rows, threads=config.num_threads)
             stack.callback(engine.close)
             self._span = span
             if self._joins:

@@ -12,7 +12,7 @@ import torch
 
 from tallystick_node.alone import alone
 from tallystick_node.config import NodeConfig
-from tallystick_node.scheduling.threads import AGAIN, TRIES, Cores, Pace, Threads, _helpers
+from tallystick_node.scheduling.threads import AGAIN, TRIES, Cores, Pace, Threads, _helpers, _running
 
 several = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 
@@ -54,9 +54,19 @@ def test_a_core_that_others_take_is_given_back_and_taken_again_when_they_are_gon
     assert taken(pace, AGAIN, 2.0, 1.0).count(True) > AGAIN - 5
 
 
-@pytest.mark.parametrize(("most", "varies"), [(1, True), (2, False)])
-def test_where_the_number_does_not_vary_it_is_what_was_configured(most: int, varies: bool) -> None:
-    threads = Threads(most, varies)
+class Free(Cores):
+    """Cores of which nobody else takes any, unless said so."""
+
+    taken = False
+
+    @property
+    def are_taken(self) -> bool:
+        return self.taken
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_where_the_number_does_not_vary_it_is_what_was_configured(most: int) -> None:
+    threads = Threads(most, None)
     for rows in (1, 1, 1, 64, 1, 1, 1, 1):
         threads.choose(rows)
         assert torch.get_num_threads() == most
@@ -82,7 +92,7 @@ def in_a_thread(function: Callable[[], None]) -> None:
 @several
 def test_forwards_of_many_rows_are_judged_by_themselves() -> None:
     def check() -> None:
-        threads = Threads(2, True)
+        threads = Threads(2, Free(2))
         seen: dict[int, list[int]] = {1: [], 64: []}
         for _ in range(40):
             for rows, slow in ((1, 2), (64, 1)):
@@ -119,6 +129,55 @@ def test_no_more_threads_than_cores_are_placed() -> None:
     assert cores._helpers == []
 
 
+@several
+def test_several_threads_are_not_tried_while_others_want_the_cores() -> None:
+    def check() -> None:
+        cores = Free(2)
+        threads = Threads(2, cores)
+        for taken, expected in ((True, 1), (False, 2), (True, 1)):
+            cores.taken = taken
+            threads.choose(1)
+            assert torch.get_num_threads() == expected
+            threads.note(1, 1.0)
+
+    in_a_thread(check)
+
+
+@pytest.mark.parametrize(
+    ("load", "running"),
+    [(b"0.20 0.18 0.12 1/80 11206\n", 1), (b"9.20 0.18 0.12 17/4000 1\n", 17)],
+)
+def test_how_many_want_to_run_is_read_from_the_load(load: bytes, running: int) -> None:
+    assert _running(load) == running
+
+
+@pytest.mark.parametrize("load", [b"", b"0.1 0.2", b"a b c d"])
+def test_a_system_that_does_not_say_so_is_not_busy(load: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = Cores(2)
+    monkeypatch.setattr(os, "pread", lambda *_: load)
+    cores._load = 0
+    assert not cores.are_taken
+    cores._load = -1
+
+
+@several
+def test_a_system_that_lets_nothing_be_placed_computes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no")
+
+    def check() -> None:
+        cores = Cores(2)
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
+        threads = Threads(2, cores)
+        for _ in range(8):
+            threads.choose(1)
+            threads.note(1, 1.0)
+        assert cores._tries == 0
+        threads.close()
+
+    in_a_thread(check)
+
+
 def test_the_setting_says_one_for_each_core() -> None:
     assert NodeConfig.model_fields["threads"].default == 0
 
@@ -127,10 +186,10 @@ async def test_work_beside_the_device_leaves_no_thread_behind() -> None:
     before = len(os.listdir("/proc/self/task"))
 
     def work(size: int) -> float:
-        torch.set_num_threads(2)
+        assert torch.get_num_threads() == 2
         return float(torch.ones(size).add_(1).sum())
 
-    assert await alone(work, 1 << 20) == 2 << 20
+    assert await alone(work, 1 << 20, threads=2) == 2 << 20
     for _ in range(1000):
         if len(os.listdir("/proc/self/task")) <= before:
             return

@@ -98,9 +98,11 @@ class Books:
         session = self._session
         audit = next((audit for audit in session.audits if audit.index == index), None)
         rows = 0
+        if index in self.disputes:
+            return
         if audit is None and index not in session.repair.unaudited:
             rows = hop.rows_due
-        elif audit is not None and index not in self.disputes:
+        elif audit is not None:
             rows = hop.due_after.get(audit.approved - 1, 0)
         await hop.pay(rows, session.setting.purse)
 
@@ -119,6 +121,8 @@ class Books:
                 self.arbitrations[audit.index] = asyncio.create_task(self._settle_dispute(audit, disagreement))
         except TallystickError as error:
             audit.remote.failure = audit.remote.failure or error
+        if not audit.approved and (audit.remote.failure is not None or audit.index in self.disputes):
+            return
         try:
             await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), session.setting.purse)
         except Unreachable as error:

@@ -23,6 +23,7 @@ from tallystick_protocol.errors import (
     InsufficientFunds,
     NoAuditor,
     NoRoute,
+    Overloaded,
     Rejected,
     TallystickError,
 )
@@ -208,7 +209,7 @@ class Openings:
             except TallystickError as error:
                 log.info("%s cannot audit (%s)", candidate.node, error)
                 self._session.lost.add(candidate.node)
-                if error.code == "overloaded":
+                if isinstance(error, Overloaded):
                     self._session.busy.add(candidate.node)
                 continue
             audit = Audit(self._session, index, remote)

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, help="a checkpoint; without it, a random Llama of 134 M parameters")
     parser.add_argument("--numerics", choices=["fp32", "bf16w"], default="fp32", help="how the network computes")
     parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)),
+        "--threads", type=int, default=os.cpu_count() or 1,
         help="threads of each process at most, generate's too; those that are there without it",
     )  # fmt: skip
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=f"of: {','.join(SECTIONS)}")

@@ -20,6 +20,7 @@ from tallystick_devnet.bench.accounts import Account
 from tallystick_devnet.bench.wires import Wires
 from tallystick_devnet.localchain import ETHER
 from tallystick_devnet.localnet import LocalNet, LocalNode
+from tallystick_devnet.processes import ProcessFailed
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.manifest import Manifest, Numerics
@@ -157,13 +158,18 @@ def bench_net(
 
 
 def wait_for_rest(pids: Sequence[int], timeout_s: float = 180.0) -> None:
-    """Return when these processes have nothing to do any more: nodes that have begun to serve still write plans."""
+    """Return when these processes have nothing to do any more: nodes that have begun to serve still write plans.
+
+    Raises ProcessFailed where that takes too long: what is measured beside it would say little.
+    """
     deadline, before, resting = time.monotonic() + timeout_s, _cpu_s(pids), 0
     while resting < 3 and time.monotonic() < deadline:
         time.sleep(1)
         now = _cpu_s(pids)
         resting = resting + 1 if now - before < REST_S * len(pids) else 0
         before = now
+    if resting < 3:
+        raise ProcessFailed(f"the nodes do not come to rest within {timeout_s:g} s")
 
 
 def _cpu_s(pids: Sequence[int]) -> float:

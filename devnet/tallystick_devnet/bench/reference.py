@@ -14,13 +14,13 @@ from tallystick_devnet.processes import ProcessFailed
 
 
 class Reference:
-    """Use as a context manager. threads: those it computes with."""
+    """Use as a context manager."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        """threads: at most; it takes one instead where that is quicker."""
+        """threads: at most; it takes one instead where that is quicker in a trial."""
         command = [sys.executable, "-m", "tallystick_devnet.bench.reference", str(folder), str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.threads: int = self._read()["threads"]
+        self._read()
 
     def __enter__(self) -> Reference:
         return self
@@ -83,7 +83,7 @@ def main() -> None:
 
     quickest = min({1, threads}, key=seconds)
     torch.set_num_threads(quickest)
-    answer({"threads": quickest})
+    answer({"threads": quickest, "ready": True})
     for line in sys.stdin:
         asked = json.loads(line)
         answer(generate(asked["prompt"], asked["tokens"]))

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from tallystick_model.canonical.kernels import ENOUGH_ROWS, CanonicalLinear
+from tallystick_model.canonical.kernels import ENOUGH_ROWS, MAX_ROWS, CanonicalLinear
 from tallystick_model.canonical.recording import Step, Value
 
-_TRIED_ROWS = (ENOUGH_ROWS, 5, 17, 96)
-"""Besides the fewest: numbers of rows at which the bits are compared."""
+_TRIED_ROWS = (ENOUGH_ROWS, 5, 17, 32, 64, 96, MAX_ROWS)
+"""Besides the fewest: numbers of rows at which the bits are compared, with one thread and with all."""
 
 _FEWEST_COLUMNS = 16
 """Narrower products (the gate of a shared expert) take other kernels alone, and little time."""
@@ -68,13 +68,26 @@ def join(group: Sequence[CanonicalLinear]) -> bool:
     dense = torch.cat([one.plain_weight() for one in group])
     joint = CanonicalLinear(dense, bias, numerics="bf16w" if first.rounds else "fp32")
     del dense
-    drawn = torch.Generator().manual_seed(0)
-    for count in {first.fewest, *_TRIED_ROWS}:
-        rows = torch.randn(count, first.in_features, generator=drawn)
-        if not torch.equal(joint(rows), torch.cat([one(rows) for one in group], dim=-1)):
-            return False
+    if not _agree(joint, group):
+        return False
     begin = 0
     for one in group:
         one.compute_within(joint, begin)
         begin += one.out_features
+    return True
+
+
+def _agree(joint: CanonicalLinear, group: Sequence[CanonicalLinear]) -> bool:
+    """Whether the joint product gives what the others do, however many rows and threads there are."""
+    drawn, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    try:
+        for count in {joint.fewest, *_TRIED_ROWS}:
+            rows = torch.randn(count, joint.in_features, generator=drawn)
+            apart = torch.cat([one(rows) for one in group], dim=-1)
+            for number in {1, threads}:
+                torch.set_num_threads(number)
+                if not torch.equal(joint(rows), apart):
+                    return False
+    finally:
+        torch.set_num_threads(threads)
     return True

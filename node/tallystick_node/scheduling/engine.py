@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from tallystick_model.parts import part_of, parts_agree, wrong_layers
+from tallystick_model.parts import part_of, parts_agree, threads_agree, wrong_layers
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
 from tallystick_model.stock import StockCache
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
-from tallystick_node.scheduling.threads import Threads
+from tallystick_node.scheduling.threads import Cores, Threads
 from tallystick_protocol.errors import Overloaded, TallystickError, Unreachable
 from tallystick_protocol.types import Span
 
@@ -74,7 +74,9 @@ class Engine:
         self.model = model
         on_cpu = model.placement.first.type == "cpu"
         self.step_rows = step_rows or (STEP_ROWS if on_cpu else STEP_ROWS_ACCELERATOR)
-        self._threads = Threads(torch.get_num_threads(), on_cpu and model.packs)
+        threads = torch.get_num_threads()
+        varies = threads > 1 and on_cpu and model.packs and threads_agree(model)
+        self._threads = Threads(threads, Cores(threads) if varies else None)
         self.meter = Meter()
         self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
         self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -196,6 +198,7 @@ class Engine:
             late = self._incoming.get()
             left += [] if late is None else [late]
         _answer([(task, None, _stopping()) for task in left])
+        self._threads.close()
 
     def _take_in(self) -> bool:
         """Put what has come into the queue, waiting for something if there is nothing to do; False when closed."""
@@ -209,8 +212,8 @@ class Engine:
     def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
         """One forward; the answers to the jobs that are complete with it, or have failed."""
         rows = sum(count for _, count in batch)
-        self._threads.choose(rows)
         began = time.perf_counter()
+        self._threads.choose(rows)
         model = batch[0][0].model
         pieces = [piece_of(model, task.task, task.done, count) for task, count in batch]  # type: ignore[arg-type]
         try:

@@ -8,11 +8,18 @@ want to run, on the whole machine, than it has cores.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+
+log = logging.getLogger(__name__)
 
 TRIES = 3
 """Forwards that tell how quick a choice is. The first of them, which may begin threads, does not count."""
@@ -29,7 +36,7 @@ WEIGHT = 0.2
 FEW_ROWS = 4
 """Up to so many rows a forward takes as long as reading the weights does."""
 
-_TASKS, _LOAD = Path("/proc/self/task"), Path("/proc/loadavg")
+_TASKS = Path("/proc/self/task")
 
 
 @dataclass(slots=True)
@@ -63,26 +70,30 @@ def _average(before: float, count: int, value: float) -> float:
 class Threads:
     """Sets torch's threads for the thread that calls it, before its work with a model."""
 
-    def __init__(self, most: int, varies: bool) -> None:
-        """varies: whether the bits do not depend on their number."""
+    def __init__(self, most: int, cores: Cores | None) -> None:
+        """cores: where they run; None where their number must not vary."""
         self._most, self._now = most, 0
-        self._varies = varies and most > 1
+        self._cores = cores
         self._paces: dict[int, Pace] = {}
-        self._cores = Cores(most) if self._varies else None
 
     def choose(self, rows: int) -> None:
         """Before a forward of so many rows."""
-        is_free = self._cores is None or not self._cores.are_taken
-        self._use(self._most if not self._varies or (is_free and self._pace(rows).takes_all()) else 1)
+        takes_one = self._cores is not None and (self._cores.are_taken or not self._pace(rows).takes_all())
+        self._use(1 if takes_one else self._most)
 
     def note(self, rows: int, seconds: float) -> None:
         """It has taken so long."""
-        if self._varies:
+        if self._cores is not None:
             self._pace(rows).note(self._now > 1, seconds / max(rows, FEW_ROWS))
 
     def use_all(self) -> None:
         """Before other work."""
         self._use(self._most)
+
+    def close(self) -> None:
+        """At the end of the thread."""
+        if self._cores is not None:
+            self._cores.close()
 
     def _pace(self, rows: int) -> Pace:
         return self._paces.setdefault(max(rows, FEW_ROWS).bit_length(), Pace())
@@ -96,52 +107,78 @@ class Threads:
 
 
 class Cores:
-    """Keeps the threads that help the calling one off its core and off each other's.
+    """Keeps the threads that help the calling one off its core, and off each other's where they need all of them.
 
     Linux wakes a thread on its waker's core if it takes the others for busy, as it does in a virtual machine whose idle
-    cores are given back to the host; they then take turns until it looks again. Measured: docs/sessions.md.
+    cores are given back to the host; they then take turns until it looks again. Measured: docs/sessions.md. Where the
+    system does not let itself be asked, nothing is placed, and no core is taken.
     """
 
     def __init__(self, threads: int) -> None:
+        self._threads = threads
         self._cores = _cores()
-        self._load = os.open(_LOAD, os.O_RDONLY | os.O_CLOEXEC) if _LOAD.exists() else -1
-        self._helpers: list[int] | None = None if threads <= len(self._cores) else []
+        self._helpers: list[int] = []
+        self._tries = TRIES if threads <= len(self._cores) else 0
         self._own = -1
+        self._load = -1
+        if len(self._cores) == os.cpu_count():  # what else runs on some of the cores cannot be told
+            try:
+                self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                log.info("how busy this machine is cannot be told")
 
-    def __del__(self) -> None:
+    def close(self) -> None:
         if self._load >= 0:
             os.close(self._load)
+            self._load = -1
 
     @property
     def are_taken(self) -> bool:
-        """Whether more threads of this machine want to run than there are cores for them, at this moment."""
-        if self._load < 0:
+        """Whether more threads of this machine want to run than it has cores just now, the calling one included."""
+        try:
+            return self._load >= 0 and _running(os.pread(self._load, 128, 0)) > len(self._cores)
+        except (OSError, ValueError, IndexError):
             return False
-        running = os.pread(self._load, 128, 0).split()[3].split(b"/")[0]
-        return int(running) > (os.cpu_count() or 1)
 
     def part(self) -> None:
         """Before work with all threads."""
-        if self._helpers is None:
-            self._helpers = _helpers()
-        if not self._helpers or (own := _getcpu()) == self._own:
+        if not self._tries:
             return
-        self._own = own
         try:
-            for helper, core in zip(self._helpers, sorted(self._cores - {own}), strict=False):
-                os.sched_setaffinity(helper, {core})
-        except OSError:  # it has ended, or this process may not
-            self._helpers = []
+            self._part()
+        except (OSError, ValueError) as error:  # a helper has ended and others have begun, or this process may not
+            self._tries -= 1
+            log.info("threads cannot be placed (%s)", error)
+            for helper in self._helpers:
+                with suppress(OSError):
+                    os.sched_setaffinity(helper, self._cores)
+            self._helpers, self._own = [], -1
+
+    def _part(self) -> None:
+        self._helpers = self._helpers or _helpers()
+        own = _getcpu()
+        if own == self._own:
+            return
+        others = sorted(self._cores - {own})
+        for index, helper in enumerate(self._helpers):
+            os.sched_setaffinity(helper, {others[index]} if self._threads == len(self._cores) else others)
+        self._own = own
 
 
 def _cores() -> set[int]:
     """Those that this process may use; none where threads cannot be placed."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") and _TASKS.is_dir() else set()
+    can = hasattr(os, "sched_setaffinity") and _TASKS.is_dir() and _libc_getcpu() is not None
+    return set(os.sched_getaffinity(0)) if can else set()
+
+
+def _running(load: bytes) -> int:
+    """How many threads want to run, out of /proc/loadavg: `0.20 0.18 0.12 1/80 11206`."""
+    return int(load.split()[3].split(b"/")[0])
 
 
 def _helpers() -> list[int]:
     """Native ids of the threads that torch begins for the calling one: they inherit its name, which nobody else has."""
-    own = ctypes.CDLL(None).gettid()
+    own = threading.get_native_id()
     name = f"device-{own}"
     (_TASKS / str(own) / "comm").write_text(name)
     torch.ones(1 << 20).add_(1)
@@ -155,4 +192,14 @@ def _name(task: Path) -> str:
         return ""
 
 
-_getcpu = ctypes.CDLL(None).sched_getcpu if _TASKS.is_dir() else lambda: -1
+def _getcpu() -> int:
+    getcpu = _libc_getcpu()
+    return -1 if getcpu is None else int(getcpu())
+
+
+@cache
+def _libc_getcpu() -> Callable[[], int] | None:
+    try:
+        return getattr(ctypes.CDLL(None), "sched_getcpu", None)
+    except OSError:
+        return None
