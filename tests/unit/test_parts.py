@@ -10,7 +10,7 @@ import torch
 import transformers as hub
 
 from harness.in_memory import SMALL, InMemory, Steps
-from tallystick_model.parts import part_of, parts_agree, serves_parts
+from tallystick_model.parts import part_of, parts_agree, serves_parts, threads_agree
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import WrongLayers
@@ -55,6 +55,23 @@ def test_a_part_gives_the_bits_of_a_span_of_its_layers(family: str) -> None:
     mixed = Steps([part_of(whole, Span(0, 1)), part_of(middle, Span(1, 2)), part_of(whole, Span(2, 4))])
     assert torch.equal(mixed.steps(IDS, chunks), exact)
     assert torch.equal(Steps([whole]).steps(IDS, chunks), exact)  # still itself
+
+
+@pytest.mark.parametrize("family", SHARING)
+def test_a_span_that_depends_on_the_number_of_threads_is_noticed(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span, before, forward = made(family).load(Span(0, 4)), torch.get_num_threads(), SpanModel.forward
+    torch.set_num_threads(2)
+    try:
+        assert threads_agree(span)
+        monkeypatch.setattr(
+            SpanModel, "forward", lambda *given: [row + torch.get_num_threads() * 1e-6 for row in forward(*given)]
+        )
+        assert not threads_agree(span)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sessions_over_different_parts_take_turns_and_those_over_the_same_share_calls() -> None:
