@@ -56,9 +56,10 @@ contract CourtTest is CourtWorld {
         refuses(changed, abi.encodeWithSelector(ICourt.TooShortUnbonding.selector, unbonding, unbonding + 1));
     }
 
+    /// A day before: three headers are waited for.
     function test_a_trial_ends_before_its_units_are_forgotten() public {
         Terms memory changed = terms;
-        changed.appeal = (6 * epoch - 3 * (terms.commit + terms.reveal)) / 2;
+        changed.appeal = (5 * epoch - 3 * (terms.commit + terms.reveal)) / 2;
         deploy("Court", abi.encode(staking, beacon, changed));
         changed.appeal += 1;
         refuses(changed, abi.encodeWithSelector(ICourt.TooLongTrial.selector, 6 * epoch + 2, 6 * epoch));
@@ -425,8 +426,18 @@ contract CourtTest is CourtWorld {
         standing([g, g, g, g, g], [2, 2, 2, 2, 0], Verdict.Guilty);
     }
 
-    function test_abstentions_count_for_the_quorum_alone() public {
-        standing([Vote.Guilty, Vote.Abstain, Vote.Abstain, Vote.Abstain, Vote.Clear], [2, 2, 2, 1, 1], Verdict.Guilty);
+    function test_one_seat_rules_nothing_however_many_abstain() public {
+        standing([Vote.Guilty, Vote.Abstain, Vote.Abstain, Vote.Abstain, Vote.Abstain], [1, 2, 2, 2, 2], Verdict.Void);
+    }
+
+    function test_a_ruling_takes_votes_of_half_of_the_expected_seats() public {
+        Vote g = Vote.Guilty;
+        standing([g, g, g, g, Vote.Abstain], [2, 2, 2, 2, 2], Verdict.Guilty);
+    }
+
+    function test_fewer_votes_than_that_rule_nothing() public {
+        Vote g = Vote.Guilty;
+        standing([g, g, g, g, Vote.Abstain], [2, 2, 2, 1, 2], Verdict.Void);
     }
 
     function test_all_abstain() public {
@@ -522,12 +533,13 @@ contract CourtTest is CourtWorld {
         require(court.receiptClosed(digestOf("session", opened)), "still open");
     }
 
-    function test_unreadable_costs_half_and_closes_nothing() public {
+    function test_unreadable_burns_half_and_closes_nothing() public {
         Purse memory before = purses();
         is_(tryFor("session", Vote.Unreadable), Verdict.Unreadable);
         assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
         assertEq(token.balanceOf(node), before.accused);
-        assertEq(token.balanceOf(address(court)), BOND / 2);
+        assertEq(token.balanceOf(address(court)), 0);
+        assertEq(token.totalSupply(), before.supply - BOND / 2);
         open("session", opened, "readable evidence");
     }
 
@@ -549,19 +561,100 @@ contract CourtTest is CourtWorld {
         open("session", time, "other evidence");
     }
 
-    function test_a_void_without_a_vote_burns_its_tenth() public {
+    function test_who_could_not_read_shares_in_no_void_pot() public {
+        uint256 time = block.timestamp;
+        bytes32 id = open();
+        draw(id);
+        vote(id, [Vote.Guilty, Vote.Guilty, Vote.Clear, Vote.Clear, Vote.Unreadable], [2, 2, 2, 2, 2]);
+        is_(rule("session", time, EVIDENCE_CID), Verdict.Void);
+        assertEq(court.cases(id).purse, BOND / 10 / 8);
+        court.settle(id, 0, juror(4));
+        assertEq(token.balanceOf(juror(4)), 0);
+        assertEq(staking.nodes(juror(4)).stake, JUROR_UNITS * minStake);
+    }
+
+    function test_a_void_of_abstentions_burns_its_tenth() public {
+        Purse memory before = purses();
+        is_(tryFor("session", Vote.Abstain), Verdict.Void);
+        assertEq(token.balanceOf(accuser), before.accuser - BOND / 10);
+        assertEq(token.totalSupply(), before.supply - BOND / 10);
+    }
+
+    /// A case about nothing, opened to report everybody: half of the bond burns, the fines burn, nobody gains.
+    function test_a_void_without_a_quorum_burns_half_and_reports_pay_nothing() public {
         uint256 time = block.timestamp;
         Purse memory before = purses();
         bytes32 id = open();
+        uint256 fines;
         for (uint256 round = 0; round < 3; round++) {
             draw(id);
+            // One seat votes in each round: it shares in nothing.
+            commit(id, 0, Vote.Guilty, 1);
+            vm.warp(court.cases(id).commitEnd);
+            reveal(id, 0, Vote.Guilty);
             vm.warp(court.cases(id).commitEnd + terms.reveal);
+            for (uint256 i = 1; i < JURORS; i++) {
+                uint256[] memory seats = seatsOf(id, juror(i));
+                vm.prank(accuser);
+                court.report(id, round, juror(i), seats);
+                fines += seats.length * FINE;
+            }
             if (round < 2) court.redraw(id);
         }
         is_(rule("session", time, EVIDENCE_CID), Verdict.Void);
-        assertEq(token.balanceOf(accuser), before.accuser - BOND / 10);
-        assertEq(token.totalSupply(), before.supply - BOND / 10);
+        assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
+        assertEq(token.totalSupply(), before.supply - BOND / 2 - fines);
         assertEq(token.balanceOf(address(court)), 0);
+        court.settle(id, 0, juror(0));
+        assertEq(token.balanceOf(juror(0)), 0);
+    }
+
+    function test_each_further_case_over_a_receipt_doubles_the_bond_three_times() public {
+        bytes32 receipt = digestOf("session", opened);
+        for (uint256 i = 0; i < 5; i++) {
+            uint256 times = i < 3 ? i : 3;
+            assertEq(court.doublings(receipt), times);
+            uint256 purse = token.balanceOf(accuser);
+            bytes32 id = open("session", opened, bytes32(i + 1));
+            assertEq(purse - token.balanceOf(accuser), BOND << times);
+            assertEq(court.cases(id).purse, BOND << times);
+            assertEq(court.appealBond(id), BOND << times + 1);
+        }
+        assertEq(court.doublings(digestOf("session 2", opened)), 0);
+    }
+
+    // Nobody draws
+
+    function test_a_case_that_nobody_draws_is_void_after_four_evidence_periods() public {
+        Purse memory before = purses();
+        open();
+        bytes32 receipt = digestOf("session", opened);
+        uint256 end = opened + 4 * terms.evidence;
+        vm.warp(end - 1);
+        outOfTime(end, type(uint256).max);
+        court.rule(receipt, EVIDENCE_CID);
+        vm.warp(end);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Void);
+        assertEq(staking.nodes(node).holds, 0);
+        assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
+        assertEq(token.totalSupply(), before.supply - BOND / 2);
+        assertEq(token.balanceOf(address(court)), 0);
+    }
+
+    function test_an_appeal_that_nobody_draws_leaves_the_verdict() public {
+        bytes32 id = open();
+        draw(id);
+        vote(id, Vote.Guilty);
+        appeal(id, client, 2 * BOND);
+        bytes32 receipt = digestOf("session", opened);
+        uint256 end = court.cases(id).commitEnd + 4 * terms.evidence;
+        vm.warp(end - 1);
+        outOfTime(end, type(uint256).max);
+        court.rule(receipt, EVIDENCE_CID);
+        vm.warp(end);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
+        assertEq(token.balanceOf(client), 0);
     }
 
     function test_what_seats_cannot_share_burns() public {
@@ -633,7 +726,7 @@ contract CourtTest is CourtWorld {
         uint256 stake = staking.nodes(node).stake;
         is_(rule("session", time, "other evidence"), Verdict.Guilty);
         assertEq(staking.nodes(node).stake, stake);
-        assertEq(token.balanceOf(accuser), before.accuser + BOND - BOND / 10);
+        assertEq(token.balanceOf(accuser), before.accuser + BOND); // it was right
         Receipt memory r = receiptOf("session", time);
         r.first = 32;
         bytes memory signature = signed(r);
@@ -719,7 +812,7 @@ contract CourtTest is CourtWorld {
             rule(bytes32(i + 10), time, EVIDENCE_CID);
         }
         assertEq(court.records(node).slashedBps, 3000);
-        assertEq(token.balanceOf(accuser), purse + bond - bond / 10);
+        assertEq(token.balanceOf(accuser), purse + bond);
     }
 
     // Faults
@@ -759,12 +852,13 @@ contract CourtTest is CourtWorld {
         uint256 time = block.timestamp;
         tryFor("session", Vote.Fault);
         uint256 faultAt = court.records(node).faultAt;
-        vm.warp(time + 3 days);
-        opened = block.timestamp;
-        bytes32 id = open("session", time + 1, EVIDENCE_CID);
+        time += 3 days;
+        vm.warp(time);
+        opened = time;
+        bytes32 id = open("session", time, EVIDENCE_CID);
         draw(id);
         vote(id, Vote.Fault);
-        rule("session", time + 1, EVIDENCE_CID);
+        rule("session", time, EVIDENCE_CID);
         assertEq(staking.nodes(node).stake, STAKE);
         assertEq(court.records(node).faultAt, faultAt);
     }
@@ -781,6 +875,34 @@ contract CourtTest is CourtWorld {
         rule("session", time, "other evidence");
         assertEq(court.records(node).faultAt, faultAt);
         assertEq(staking.nodes(node).stake, STAKE);
+    }
+
+    function faultSignedAt(uint256 time) private {
+        opened = block.timestamp;
+        bytes32 id = open("session 2", time, EVIDENCE_CID);
+        draw(id);
+        vote(id, Vote.Fault);
+        rule("session 2", time, EVIDENCE_CID);
+    }
+
+    function test_faults_signed_before_the_first_was_found_are_one() public {
+        tryFor("session 1", Vote.Fault);
+        uint256 faultAt = court.records(node).faultAt;
+        vm.warp(faultAt + 1);
+        faultSignedAt(faultAt);
+        assertEq(staking.nodes(node).stake, STAKE);
+        assertEq(court.records(node).convictedAt, 0);
+        // It does not move the day from which on relapses count.
+        assertEq(court.records(node).faultAt, faultAt);
+    }
+
+    function test_a_fault_signed_after_the_first_was_found_is_a_relapse() public {
+        tryFor("session 1", Vote.Fault);
+        uint256 faultAt = court.records(node).faultAt;
+        vm.warp(faultAt + 1);
+        faultSignedAt(faultAt + 1);
+        assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
+        assertEq(court.records(node).convictedAt, block.timestamp);
     }
 
     // Appeals
@@ -820,7 +942,7 @@ contract CourtTest is CourtWorld {
         vm.prank(reporter);
         court.settle(id, 0, juror(0));
         assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - 2 * FINE);
-        assertEq(token.balanceOf(reporter), FINE);
+        assertEq(token.balanceOf(reporter), 0); // fines burn
         court.settle(id, 1, juror(0));
         assertEq(token.balanceOf(juror(0)), 4 * (BOND / 2 / 20));
     }
@@ -940,7 +1062,7 @@ contract CourtTest is CourtWorld {
         court.redraw(id);
     }
 
-    function test_a_last_round_without_quorum_is_void_and_pays_the_appeal_back() public {
+    function test_a_last_round_without_quorum_leaves_the_verdict_before_it() public {
         uint256 time = block.timestamp;
         bytes32 id = open();
         draw(id);
@@ -956,9 +1078,29 @@ contract CourtTest is CourtWorld {
         outOfTime(end, type(uint256).max);
         court.rule(receipt, EVIDENCE_CID);
         vm.warp(end);
-        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Void);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
+        assertEq(token.balanceOf(client), 0); // the appeal changed nothing
+        assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 10);
+    }
+
+    function test_of_two_verdicts_the_later_one_stands() public {
+        uint256 time = block.timestamp;
+        bytes32 id = open();
+        draw(id);
+        vote(id, Vote.Guilty);
+        appeal(id, client, 2 * BOND);
+        draw(id);
+        Vote c = Vote.Clear;
+        vote(id, [c, c, c, c, c], [4, 4, 4, 4, 4]);
+        appeal(id, stranger, 4 * BOND);
+        draw(id);
+        vm.warp(court.cases(id).commitEnd + terms.reveal);
+        is_(rule("session", time, EVIDENCE_CID), Verdict.Clear);
+        assertEq(staking.nodes(node).stake, STAKE);
         assertEq(token.balanceOf(client), 2 * BOND);
-        assertEq(court.cases(id).purse, BOND / 10 / 10);
+        assertEq(token.balanceOf(stranger), 0);
+        assertEq(court.cases(id).purse, (BOND / 2 + 4 * BOND) / 20);
     }
 
     // Silence
@@ -976,12 +1118,12 @@ contract CourtTest is CourtWorld {
         uint256 supply = token.totalSupply();
         // Committed, but not revealed: all of its seats were silent.
         vm.expectEmit(address(court));
-        emit ICourt.Silent(id, 0, juror(0), seats.length, reporter);
+        emit ICourt.Silent(id, 0, juror(0), seats.length);
         vm.prank(reporter);
         court.report(id, 0, juror(0), seats);
         assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - seats.length * FINE);
-        assertEq(token.balanceOf(reporter), seats.length * FINE / 2);
-        assertEq(supply - token.totalSupply(), seats.length * FINE / 2);
+        assertEq(token.balanceOf(reporter), 0);
+        assertEq(supply - token.totalSupply(), seats.length * FINE);
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotSilent.selector, juror(0), seats.length));
         court.report(id, 0, juror(0), seats);
     }
@@ -997,7 +1139,7 @@ contract CourtTest is CourtWorld {
         vm.prank(reporter);
         court.report(id, 0, juror(3), seats);
         assertEq(staking.nodes(juror(3)).stake, JUROR_UNITS * minStake - seats.length * FINE);
-        assertEq(token.balanceOf(reporter), (seats.length - 1) * FINE / 2);
+        assertEq(token.balanceOf(reporter), 0);
     }
 
     function test_who_reveals_one_of_its_seats_is_silent_for_the_others() public {
@@ -1116,13 +1258,13 @@ contract CourtTest is CourtWorld {
         settled(id, 4, 0, 0);
     }
 
-    function test_unreadable_fines_nobody() public {
+    function test_unreadable_pays_and_fines_nobody() public {
         uint256 time = block.timestamp;
         bytes32 id = open();
         draw(id, 4, 1000);
         vote(id, [Vote.Unreadable, Vote.Unreadable, Vote.Guilty, Vote.Clear, Vote.Fault], [4, 4, 1, 1, 2]);
         is_(rule("session", time, EVIDENCE_CID), Verdict.Unreadable);
-        settled(id, 0, 4 * (BOND / 2 / 8), 0);
+        settled(id, 0, 0, 0);
         settled(id, 2, 0, 0);
         settled(id, 3, 0, 0);
         settled(id, 4, 0, 0);
@@ -1183,6 +1325,7 @@ contract CourtTest is CourtWorld {
             is_(verdict, Verdict.Missed);
             return;
         }
+        if (verdict != Verdict.Void) assertLe(15, 2 * voting, "votes on the merits");
         if (verdict == Verdict.Guilty) assertLe(2 * voting, 3 * sums[1], "guilty");
         if (verdict == Verdict.Clear) assertLe(2 * voting, 3 * sums[2], "clear");
         if (verdict == Verdict.Fault) assertLe(2 * voting, 3 * (sums[1] + sums[3]), "fault");

@@ -215,12 +215,12 @@ def test_a_case_is_appealed_ruled_and_paid_to_the_wei(bench: Bench) -> None:
     after = bench.wealth()
     gained = {name: after[name] - before[name] for name in after}
     expected = {"accused": -slashed - appealed, "accuser": slashed // 4, "court": 0, "rest": 0}
-    expected["stranger"] = len(first[silent]) * fine // 2
+    expected["stranger"] = 0  # fines burn
     for number in range(JURORS):
         own = len(second[number]) + (0 if number == silent else len(first[number]))
         expected[f"juror {number}"] = own * share - (len(first[silent]) * fine if number == silent else 0)
     assert gained == expected
-    burned = slashed // 2 + pot - share * agreeing + len(first[silent]) * fine // 2
+    burned = slashed // 2 + pot - share * agreeing + len(first[silent]) * fine
     assert supply - bench.chain.token.functions.totalSupply().call() == burned
     bench.accused.send("leaving", bench.chain.staking.functions.withdraw())
 
@@ -240,7 +240,9 @@ def test_a_cheaters_own_case_with_a_dead_cid_closes_nothing(bench: Bench) -> Non
     assert case(bench, id_)["verdict"] == Verdict.UNREADABLE
     signature = bench.hot.sign_struct(bench.chain.book.staking_domain, claim)
     again = court.open(words(claim), signature, Digest(keccak(b"readable evidence")))
+    assert bench.wealth()["court"] == 0  # half of the bond burned
     bench.accuser.send("accusing", again)
+    assert bench.wealth()["court"] == 2 * (10 * UNIT // 100 // 2)
     assert bench.chain.staking.functions.nodes(bench.accused.address).call()[3] == 1
 
 
