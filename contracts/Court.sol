@@ -87,7 +87,7 @@ contract Court is ICourt {
         LOOKAHEAD = terms.lookahead;
         HEADERS = terms.headers;
         MIN_UNITS = terms.minUnits;
-        FINE = staking.MIN_STAKE() / FINE_PART;
+        FINE = staking.UNIT() / FINE_PART;
         uint256 trial = (LAST_ROUND + 1) * (COMMIT + REVEAL) + LAST_ROUND * APPEAL;
         (uint256 unbonding, uint256 remembered) = (staking.UNBONDING(), 6 * staking.EPOCH());
         require(unbonding >= EVIDENCE + trial, TooShortUnbonding(unbonding, EVIDENCE + trial));

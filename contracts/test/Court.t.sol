@@ -10,7 +10,7 @@ import {vm} from "./World.sol";
 contract CourtTest is CourtWorld {
     uint256 private constant STAKE = 10_000 ether;
     uint256 private constant BOND = 50 ether; // half of 1 % of the stake
-    uint256 private constant FINE = 1 ether;
+    uint256 private constant FINE = 0.5 ether; // a thousandth of a unit
 
     function is_(Verdict actual, Verdict expected) private pure {
         assertEq(uint256(actual), uint256(expected));
@@ -85,7 +85,7 @@ contract CourtTest is CourtWorld {
         assertEq(c.openedAt, opened);
         assertEq(c.signedAt, opened);
         assertEq(c.purse, BOND);
-        assertEq(c.units, 60);
+        assertEq(c.units, 120);
         assertEq(c.seedBlock, BLOCK + terms.lookahead);
         assertEq(uint256(c.state), uint256(State.Open));
         assertEq(court.bondFor(node, opened), BOND);
@@ -156,15 +156,15 @@ contract CourtTest is CourtWorld {
         assertEq(staking.nodes(node).holds, 2);
     }
 
-    /// MIN_UNITS is 60, and so are the jurors' units.
+    /// MIN_UNITS is 120, and so are the jurors' units.
     function test_there_is_no_court_without_jurors() public {
         vm.prank(juror(0));
-        staking.unbond(minStake);
+        staking.unbond(unitSize);
         open(); // they were there when the epoch began
         vm.warp(START + 2 * epoch);
         Receipt memory r = receiptOf("session 2", block.timestamp);
         bytes memory signature = signed(r);
-        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 59, 60));
+        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 119, 120));
         court.open(r, signature, EVIDENCE_CID);
     }
 
@@ -206,7 +206,7 @@ contract CourtTest is CourtWorld {
         bytes memory header = mine(id, 7);
         bytes32 seed = keccak256(abi.encode(uint256(7), id, uint256(0)));
         vm.expectEmit(address(court));
-        emit ICourt.Drawn(id, 0, seed, 15, 60, opened + terms.commit);
+        emit ICourt.Drawn(id, 0, seed, 15, 120, opened + terms.commit);
         court.draw(id, header);
         assertEq(court.seeds(id, 0), seed);
         wrongState(State.Drawn, State.Open);
@@ -305,7 +305,7 @@ contract CourtTest is CourtWorld {
             if (!won) refusedSeat(id, juror(0), list, abi.encodeWithSelector(ICourt.NoSeat.selector, juror(0), unit));
         }
         // Units that it does not have win, too, but not for it.
-        uint256 threshold = type(uint256).max / 60 * 15;
+        uint256 threshold = type(uint256).max / 120 * 15;
         uint256 beyond = JUROR_UNITS;
         while (uint256(keccak256(abi.encode(court.seeds(id, 0), juror(0), beyond))) >= threshold) beyond++;
         list[0] = beyond;
@@ -328,7 +328,7 @@ contract CourtTest is CourtWorld {
     function test_the_accused_is_no_juror() public {
         bytes32 id = open();
         draw(id);
-        for (uint256 unit = 0; unit < 10; unit++) {
+        for (uint256 unit = 0; unit < 20; unit++) {
             require(!court.wins(id, 0, node, unit), "the accused has a seat");
         }
         refusedSeat(id, node, new uint256[](1), abi.encodeWithSelector(ICourt.IsAccused.selector, node));
@@ -557,7 +557,7 @@ contract CourtTest is CourtWorld {
         court.settle(id, 0, juror(4));
         assertEq(token.balanceOf(juror(0)), BOND / 10 / 4);
         assertEq(token.balanceOf(juror(4)), 0);
-        assertEq(staking.nodes(juror(2)).stake, JUROR_UNITS * minStake);
+        assertEq(staking.nodes(juror(2)).stake, JUROR_UNITS * unitSize);
         open("session", time, "other evidence");
     }
 
@@ -570,7 +570,7 @@ contract CourtTest is CourtWorld {
         assertEq(court.cases(id).purse, BOND / 10 / 8);
         court.settle(id, 0, juror(4));
         assertEq(token.balanceOf(juror(4)), 0);
-        assertEq(staking.nodes(juror(4)).stake, JUROR_UNITS * minStake);
+        assertEq(staking.nodes(juror(4)).stake, JUROR_UNITS * unitSize);
     }
 
     function test_a_void_of_abstentions_burns_its_tenth() public {
@@ -941,7 +941,7 @@ contract CourtTest is CourtWorld {
         // Who convicted the innocent is fined.
         vm.prank(reporter);
         court.settle(id, 0, juror(0));
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - 2 * FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - 2 * FINE);
         assertEq(token.balanceOf(reporter), 0); // fines burn
         court.settle(id, 1, juror(0));
         assertEq(token.balanceOf(juror(0)), 4 * (BOND / 2 / 20));
@@ -974,9 +974,9 @@ contract CourtTest is CourtWorld {
         Vote c = Vote.Clear;
         vote(id, [c, c, c, c, c], [4, 4, 4, 4, 4]);
         appeal(id, stranger, 4 * BOND);
-        draw(id);
+        draw(id, 7, 1000);
         Vote g = Vote.Guilty;
-        vote(id, [g, g, g, g, g], [12, 12, 12, 12, 12]);
+        vote(id, [g, g, g, g, g], [7, 7, 7, 7, 7]);
         vm.expectRevert(abi.encodeWithSelector(ICourt.LastRound.selector, 2));
         court.appeal(id);
         vm.expectRevert(abi.encodeWithSelector(ICourt.LastRound.selector, 2));
@@ -986,7 +986,7 @@ contract CourtTest is CourtWorld {
         assertEq(block.timestamp, time + 3 * (terms.commit + terms.reveal));
         assertEq(token.balanceOf(client), 0); // guilty it was
         assertEq(token.balanceOf(stranger), 4 * BOND);
-        assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 70);
+        assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 45);
     }
 
     function test_appeals_are_made_between_two_seconds() public {
@@ -1121,7 +1121,7 @@ contract CourtTest is CourtWorld {
         emit ICourt.Silent(id, 0, juror(0), seats.length);
         vm.prank(reporter);
         court.report(id, 0, juror(0), seats);
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - seats.length * FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - seats.length * FINE);
         assertEq(token.balanceOf(reporter), 0);
         assertEq(supply - token.totalSupply(), seats.length * FINE);
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotSilent.selector, juror(0), seats.length));
@@ -1138,7 +1138,7 @@ contract CourtTest is CourtWorld {
         court.report(id, 0, juror(3), firstOf(seats, 1));
         vm.prank(reporter);
         court.report(id, 0, juror(3), seats);
-        assertEq(staking.nodes(juror(3)).stake, JUROR_UNITS * minStake - seats.length * FINE);
+        assertEq(staking.nodes(juror(3)).stake, JUROR_UNITS * unitSize - seats.length * FINE);
         assertEq(token.balanceOf(reporter), 0);
     }
 
@@ -1153,7 +1153,7 @@ contract CourtTest is CourtWorld {
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotSilent.selector, juror(0), 1));
         court.report(id, 0, juror(0), firstOf(seats, 1));
         court.report(id, 0, juror(0), seats);
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - (seats.length - 1) * FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - (seats.length - 1) * FINE);
     }
 
     function test_a_report_proves_its_seats() public {
@@ -1185,18 +1185,34 @@ contract CourtTest is CourtWorld {
         staking.stake(juror(1), minStake);
         seats = winning(court.seeds(id, 0), 0, juror(1));
         court.report(id, 0, juror(1), seats);
-        assertEq(staking.nodes(juror(1)).stake, (JUROR_UNITS + 1) * minStake - seats.length * FINE);
+        assertEq(staking.nodes(juror(1)).stake, JUROR_UNITS * unitSize + minStake - seats.length * FINE);
+    }
+
+    function test_who_staked_the_minimum_has_a_unit_left_after_fines() public {
+        serving(stranger, llama, minStake);
+        opened += epoch;
+        vm.warp(opened);
+        assertEq(staking.unitsAt(stranger, opened), 2);
+        bytes32 id = open();
+        uint256 randao = 1;
+        while (winning(keccak256(abi.encode(randao, id, uint256(0))), 0, stranger).length != 2) randao++;
+        court.draw(id, mine(id, randao));
+        vm.warp(opened + terms.commit + terms.reveal);
+        court.report(id, 0, stranger, seatsOf(id, stranger));
+        assertEq(staking.nodes(stranger).stake, minStake - 2 * FINE);
+        vm.warp(opened + epoch);
+        assertEq(staking.unitsAt(stranger, block.timestamp), 1);
     }
 
     function test_a_juror_that_left_is_still_fined() public {
         bytes32 id = open();
         vm.prank(juror(0));
-        staking.unbond(JUROR_UNITS * minStake);
+        staking.unbond(JUROR_UNITS * unitSize);
         draw(id);
         uint256[] memory seats = seatsOf(id, juror(0));
         vm.warp(opened + terms.commit + terms.reveal);
         court.report(id, 0, juror(0), seats);
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - seats.length * FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - seats.length * FINE);
     }
 
     // Settling

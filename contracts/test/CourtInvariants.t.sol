@@ -227,7 +227,7 @@ contract CourtHandler is CourtWorld {
         uint256 told = within(count, known + 1, seats.length);
         court.report(t.id, number, juror(i), firstOf(seats, told));
         reached[4]++;
-        assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * minStake / 1000, "fined too much");
+        assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * unitSize / 1000, "fined too much");
     }
 
     function unbond(uint256 n, uint256 amount) external {
