@@ -1200,7 +1200,7 @@ contract CourtTest is CourtWorld {
         vm.warp(opened + terms.commit + terms.reveal);
         court.report(id, 0, stranger, seatsOf(id, stranger));
         assertEq(staking.nodes(stranger).stake, minStake - 2 * FINE);
-        vm.warp(opened + epoch);
+        vm.warp(opened + 2 * epoch);
         assertEq(staking.unitsAt(stranger, block.timestamp), 1);
     }
 
