@@ -14,8 +14,10 @@ import {IToken} from "./interfaces/IToken.sol";
 /// what strangers send here by mistake): bonds in = bonds out + pots + burned;
 /// (C3) a node's holds are its open cases;
 /// (C4) nobody has more seats than units, and the accused has none;
-/// (C5) nobody is slashed without two thirds of at least half of the expected seats; within EVIDENCE at most CAP_BPS;
-/// (C6) a case has at most three rounds; once drawn, each ends by time alone.
+/// (C5) nobody is slashed without two thirds of the votes on the merits (all but abstentions), and those are of at least
+/// half of the expected seats; within EVIDENCE at most CAP_BPS;
+/// (C6) a case has at most three rounds; once drawn, each ends by time alone, and one that is never drawn can be ruled;
+/// (C7) fines burn whole: nobody gains by another's silence or error.
 ///
 /// TOKEN, STAKING and BEACON are our own and call nobody else, so there is no reentrancy to guard against.
 contract Court is ICourt {
@@ -24,6 +26,12 @@ contract Court is ICourt {
         None,
         Fault,
         Convicted
+    }
+
+    /// @dev cases: how often the receipt was accused, up to MAX_DOUBLINGS.
+    struct Docket {
+        bool closed;
+        uint8 cases;
     }
 
     bytes32 private constant RECEIPT_TYPEHASH = keccak256(
@@ -40,6 +48,10 @@ contract Court is ICourt {
     uint256 private constant FINE_PART = 1000;
     /// @dev The part of the bond that pays the jurors of a case without a loser.
     uint256 private constant FEE_PART = 10;
+    /// @dev Each further case over a receipt doubles the bond, so often at most.
+    uint256 private constant MAX_DOUBLINGS = 3;
+    /// @dev After so many EVIDENCE without a draw a case is ruled as it stands.
+    uint256 private constant PATIENCE = 4;
     uint256 private constant FOREVER = type(uint256).max;
 
     IStaking public immutable STAKING;
@@ -59,7 +71,7 @@ contract Court is ICourt {
     mapping(bytes32 id => mapping(uint256 round => mapping(address juror => Ballot))) private _ballots;
     mapping(bytes32 id => mapping(uint256 round => Appeal)) private _appeals;
     mapping(bytes32 id => mapping(uint256 round => bytes32)) public seeds;
-    mapping(bytes32 receipt => bool) public receiptClosed;
+    mapping(bytes32 receipt => Docket) private _dockets;
     mapping(bytes32 offence => Offence) private _offences;
     mapping(address node => Record) private _records;
 
@@ -75,10 +87,12 @@ contract Court is ICourt {
         LOOKAHEAD = terms.lookahead;
         HEADERS = terms.headers;
         MIN_UNITS = terms.minUnits;
-        FINE = staking.MIN_STAKE() / FINE_PART;
+        FINE = staking.UNIT() / FINE_PART;
         uint256 trial = (LAST_ROUND + 1) * (COMMIT + REVEAL) + LAST_ROUND * APPEAL;
         (uint256 unbonding, uint256 remembered) = (staking.UNBONDING(), 6 * staking.EPOCH());
         require(unbonding >= EVIDENCE + trial, TooShortUnbonding(unbonding, EVIDENCE + trial));
+        // A day more than the trial: its rounds wait for headers.
+        trial += staking.EPOCH();
         require(trial <= remembered, TooLongTrial(trial, remembered));
     }
 
@@ -92,13 +106,13 @@ contract Court is ICourt {
         id = caseId(digest, evidence);
         Case storage c = _cases[id];
         require(c.state == State.None, CaseKnown(id));
-        require(!receiptClosed[digest], ReceiptClosed(digest));
+        require(!_dockets[digest].closed, ReceiptClosed(digest));
         bytes32 offence = keccak256(abi.encode(accused, receipt.session));
         require(_offences[offence] != Offence.Convicted, SessionClosed(accused, receipt.session));
         // No truncation: all units together are fewer than 2^24, and a bond is less than the token's cap.
         uint256 units = STAKING.totalUnitsAt(block.timestamp) - STAKING.unitsAt(accused, block.timestamp);
         require(units >= MIN_UNITS, TooFewUnits(units, MIN_UNITS));
-        uint256 bond = bondFor(accused, receipt.time);
+        uint256 bond = bondFor(accused, receipt.time) << _count(digest);
         require(bond != 0, NothingToWin(accused));
 
         (c.accuser, c.openedAt, c.signedAt) = (msg.sender, uint48(block.timestamp), receipt.time);
@@ -120,6 +134,7 @@ contract Court is ICourt {
         require(verdict != Verdict.Missed, QuorumMissed(round));
         uint256 bond = _appealBond(c.purse, round);
         _appeals[id][round] = Appeal(msg.sender, verdict);
+        c.verdict = verdict;
         emit Appealed(id, round, msg.sender, verdict, bond);
         _nextRound(id, c);
         TOKEN.transferFrom(msg.sender, address(this), bond);
@@ -192,15 +207,23 @@ contract Court is ICourt {
     /// @inheritdoc ICourt
     function rule(bytes32 receipt, bytes32 evidence) external returns (Verdict verdict) {
         bytes32 id = caseId(receipt, evidence);
-        Case storage c = _inState(id, State.Drawn);
-        bool last = c.round == LAST_ROUND;
-        _checkTime(c.commitEnd + REVEAL + (last ? 0 : APPEAL), FOREVER);
-        verdict = _standing(c);
-        require(verdict != Verdict.Missed || last, QuorumMissed(c.round));
-        if (verdict == Verdict.Missed) verdict = Verdict.Void;
+        Case storage c = _cases[id];
+        if (c.state == State.Open) {
+            _checkTime((c.round == 0 ? c.openedAt : c.commitEnd) + PATIENCE * EVIDENCE, FOREVER);
+        } else {
+            _inState(id, State.Drawn);
+            bool last = c.round == LAST_ROUND;
+            _checkTime(c.commitEnd + REVEAL + (last ? 0 : APPEAL), FOREVER);
+            verdict = _standing(c);
+            require(verdict != Verdict.Missed || last, QuorumMissed(c.round));
+        }
+        // What the last round with a quorum said, if this one says nothing.
+        if (verdict == Verdict.Missed) verdict = c.verdict;
+        bool missed = verdict == Verdict.Missed;
+        if (missed) verdict = Verdict.Void;
         (c.state, c.verdict) = (State.Ruled, verdict);
         STAKING.hold(c.accused, false);
-        _pay(id, c, verdict, _punish(c, verdict, receipt));
+        _pay(id, c, missed, _punish(c, verdict, receipt));
     }
 
     /// @inheritdoc ICourt
@@ -215,7 +238,7 @@ contract Court is ICourt {
         uint256 fine = _opposes(vote, verdict) ? seats * FINE : 0;
         emit Settled(id, round, juror, pay, fine);
         if (pay != 0) TOKEN.transfer(STAKING.payeeOf(juror), pay);
-        if (fine != 0) STAKING.slash(juror, fine, fine / 2, msg.sender);
+        if (fine != 0) STAKING.slash(juror, fine, 0, address(0));
     }
 
     /// @inheritdoc ICourt
@@ -229,8 +252,9 @@ contract Court is ICourt {
         _checkSeats(id, c, round, juror, seats);
         uint256 silent = seats.length - known;
         ballot.fined += uint16(silent);
-        emit Silent(id, round, juror, silent, msg.sender);
-        STAKING.slash(juror, silent * FINE, silent * FINE / 2, msg.sender);
+        emit Silent(id, round, juror, silent);
+        // Nothing for who reports it: silence can be provoked by cases about nothing.
+        STAKING.slash(juror, silent * FINE, 0, address(0));
     }
 
     // Views
@@ -253,6 +277,16 @@ contract Court is ICourt {
     /// @inheritdoc ICourt
     function records(address node) external view returns (Record memory) {
         return _records[node];
+    }
+
+    /// @inheritdoc ICourt
+    function receiptClosed(bytes32 receipt) external view returns (bool) {
+        return _dockets[receipt].closed;
+    }
+
+    /// @inheritdoc ICourt
+    function doublings(bytes32 receipt) external view returns (uint256) {
+        return _dockets[receipt].cases;
     }
 
     /// @inheritdoc ICourt
@@ -338,6 +372,12 @@ contract Court is ICourt {
 
     // Rounds
 
+    /// Counts a case over the receipt; how many there were before.
+    function _count(bytes32 receipt) private returns (uint256 before) {
+        before = _dockets[receipt].cases;
+        if (before < MAX_DOUBLINGS) _dockets[receipt].cases = uint8(before + 1);
+    }
+
     function _seed(bytes32 id, Case storage c) private {
         uint48 number = uint48(block.number + LOOKAHEAD);
         (c.state, c.seedBlock) = (State.Open, number);
@@ -371,7 +411,8 @@ contract Court is ICourt {
         uint256 unreadable = _seatsFor(tally, Vote.Unreadable);
         uint256 voting = guilty + clear + fault + unreadable;
         if (2 * (voting + _seatsFor(tally, Vote.Abstain)) < seatsOf(c.round)) return Verdict.Missed;
-        if (voting == 0) return Verdict.Void;
+        // Abstentions make a quorum, but no ruling on the merits.
+        if (2 * voting < seatsOf(c.round)) return Verdict.Void;
         if (3 * guilty >= 2 * voting) return Verdict.Guilty;
         // Who found a fraud found at least a fault.
         if (3 * (guilty + fault) >= 2 * voting) return Verdict.Fault;
@@ -381,11 +422,12 @@ contract Court is ICourt {
     }
 
     function _agrees(Vote vote, Verdict verdict) private pure returns (bool) {
+        // These take no work, so they are paid for nothing.
+        if (vote == Vote.Unreadable || vote == Vote.Abstain) return false;
         if (verdict == Verdict.Guilty) return vote == Vote.Guilty;
         if (verdict == Verdict.Clear) return vote == Vote.Clear;
         if (verdict == Verdict.Fault) return vote == Vote.Fault || vote == Vote.Guilty;
-        if (verdict == Verdict.Unreadable) return vote == Vote.Unreadable;
-        return vote != Vote.Abstain;
+        return verdict == Verdict.Void;
     }
 
     function _opposes(Vote vote, Verdict verdict) private pure returns (bool) {
@@ -412,18 +454,20 @@ contract Court is ICourt {
 
     /// Closes the receipt or the session, records, and slashes. Half of what was slashed burned, half came here.
     function _punish(Case storage c, Verdict verdict, bytes32 receipt) private returns (uint256 slashed) {
-        if (verdict == Verdict.Clear) receiptClosed[receipt] = true;
+        if (verdict == Verdict.Clear) _dockets[receipt].closed = true;
         if (verdict != Verdict.Guilty && verdict != Verdict.Fault) return 0;
         (address accused, bytes32 offence) = (c.accused, c.offence);
         Offence before = _offences[offence];
         // Another case over the same came first.
-        if (before == Offence.Convicted || receiptClosed[receipt]) return 0;
+        if (before == Offence.Convicted || _dockets[receipt].closed) return 0;
         Record memory record = _records[accused];
         if (verdict == Verdict.Fault) {
-            receiptClosed[receipt] = true;
+            _dockets[receipt].closed = true;
             if (before == Offence.Fault) return 0;
-            bool relapse = record.faultAt != 0 && block.timestamp < record.faultAt + RELAPSE;
-            record.faultAt = uint48(block.timestamp);
+            bool recent = record.faultAt != 0 && block.timestamp < record.faultAt + RELAPSE;
+            // What was signed before anybody said that the machine is broken is the same fault.
+            bool relapse = recent && c.signedAt > record.faultAt;
+            if (!recent || relapse) record.faultAt = uint48(block.timestamp);
             if (!relapse) {
                 (_offences[offence], _records[accused]) = (Offence.Fault, record);
                 return 0;
@@ -439,23 +483,22 @@ contract Court is ICourt {
         return STAKING.slash(accused, amount, amount / 2, address(this));
     }
 
-    /// Bond, bounty, appeals, damages, and the pot.
-    function _pay(bytes32 id, Case storage c, Verdict verdict, uint256 slashed) private {
-        (uint256 bond, uint256 bounty) = (c.purse, slashed / 4);
-        (uint256 back, uint256 damages, uint256 pot) = (0, 0, 0);
-        if (slashed != 0) (back, pot) = (bond + bounty, slashed / 2 - bounty);
-        else if (verdict == Verdict.Clear) damages = bond / 2;
-        else if (verdict == Verdict.Unreadable) back = bond / 2;
-        else back = bond - bond / FEE_PART;
-        if (slashed == 0) pot = bond - back - damages;
+    /// Bond, bounty, appeals, damages, and the pot. Missed: no round had a quorum.
+    function _pay(bytes32 id, Case storage c, bool missed, uint256 slashed) private {
+        (uint256 bond, Verdict verdict) = (c.purse, c.verdict);
+        (uint256 back, uint256 damages, uint256 bounty) = (bond, 0, slashed / 4);
+        if (verdict == Verdict.Clear) (back, damages) = (0, bond / 2);
+        else if (missed || verdict == Verdict.Unreadable) back = bond / 2;
+        else if (slashed == 0 && verdict != Verdict.Guilty) back = bond - bond / FEE_PART;
+        uint256 pot = slashed == 0 ? bond - back - damages : slashed / 2 - bounty;
         pot += _endAppeals(id, c.round, verdict, bond);
-        uint256 seats = _agreeing(uint256(c.tally) + c.earlier, verdict);
+        uint256 seats = missed ? 0 : _agreeing(uint256(c.tally) + c.earlier, verdict);
         uint256 share = seats == 0 ? 0 : pot / seats;
         // No truncation: a pot is less than the token's cap.
         c.purse = uint96(share);
         emit Ruled(id, c.accused, verdict, slashed, bounty, share);
         if (pot != share * seats) TOKEN.burn(pot - share * seats);
-        if (back != 0) TOKEN.transfer(c.accuser, back);
+        if (back + bounty != 0) TOKEN.transfer(c.accuser, back + bounty);
         if (damages != 0) TOKEN.transfer(STAKING.payeeOf(c.accused), damages);
     }
 

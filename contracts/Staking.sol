@@ -36,6 +36,7 @@ contract Staking is IStaking, EIP712 {
     IModels public immutable MODELS;
     address public immutable SLASHER;
     uint256 public immutable MIN_STAKE;
+    uint256 public immutable UNIT;
     uint256 public immutable UNBONDING;
     uint256 public immutable EPOCH;
 
@@ -47,7 +48,9 @@ contract Staking is IStaking, EIP712 {
     constructor(IToken token, IModels models, address slasher, uint256 minStake, uint256 unbonding, uint256 epoch)
         EIP712("Tallystick", "1")
     {
-        uint256 units = token.CAP() / minStake;
+        // Half of the least stake, so that a fine does not cost a node its only unit.
+        UNIT = minStake / 2;
+        uint256 units = token.CAP() / UNIT;
         require(units < 1 << BITS, TooManyUnits(units, (1 << BITS) - 1));
         TOKEN = token;
         MODELS = models;
@@ -112,7 +115,7 @@ contract Staking is IStaking, EIP712 {
         require(endpoint.length <= MAX_ENDPOINT, EndpointTooLong(endpoint.length, MAX_ENDPOINT));
         if (n.model != model) {
             if (n.model != 0) weights[n.model] -= bonded;
-            else _count(n, 0, bonded / MIN_STAKE);
+            else _count(n, 0, bonded / UNIT);
             weights[model] += bonded;
             n.model = model;
         }
@@ -195,7 +198,7 @@ contract Staking is IStaking, EIP712 {
     /// @inheritdoc IStaking
     function unitsAt(address node, uint256 time) external view returns (uint256) {
         Node storage n = _nodes[node];
-        return _boundary(_active(n) / MIN_STAKE, n.past, n.since, time);
+        return _boundary(_active(n) / UNIT, n.past, n.since, time);
     }
 
     /// @inheritdoc IStaking
@@ -215,7 +218,7 @@ contract Staking is IStaking, EIP712 {
         uint256 current = _active(n);
         if (current == before) return;
         weights[n.model] = weights[n.model] - before + current;
-        _count(n, before / MIN_STAKE, current / MIN_STAKE);
+        _count(n, before / UNIT, current / UNIT);
     }
 
     /// Notes that the node had `before` units until now, and has `current`.
@@ -225,7 +228,7 @@ contract Staking is IStaking, EIP712 {
         (n.past, n.since) = (_remember(n.past, n.since, before, epoch), epoch);
         Total memory total = _total;
         uint168 past = _remember(total.past, total.since, total.units, epoch);
-        // No truncation: all units together are at most CAP / MIN_STAKE.
+        // No truncation: all units together are at most CAP / UNIT.
         _total = Total(uint24(total.units - before + current), epoch, past);
     }
 

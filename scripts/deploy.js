@@ -64,7 +64,7 @@ function parameters(scale) {
   for (const name of DELAYS) all[name] = scaled(all[name]);
   // What the Court's constructor asks for; rounding breaks it when an epoch is a second long.
   const trial = 3 * (all.COMMIT + all.REVEAL) + 2 * all.APPEAL;
-  if (trial > 6 * all.EPOCH || all.EVIDENCE + trial > all.UNBONDING) {
+  if (trial > 5 * all.EPOCH || all.EVIDENCE + trial > all.UNBONDING) {
     throw new Failure(`--scale ${scale} leaves no time for a trial; name a smaller one.`);
   }
   return all;

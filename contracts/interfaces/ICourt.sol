@@ -44,7 +44,8 @@ enum Vote {
     Abstain
 }
 
-/// @notice Missed: fewer than half of the seats voted. Void: they did not agree.
+/// @notice Missed: fewer than half of the expected seats voted. Void: they did not agree, or fewer than half said anything but
+/// abstain.
 enum Verdict {
     Missed,
     Void,
@@ -68,6 +69,7 @@ struct Record {
 /// @param signedAt the receipt's `at`.
 /// @param purse before the ruling the accuser's bond, after it what each seat gets that voted as the verdict says.
 /// @param offence keccak256 of node and session.
+/// @param verdict before the ruling that of the last round that was appealed, Missed if none was.
 /// @param units all units outside the accused's.
 /// @param seedBlock its prevrandao is this round's seed.
 /// @param commitEnd until when this round's seats may commit.
@@ -145,7 +147,7 @@ interface ICourt {
         uint256 share
     );
     event Settled(bytes32 indexed id, uint256 round, address indexed juror, uint256 paid, uint256 fined);
-    event Silent(bytes32 indexed id, uint256 round, address indexed juror, uint256 seats, address by);
+    event Silent(bytes32 indexed id, uint256 round, address indexed juror, uint256 seats);
 
     error TooShortUnbonding(uint256 unbonding, uint256 needed);
     error TooLongTrial(uint256 trial, uint256 remembered);
@@ -201,7 +203,8 @@ interface ICourt {
     /// @notice The least units outside the accused's for which there is a Court.
     function MIN_UNITS() external view returns (uint256);
 
-    /// @notice Accuses the node of a wrong receipt, for a bond of the caller's. The node's stake is held until the ruling.
+    /// @notice Accuses the node of a wrong receipt, for a bond of the caller's: `bondFor`, doubled `doublings` times. The node's
+    /// stake is held until the ruling.
     /// @param signature of the node's hot key over the receipt, 65 bytes.
     /// @param evidence the SHA-256 digest in the CID of what jurors need, see docs/court.md.
     /// @return id `caseId(digest of the receipt, evidence)`.
@@ -228,14 +231,15 @@ interface ICourt {
     /// @notice Disputes the round's verdict, for `appealBond` of the caller's. A larger jury decides anew.
     function appeal(bytes32 id) external;
 
-    /// @notice Ends the case: slash, bounty, bonds, and the pot of the jurors.
+    /// @notice Ends the case: slash, bounty, bonds, and the pot of the jurors. If the last round missed its quorum, the last
+    /// verdict before it holds, and without one the case is void. So it is, too, when a round was not drawn for four EVIDENCE.
     /// @param receipt digest of the receipt.
     function rule(bytes32 receipt, bytes32 evidence) external returns (Verdict verdict);
 
-    /// @notice Pays a juror's ballot to its payee, or fines it for the opposite of the verdict: half to the caller.
+    /// @notice Pays a juror's ballot to its payee, or fines it for the opposite of the verdict. Fines burn.
     function settle(bytes32 id, uint256 round, address juror) external;
 
-    /// @notice Fines a node for winning units that it revealed no vote for: half to the caller. In parts or at once.
+    /// @notice Fines a node for winning units that it revealed no vote for. Fines burn. In parts or at once.
     /// @param seats winning units, ascending; more than the juror revealed and was fined for.
     function report(bytes32 id, uint256 round, address juror, uint256[] calldata seats) external;
 
@@ -254,6 +258,9 @@ interface ICourt {
     /// @notice Was there a ruling on the merits of this receipt?
     function receiptClosed(bytes32 receipt) external view returns (bool);
 
+    /// @notice How often the bond of the next case over this receipt is doubled: once for each case before, up to three times.
+    function doublings(bytes32 receipt) external view returns (uint256);
+
     /// @notice `keccak256(abi.encode(receipt, evidence))`
     function caseId(bytes32 receipt, bytes32 evidence) external pure returns (bytes32);
 
@@ -263,7 +270,8 @@ interface ICourt {
     /// @notice Seats that a round is expected to have: 15, 31, 61.
     function seatsOf(uint256 round) external pure returns (uint256);
 
-    /// @notice The bond for accusing the node now of a receipt signed at `signedAt`; 0 when nothing could be won.
+    /// @notice The bond for accusing the node now of a receipt signed at `signedAt`, for the first time; 0 when nothing could be
+    /// won.
     function bondFor(address node, uint256 signedAt) external view returns (uint256);
 
     /// @notice What an appeal against the current round's verdict costs.

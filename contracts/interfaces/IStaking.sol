@@ -70,8 +70,11 @@ interface IStaking {
     /// @notice The one address that may hold and slash.
     function SLASHER() external view returns (address);
 
-    /// @notice The least active stake of a serving node, in token base units. It is the unit, too, in which seats are drawn.
+    /// @notice The least active stake of a serving node, in token base units.
     function MIN_STAKE() external view returns (uint256);
+
+    /// @notice The active stake for which seats are drawn: half of `MIN_STAKE`.
+    function UNIT() external view returns (uint256);
 
     /// @notice Seconds between `unbond` and `withdraw`. At least the time in which a fault can be proved and ruled on.
     function UNBONDING() external view returns (uint256);
@@ -133,7 +136,7 @@ interface IStaking {
     /// @notice The sum of the weights of all nodes of a model, now. A client checks that the nodes it found add up to it.
     function weights(bytes32 model) external view returns (uint256);
 
-    /// @notice The node's units, `active / MIN_STAKE`, at the beginning of `time`'s epoch, whatever model it served. Stake
+    /// @notice The node's units, `active / UNIT`, at the beginning of `time`'s epoch, whatever model it served. Stake
     /// that came within the epoch does not count; stake that left since does.
     /// @dev Seven boundaries are remembered, so that nobody makes a juror's unknown by staking for it: reverts with
     /// UnknownEpoch for those more than six epochs before the last change, and for the future.

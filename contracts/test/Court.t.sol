@@ -10,7 +10,7 @@ import {vm} from "./World.sol";
 contract CourtTest is CourtWorld {
     uint256 private constant STAKE = 10_000 ether;
     uint256 private constant BOND = 50 ether; // half of 1 % of the stake
-    uint256 private constant FINE = 1 ether;
+    uint256 private constant FINE = 0.5 ether; // a thousandth of a unit
 
     function is_(Verdict actual, Verdict expected) private pure {
         assertEq(uint256(actual), uint256(expected));
@@ -56,9 +56,10 @@ contract CourtTest is CourtWorld {
         refuses(changed, abi.encodeWithSelector(ICourt.TooShortUnbonding.selector, unbonding, unbonding + 1));
     }
 
+    /// A day before: three headers are waited for.
     function test_a_trial_ends_before_its_units_are_forgotten() public {
         Terms memory changed = terms;
-        changed.appeal = (6 * epoch - 3 * (terms.commit + terms.reveal)) / 2;
+        changed.appeal = (5 * epoch - 3 * (terms.commit + terms.reveal)) / 2;
         deploy("Court", abi.encode(staking, beacon, changed));
         changed.appeal += 1;
         refuses(changed, abi.encodeWithSelector(ICourt.TooLongTrial.selector, 6 * epoch + 2, 6 * epoch));
@@ -84,7 +85,7 @@ contract CourtTest is CourtWorld {
         assertEq(c.openedAt, opened);
         assertEq(c.signedAt, opened);
         assertEq(c.purse, BOND);
-        assertEq(c.units, 60);
+        assertEq(c.units, 120);
         assertEq(c.seedBlock, BLOCK + terms.lookahead);
         assertEq(uint256(c.state), uint256(State.Open));
         assertEq(court.bondFor(node, opened), BOND);
@@ -155,15 +156,15 @@ contract CourtTest is CourtWorld {
         assertEq(staking.nodes(node).holds, 2);
     }
 
-    /// MIN_UNITS is 60, and so are the jurors' units.
+    /// MIN_UNITS is 120, and so are the jurors' units.
     function test_there_is_no_court_without_jurors() public {
         vm.prank(juror(0));
-        staking.unbond(minStake);
+        staking.unbond(unitSize);
         open(); // they were there when the epoch began
         vm.warp(START + 2 * epoch);
         Receipt memory r = receiptOf("session 2", block.timestamp);
         bytes memory signature = signed(r);
-        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 59, 60));
+        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 119, 120));
         court.open(r, signature, EVIDENCE_CID);
     }
 
@@ -205,7 +206,7 @@ contract CourtTest is CourtWorld {
         bytes memory header = mine(id, 7);
         bytes32 seed = keccak256(abi.encode(uint256(7), id, uint256(0)));
         vm.expectEmit(address(court));
-        emit ICourt.Drawn(id, 0, seed, 15, 60, opened + terms.commit);
+        emit ICourt.Drawn(id, 0, seed, 15, 120, opened + terms.commit);
         court.draw(id, header);
         assertEq(court.seeds(id, 0), seed);
         wrongState(State.Drawn, State.Open);
@@ -304,7 +305,7 @@ contract CourtTest is CourtWorld {
             if (!won) refusedSeat(id, juror(0), list, abi.encodeWithSelector(ICourt.NoSeat.selector, juror(0), unit));
         }
         // Units that it does not have win, too, but not for it.
-        uint256 threshold = type(uint256).max / 60 * 15;
+        uint256 threshold = type(uint256).max / 120 * 15;
         uint256 beyond = JUROR_UNITS;
         while (uint256(keccak256(abi.encode(court.seeds(id, 0), juror(0), beyond))) >= threshold) beyond++;
         list[0] = beyond;
@@ -327,7 +328,7 @@ contract CourtTest is CourtWorld {
     function test_the_accused_is_no_juror() public {
         bytes32 id = open();
         draw(id);
-        for (uint256 unit = 0; unit < 10; unit++) {
+        for (uint256 unit = 0; unit < 20; unit++) {
             require(!court.wins(id, 0, node, unit), "the accused has a seat");
         }
         refusedSeat(id, node, new uint256[](1), abi.encodeWithSelector(ICourt.IsAccused.selector, node));
@@ -425,8 +426,18 @@ contract CourtTest is CourtWorld {
         standing([g, g, g, g, g], [2, 2, 2, 2, 0], Verdict.Guilty);
     }
 
-    function test_abstentions_count_for_the_quorum_alone() public {
-        standing([Vote.Guilty, Vote.Abstain, Vote.Abstain, Vote.Abstain, Vote.Clear], [2, 2, 2, 1, 1], Verdict.Guilty);
+    function test_one_seat_rules_nothing_however_many_abstain() public {
+        standing([Vote.Guilty, Vote.Abstain, Vote.Abstain, Vote.Abstain, Vote.Abstain], [1, 2, 2, 2, 2], Verdict.Void);
+    }
+
+    function test_a_ruling_takes_votes_of_half_of_the_expected_seats() public {
+        Vote g = Vote.Guilty;
+        standing([g, g, g, g, Vote.Abstain], [2, 2, 2, 2, 2], Verdict.Guilty);
+    }
+
+    function test_fewer_votes_than_that_rule_nothing() public {
+        Vote g = Vote.Guilty;
+        standing([g, g, g, g, Vote.Abstain], [2, 2, 2, 1, 2], Verdict.Void);
     }
 
     function test_all_abstain() public {
@@ -522,12 +533,13 @@ contract CourtTest is CourtWorld {
         require(court.receiptClosed(digestOf("session", opened)), "still open");
     }
 
-    function test_unreadable_costs_half_and_closes_nothing() public {
+    function test_unreadable_burns_half_and_closes_nothing() public {
         Purse memory before = purses();
         is_(tryFor("session", Vote.Unreadable), Verdict.Unreadable);
         assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
         assertEq(token.balanceOf(node), before.accused);
-        assertEq(token.balanceOf(address(court)), BOND / 2);
+        assertEq(token.balanceOf(address(court)), 0);
+        assertEq(token.totalSupply(), before.supply - BOND / 2);
         open("session", opened, "readable evidence");
     }
 
@@ -545,23 +557,104 @@ contract CourtTest is CourtWorld {
         court.settle(id, 0, juror(4));
         assertEq(token.balanceOf(juror(0)), BOND / 10 / 4);
         assertEq(token.balanceOf(juror(4)), 0);
-        assertEq(staking.nodes(juror(2)).stake, JUROR_UNITS * minStake);
+        assertEq(staking.nodes(juror(2)).stake, JUROR_UNITS * unitSize);
         open("session", time, "other evidence");
     }
 
-    function test_a_void_without_a_vote_burns_its_tenth() public {
+    function test_who_could_not_read_shares_in_no_void_pot() public {
+        uint256 time = block.timestamp;
+        bytes32 id = open();
+        draw(id);
+        vote(id, [Vote.Guilty, Vote.Guilty, Vote.Clear, Vote.Clear, Vote.Unreadable], [2, 2, 2, 2, 2]);
+        is_(rule("session", time, EVIDENCE_CID), Verdict.Void);
+        assertEq(court.cases(id).purse, BOND / 10 / 8);
+        court.settle(id, 0, juror(4));
+        assertEq(token.balanceOf(juror(4)), 0);
+        assertEq(staking.nodes(juror(4)).stake, JUROR_UNITS * unitSize);
+    }
+
+    function test_a_void_of_abstentions_burns_its_tenth() public {
+        Purse memory before = purses();
+        is_(tryFor("session", Vote.Abstain), Verdict.Void);
+        assertEq(token.balanceOf(accuser), before.accuser - BOND / 10);
+        assertEq(token.totalSupply(), before.supply - BOND / 10);
+    }
+
+    /// A case about nothing, opened to report everybody: half of the bond burns, the fines burn, nobody gains.
+    function test_a_void_without_a_quorum_burns_half_and_reports_pay_nothing() public {
         uint256 time = block.timestamp;
         Purse memory before = purses();
         bytes32 id = open();
+        uint256 fines;
         for (uint256 round = 0; round < 3; round++) {
             draw(id);
+            // One seat votes in each round: it shares in nothing.
+            commit(id, 0, Vote.Guilty, 1);
+            vm.warp(court.cases(id).commitEnd);
+            reveal(id, 0, Vote.Guilty);
             vm.warp(court.cases(id).commitEnd + terms.reveal);
+            for (uint256 i = 1; i < JURORS; i++) {
+                uint256[] memory seats = seatsOf(id, juror(i));
+                vm.prank(accuser);
+                court.report(id, round, juror(i), seats);
+                fines += seats.length * FINE;
+            }
             if (round < 2) court.redraw(id);
         }
         is_(rule("session", time, EVIDENCE_CID), Verdict.Void);
-        assertEq(token.balanceOf(accuser), before.accuser - BOND / 10);
-        assertEq(token.totalSupply(), before.supply - BOND / 10);
+        assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
+        assertEq(token.totalSupply(), before.supply - BOND / 2 - fines);
         assertEq(token.balanceOf(address(court)), 0);
+        court.settle(id, 0, juror(0));
+        assertEq(token.balanceOf(juror(0)), 0);
+    }
+
+    function test_each_further_case_over_a_receipt_doubles_the_bond_three_times() public {
+        bytes32 receipt = digestOf("session", opened);
+        for (uint256 i = 0; i < 5; i++) {
+            uint256 times = i < 3 ? i : 3;
+            assertEq(court.doublings(receipt), times);
+            uint256 purse = token.balanceOf(accuser);
+            bytes32 id = open("session", opened, bytes32(i + 1));
+            assertEq(purse - token.balanceOf(accuser), BOND << times);
+            assertEq(court.cases(id).purse, BOND << times);
+            assertEq(court.appealBond(id), BOND << times + 1);
+        }
+        assertEq(court.doublings(digestOf("session 2", opened)), 0);
+    }
+
+    // Nobody draws
+
+    function test_a_case_that_nobody_draws_is_void_after_four_evidence_periods() public {
+        Purse memory before = purses();
+        open();
+        bytes32 receipt = digestOf("session", opened);
+        uint256 end = opened + 4 * terms.evidence;
+        vm.warp(end - 1);
+        outOfTime(end, type(uint256).max);
+        court.rule(receipt, EVIDENCE_CID);
+        vm.warp(end);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Void);
+        assertEq(staking.nodes(node).holds, 0);
+        assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
+        assertEq(token.totalSupply(), before.supply - BOND / 2);
+        assertEq(token.balanceOf(address(court)), 0);
+    }
+
+    function test_an_appeal_that_nobody_draws_leaves_the_verdict() public {
+        bytes32 id = open();
+        draw(id);
+        vote(id, Vote.Guilty);
+        appeal(id, client, 2 * BOND);
+        bytes32 receipt = digestOf("session", opened);
+        uint256 end = court.cases(id).commitEnd + 4 * terms.evidence;
+        vm.warp(end - 1);
+        outOfTime(end, type(uint256).max);
+        court.rule(receipt, EVIDENCE_CID);
+        vm.warp(end);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
+        assertEq(token.balanceOf(client), 0);
     }
 
     function test_what_seats_cannot_share_burns() public {
@@ -633,7 +726,7 @@ contract CourtTest is CourtWorld {
         uint256 stake = staking.nodes(node).stake;
         is_(rule("session", time, "other evidence"), Verdict.Guilty);
         assertEq(staking.nodes(node).stake, stake);
-        assertEq(token.balanceOf(accuser), before.accuser + BOND - BOND / 10);
+        assertEq(token.balanceOf(accuser), before.accuser + BOND); // it was right
         Receipt memory r = receiptOf("session", time);
         r.first = 32;
         bytes memory signature = signed(r);
@@ -719,7 +812,7 @@ contract CourtTest is CourtWorld {
             rule(bytes32(i + 10), time, EVIDENCE_CID);
         }
         assertEq(court.records(node).slashedBps, 3000);
-        assertEq(token.balanceOf(accuser), purse + bond - bond / 10);
+        assertEq(token.balanceOf(accuser), purse + bond);
     }
 
     // Faults
@@ -759,12 +852,13 @@ contract CourtTest is CourtWorld {
         uint256 time = block.timestamp;
         tryFor("session", Vote.Fault);
         uint256 faultAt = court.records(node).faultAt;
-        vm.warp(time + 3 days);
-        opened = block.timestamp;
-        bytes32 id = open("session", time + 1, EVIDENCE_CID);
+        time += 3 days;
+        vm.warp(time);
+        opened = time;
+        bytes32 id = open("session", time, EVIDENCE_CID);
         draw(id);
         vote(id, Vote.Fault);
-        rule("session", time + 1, EVIDENCE_CID);
+        rule("session", time, EVIDENCE_CID);
         assertEq(staking.nodes(node).stake, STAKE);
         assertEq(court.records(node).faultAt, faultAt);
     }
@@ -781,6 +875,34 @@ contract CourtTest is CourtWorld {
         rule("session", time, "other evidence");
         assertEq(court.records(node).faultAt, faultAt);
         assertEq(staking.nodes(node).stake, STAKE);
+    }
+
+    function faultSignedAt(uint256 time) private {
+        opened = block.timestamp;
+        bytes32 id = open("session 2", time, EVIDENCE_CID);
+        draw(id);
+        vote(id, Vote.Fault);
+        rule("session 2", time, EVIDENCE_CID);
+    }
+
+    function test_faults_signed_before_the_first_was_found_are_one() public {
+        tryFor("session 1", Vote.Fault);
+        uint256 faultAt = court.records(node).faultAt;
+        vm.warp(faultAt + 1);
+        faultSignedAt(faultAt);
+        assertEq(staking.nodes(node).stake, STAKE);
+        assertEq(court.records(node).convictedAt, 0);
+        // It does not move the day from which on relapses count.
+        assertEq(court.records(node).faultAt, faultAt);
+    }
+
+    function test_a_fault_signed_after_the_first_was_found_is_a_relapse() public {
+        tryFor("session 1", Vote.Fault);
+        uint256 faultAt = court.records(node).faultAt;
+        vm.warp(faultAt + 1);
+        faultSignedAt(faultAt + 1);
+        assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
+        assertEq(court.records(node).convictedAt, block.timestamp);
     }
 
     // Appeals
@@ -819,8 +941,8 @@ contract CourtTest is CourtWorld {
         // Who convicted the innocent is fined.
         vm.prank(reporter);
         court.settle(id, 0, juror(0));
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - 2 * FINE);
-        assertEq(token.balanceOf(reporter), FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - 2 * FINE);
+        assertEq(token.balanceOf(reporter), 0); // fines burn
         court.settle(id, 1, juror(0));
         assertEq(token.balanceOf(juror(0)), 4 * (BOND / 2 / 20));
     }
@@ -852,9 +974,9 @@ contract CourtTest is CourtWorld {
         Vote c = Vote.Clear;
         vote(id, [c, c, c, c, c], [4, 4, 4, 4, 4]);
         appeal(id, stranger, 4 * BOND);
-        draw(id);
+        draw(id, 7, 1000);
         Vote g = Vote.Guilty;
-        vote(id, [g, g, g, g, g], [12, 12, 12, 12, 12]);
+        vote(id, [g, g, g, g, g], [7, 7, 7, 7, 7]);
         vm.expectRevert(abi.encodeWithSelector(ICourt.LastRound.selector, 2));
         court.appeal(id);
         vm.expectRevert(abi.encodeWithSelector(ICourt.LastRound.selector, 2));
@@ -864,7 +986,7 @@ contract CourtTest is CourtWorld {
         assertEq(block.timestamp, time + 3 * (terms.commit + terms.reveal));
         assertEq(token.balanceOf(client), 0); // guilty it was
         assertEq(token.balanceOf(stranger), 4 * BOND);
-        assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 70);
+        assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 45);
     }
 
     function test_appeals_are_made_between_two_seconds() public {
@@ -940,7 +1062,7 @@ contract CourtTest is CourtWorld {
         court.redraw(id);
     }
 
-    function test_a_last_round_without_quorum_is_void_and_pays_the_appeal_back() public {
+    function test_a_last_round_without_quorum_leaves_the_verdict_before_it() public {
         uint256 time = block.timestamp;
         bytes32 id = open();
         draw(id);
@@ -956,9 +1078,29 @@ contract CourtTest is CourtWorld {
         outOfTime(end, type(uint256).max);
         court.rule(receipt, EVIDENCE_CID);
         vm.warp(end);
-        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Void);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
+        assertEq(token.balanceOf(client), 0); // the appeal changed nothing
+        assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 10);
+    }
+
+    function test_of_two_verdicts_the_later_one_stands() public {
+        uint256 time = block.timestamp;
+        bytes32 id = open();
+        draw(id);
+        vote(id, Vote.Guilty);
+        appeal(id, client, 2 * BOND);
+        draw(id);
+        Vote c = Vote.Clear;
+        vote(id, [c, c, c, c, c], [4, 4, 4, 4, 4]);
+        appeal(id, stranger, 4 * BOND);
+        draw(id);
+        vm.warp(court.cases(id).commitEnd + terms.reveal);
+        is_(rule("session", time, EVIDENCE_CID), Verdict.Clear);
+        assertEq(staking.nodes(node).stake, STAKE);
         assertEq(token.balanceOf(client), 2 * BOND);
-        assertEq(court.cases(id).purse, BOND / 10 / 10);
+        assertEq(token.balanceOf(stranger), 0);
+        assertEq(court.cases(id).purse, (BOND / 2 + 4 * BOND) / 20);
     }
 
     // Silence
@@ -976,12 +1118,12 @@ contract CourtTest is CourtWorld {
         uint256 supply = token.totalSupply();
         // Committed, but not revealed: all of its seats were silent.
         vm.expectEmit(address(court));
-        emit ICourt.Silent(id, 0, juror(0), seats.length, reporter);
+        emit ICourt.Silent(id, 0, juror(0), seats.length);
         vm.prank(reporter);
         court.report(id, 0, juror(0), seats);
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - seats.length * FINE);
-        assertEq(token.balanceOf(reporter), seats.length * FINE / 2);
-        assertEq(supply - token.totalSupply(), seats.length * FINE / 2);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - seats.length * FINE);
+        assertEq(token.balanceOf(reporter), 0);
+        assertEq(supply - token.totalSupply(), seats.length * FINE);
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotSilent.selector, juror(0), seats.length));
         court.report(id, 0, juror(0), seats);
     }
@@ -996,8 +1138,8 @@ contract CourtTest is CourtWorld {
         court.report(id, 0, juror(3), firstOf(seats, 1));
         vm.prank(reporter);
         court.report(id, 0, juror(3), seats);
-        assertEq(staking.nodes(juror(3)).stake, JUROR_UNITS * minStake - seats.length * FINE);
-        assertEq(token.balanceOf(reporter), (seats.length - 1) * FINE / 2);
+        assertEq(staking.nodes(juror(3)).stake, JUROR_UNITS * unitSize - seats.length * FINE);
+        assertEq(token.balanceOf(reporter), 0);
     }
 
     function test_who_reveals_one_of_its_seats_is_silent_for_the_others() public {
@@ -1011,7 +1153,7 @@ contract CourtTest is CourtWorld {
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotSilent.selector, juror(0), 1));
         court.report(id, 0, juror(0), firstOf(seats, 1));
         court.report(id, 0, juror(0), seats);
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - (seats.length - 1) * FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - (seats.length - 1) * FINE);
     }
 
     function test_a_report_proves_its_seats() public {
@@ -1043,18 +1185,34 @@ contract CourtTest is CourtWorld {
         staking.stake(juror(1), minStake);
         seats = winning(court.seeds(id, 0), 0, juror(1));
         court.report(id, 0, juror(1), seats);
-        assertEq(staking.nodes(juror(1)).stake, (JUROR_UNITS + 1) * minStake - seats.length * FINE);
+        assertEq(staking.nodes(juror(1)).stake, JUROR_UNITS * unitSize + minStake - seats.length * FINE);
+    }
+
+    function test_who_staked_the_minimum_has_a_unit_left_after_fines() public {
+        serving(stranger, llama, minStake);
+        opened += epoch;
+        vm.warp(opened);
+        assertEq(staking.unitsAt(stranger, opened), 2);
+        bytes32 id = open();
+        uint256 randao = 1;
+        while (winning(keccak256(abi.encode(randao, id, uint256(0))), 0, stranger).length != 2) randao++;
+        court.draw(id, mine(id, randao));
+        vm.warp(opened + terms.commit + terms.reveal);
+        court.report(id, 0, stranger, seatsOf(id, stranger));
+        assertEq(staking.nodes(stranger).stake, minStake - 2 * FINE);
+        vm.warp(opened + 2 * epoch);
+        assertEq(staking.unitsAt(stranger, block.timestamp), 1);
     }
 
     function test_a_juror_that_left_is_still_fined() public {
         bytes32 id = open();
         vm.prank(juror(0));
-        staking.unbond(JUROR_UNITS * minStake);
+        staking.unbond(JUROR_UNITS * unitSize);
         draw(id);
         uint256[] memory seats = seatsOf(id, juror(0));
         vm.warp(opened + terms.commit + terms.reveal);
         court.report(id, 0, juror(0), seats);
-        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * minStake - seats.length * FINE);
+        assertEq(staking.nodes(juror(0)).stake, JUROR_UNITS * unitSize - seats.length * FINE);
     }
 
     // Settling
@@ -1116,13 +1274,13 @@ contract CourtTest is CourtWorld {
         settled(id, 4, 0, 0);
     }
 
-    function test_unreadable_fines_nobody() public {
+    function test_unreadable_pays_and_fines_nobody() public {
         uint256 time = block.timestamp;
         bytes32 id = open();
         draw(id, 4, 1000);
         vote(id, [Vote.Unreadable, Vote.Unreadable, Vote.Guilty, Vote.Clear, Vote.Fault], [4, 4, 1, 1, 2]);
         is_(rule("session", time, EVIDENCE_CID), Verdict.Unreadable);
-        settled(id, 0, 4 * (BOND / 2 / 8), 0);
+        settled(id, 0, 0, 0);
         settled(id, 2, 0, 0);
         settled(id, 3, 0, 0);
         settled(id, 4, 0, 0);
@@ -1183,6 +1341,7 @@ contract CourtTest is CourtWorld {
             is_(verdict, Verdict.Missed);
             return;
         }
+        if (verdict != Verdict.Void) assertLe(15, 2 * voting, "votes on the merits");
         if (verdict == Verdict.Guilty) assertLe(2 * voting, 3 * sums[1], "guilty");
         if (verdict == Verdict.Clear) assertLe(2 * voting, 3 * sums[2], "clear");
         if (verdict == Verdict.Fault) assertLe(2 * voting, 3 * (sums[1] + sums[3]), "fault");

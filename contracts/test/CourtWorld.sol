@@ -6,11 +6,11 @@ import {Case, ICourt, Receipt, Terms, Verdict, Vote} from "../interfaces/ICourt.
 import {IEmissions} from "../interfaces/IEmissions.sol";
 import {World, vm} from "./World.sol";
 
-/// All seven contracts, wired as the deploy script wires them; an accused node with 10 units and five jurors with 60.
+/// All seven contracts, wired as the deploy script wires them; an accused node with 20 units and five jurors with 120.
 abstract contract CourtWorld is World {
     uint256 internal constant JUROR_KEY = 0x10000;
     uint256 internal constant JURORS = 5;
-    uint256 internal constant JUROR_UNITS = 12;
+    uint256 internal constant JUROR_UNITS = 24;
     uint256 internal constant BLOCK = 20_000_000;
     bytes32 internal constant EVIDENCE_CID = "evidence";
     bytes32 internal constant ROOTS = "roots";
@@ -50,7 +50,7 @@ abstract contract CourtWorld is World {
         staking.bind(session, block.timestamp, signature);
         for (uint256 i = 0; i < JURORS; i++) {
             // Seats come from all stake, whatever the model.
-            serving(juror(i), i % 2 == 0 ? llama : bert, JUROR_UNITS * minStake);
+            serving(juror(i), i % 2 == 0 ? llama : bert, JUROR_UNITS * unitSize);
         }
         token.transfer(accuser, 1e6 ether);
         vm.prank(accuser);

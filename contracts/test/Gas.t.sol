@@ -193,7 +193,7 @@ contract CourtGasTest is GasRecorder, CourtWorld {
         bytes32 digest = court.digestOf(r);
         vm.prank(accuser);
         id = court.open(r, signature, EVIDENCE_CID);
-        record("court.open", 185_000);
+        record("court.open", 205_000);
         uint256 randao = 1;
         while (!enough(keccak256(abi.encode(randao, id, uint256(0))))) randao++;
         bytes memory header = mine(id, randao);

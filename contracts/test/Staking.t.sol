@@ -170,8 +170,8 @@ contract StakingTest is World {
         assertEq(staking.weights(llama), 0);
         assertEq(staking.weights(bert), BIG);
         // Units count whatever the model.
-        assertEq(staking.unitsAt(node, block.timestamp), 10);
-        assertEq(staking.totalUnitsAt(block.timestamp), 10);
+        assertEq(staking.unitsAt(node, block.timestamp), 20);
+        assertEq(staking.totalUnitsAt(block.timestamp), 20);
     }
 
     // Leaving
@@ -322,20 +322,21 @@ contract StakingTest is World {
         vm.warp(boundary - 1);
         units(node, block.timestamp, 0);
         vm.warp(boundary);
-        units(node, block.timestamp, 10);
-        assertEq(staking.totalUnitsAt(block.timestamp), 10);
+        units(node, block.timestamp, 20);
+        assertEq(staking.totalUnitsAt(block.timestamp), 20);
     }
 
     function test_stake_counts_in_whole_units_while_it_serves() public {
+        assertEq(staking.UNIT(), unitSize);
         staking.stake(node, BIG);
         vm.warp(START + epoch);
         units(node, block.timestamp, 0);
         serving(client, llama, 2 * minStake - 1);
         vm.warp(START + 2 * epoch);
-        units(client, block.timestamp, 1);
+        units(client, block.timestamp, 3);
         staking.stake(client, 1);
         vm.warp(START + 3 * epoch);
-        units(client, block.timestamp, 2);
+        units(client, block.timestamp, 4);
     }
 
     function test_stake_that_left_since_counts() public {
@@ -343,11 +344,11 @@ contract StakingTest is World {
         vm.warp(START + epoch);
         vm.prank(node);
         staking.unbond(BIG - minStake);
-        units(node, block.timestamp, 10);
-        assertEq(staking.totalUnitsAt(block.timestamp), 10);
+        units(node, block.timestamp, 20);
+        assertEq(staking.totalUnitsAt(block.timestamp), 20);
         vm.warp(START + 2 * epoch);
-        units(node, block.timestamp, 1);
-        units(node, START + epoch, 10);
+        units(node, block.timestamp, 2);
+        units(node, START + epoch, 20);
     }
 
     /// Each epoch somebody stakes for the node; a trial that began before still knows its units.
@@ -356,18 +357,18 @@ contract StakingTest is World {
         uint256 opened = START + epoch;
         for (uint256 day = 1; day <= 7; day++) {
             vm.warp(START + day * epoch);
-            units(node, opened, 10);
-            assertEq(staking.totalUnitsAt(opened), 10);
-            units(node, block.timestamp, 9 + day);
-            staking.stake(node, minStake);
+            units(node, opened, 20);
+            assertEq(staking.totalUnitsAt(opened), 20);
+            units(node, block.timestamp, 19 + day);
+            staking.stake(node, unitSize);
         }
-        units(node, opened, 10);
-        units(node, START + 3 * epoch, 12);
-        units(node, START + 7 * epoch, 16);
+        units(node, opened, 20);
+        units(node, START + 3 * epoch, 22);
+        units(node, START + 7 * epoch, 26);
         uint256 first = opened / epoch;
         vm.warp(START + 8 * epoch);
-        units(node, opened, 10);
-        staking.stake(node, minStake);
+        units(node, opened, 20);
+        staking.stake(node, unitSize);
         vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, first, first + 7, first + 7));
         staking.unitsAt(node, opened);
         vm.expectRevert(abi.encodeWithSelector(IStaking.UnknownEpoch.selector, first, first + 7, first + 7));
@@ -378,20 +379,20 @@ contract StakingTest is World {
         serving(node, llama, BIG);
         vm.warp(START + epoch);
         uint256 since = staking.nodes(node).since;
-        staking.stake(node, minStake - 1);
+        staking.stake(node, unitSize - 1);
         assertEq(staking.nodes(node).since, since);
-        units(node, block.timestamp, 10);
+        units(node, block.timestamp, 20);
     }
 
     function test_a_long_silence_is_remembered_at_once() public {
         serving(node, llama, BIG);
         vm.warp(START + 100 * epoch);
-        units(node, START + epoch, 10);
-        staking.stake(node, minStake);
-        units(node, block.timestamp, 10);
-        units(node, START + 94 * epoch, 10);
+        units(node, START + epoch, 20);
+        staking.stake(node, unitSize);
+        units(node, block.timestamp, 20);
+        units(node, START + 94 * epoch, 20);
         vm.warp(START + 101 * epoch);
-        units(node, block.timestamp, 11);
+        units(node, block.timestamp, 21);
     }
 
     function test_the_future_is_not_guessed() public {
@@ -404,9 +405,9 @@ contract StakingTest is World {
     }
 
     function test_units_fit_their_records() public {
-        uint256 least = token.CAP() / (1 << 24) + 1;
+        uint256 least = 2 * (token.CAP() / (1 << 24) + 1);
         deploy("Staking", abi.encode(token, models, this, least, unbonding, epoch));
-        bytes memory code = initcode("Staking", abi.encode(token, models, this, token.CAP() >> 24, unbonding, epoch));
+        bytes memory code = initcode("Staking", abi.encode(token, models, this, 2 * (token.CAP() >> 24), unbonding, epoch));
         refusesToDeploy(code, abi.encodeWithSelector(IStaking.TooManyUnits.selector, 1 << 24, (1 << 24) - 1));
     }
 
@@ -525,7 +526,7 @@ contract StakingHandler is World {
         for (uint256 e = before + 1; e <= block.timestamp / epoch; e++) {
             for (uint256 i = 0; i < 3; i++) {
                 Node memory n = staking.nodes(nodeAt(i));
-                boundary[e][nodeAt(i)] = n.model == 0 ? 0 : (n.stake - n.leaving) / minStake;
+                boundary[e][nodeAt(i)] = n.model == 0 ? 0 : (n.stake - n.leaving) / unitSize;
             }
         }
     }

@@ -65,6 +65,7 @@ abstract contract World is Assertions {
     IEscrow internal escrow;
 
     uint256 internal minStake;
+    uint256 internal unitSize;
     uint256 internal unbonding;
     uint256 internal epoch;
     uint256 internal feeBps;
@@ -81,6 +82,7 @@ abstract contract World is Assertions {
         vm.warp(START);
         uint256 genesis = parameter("GENESIS");
         minStake = parameter("MIN_STAKE");
+        unitSize = minStake / 2;
         unbonding = parameter("UNBONDING");
         epoch = parameter("EPOCH");
         feeBps = parameter("FEE_BPS");

@@ -20,6 +20,7 @@ SEATS = (15, 31, 61)
 SHARES = (0.1, 0.2, 0.3)
 FIRST, REPEAT, CAP = 0.01, 0.1, 0.3
 BOUNTY, JURORS_PART, BURNED = 0.25, 0.25, 0.5
+FINE = 0.5
 FEE, GAMMA = 0.05, 0.9
 
 
@@ -36,44 +37,47 @@ def has_quorum(voted: int, seats: int) -> bool:
 
 
 def agrees(part: int, voted: int) -> bool:
-    """Two thirds of those that did not abstain."""
+    """Two thirds of those that did not abstain. They must be half of the expected seats, too: `has_quorum`."""
     return voted > 0 and 3 * part >= 2 * voted
 
 
 @dataclass(frozen=True, slots=True)
 class Committee:
-    """Probabilities in one round, for an adversary with a share of the stake, everybody voting.
+    """Probabilities in one round, for an adversary with a share of the stake, everybody voting on the merits.
 
     missed: too few seats were drawn; convicts: the adversary alone has two thirds of the seats; captures: and there is
-    a quorum, so that the verdict counts; blocks: the honest alone do not have two thirds.
+    a quorum, so that the verdict counts; blocks: the honest alone do not have two thirds. unopposed: the adversary has
+    half of the expected seats, so that it rules if all others abstain or are silent.
     """
 
     missed: float
     convicts: float
     captures: float
     blocks: float
+    unopposed: float
 
 
 def committee(seats: int, share: float) -> Committee:
     """Seats of the adversary and of the honest are Poisson with means seats x share and seats x (1 - share)."""
     limit = 4 * seats + 40
     adversary, honest = poisson(seats * share, limit), poisson(seats * (1 - share), limit)
-    missed = convicts = captures = blocks = 0.0
+    missed = convicts = captures = blocks = unopposed = 0.0
     for a, p in enumerate(adversary):
+        unopposed += p * has_quorum(a, seats)
         for h, q in enumerate(honest):
             quorum, alone = has_quorum(a + h, seats), agrees(a, a + h)
             missed += p * q * (not quorum)
             convicts += p * q * alone
             captures += p * q * (alone and quorum)
             blocks += p * q * (not agrees(h, a + h))
-    return Committee(missed, convicts, captures, blocks)
+    return Committee(missed, convicts, captures, blocks, unopposed)
 
 
 def drawn_committees(seats: int, share: float, rounds: int, units: int = 300, seed: int = 0) -> Committee:
     """The same, counted over juries drawn by hash as the contract draws them; ten nodes hold the units."""
     jurors = [Address(f"0x{node:040x}") for node in range(1, 11)]
     bad = round(share * len(jurors))
-    missed = convicts = captures = blocks = 0
+    missed = convicts = captures = blocks = unopposed = 0
     for number in range(rounds):
         drawn = Digest(keccak(f"{seed} {number}".encode()))
         counts = [len(winning_seats(drawn, juror, units // len(jurors), units, seats)) for juror in jurors]
@@ -83,7 +87,8 @@ def drawn_committees(seats: int, share: float, rounds: int, units: int = 300, se
         convicts += alone
         captures += alone and quorum
         blocks += not agrees(h, a + h)
-    return Committee(missed / rounds, convicts / rounds, captures / rounds, blocks / rounds)
+        unopposed += has_quorum(a, seats)
+    return Committee(missed / rounds, convicts / rounds, captures / rounds, blocks / rounds, unopposed / rounds)
 
 
 # Deterrence
@@ -139,19 +144,28 @@ def self_acquittal(stake: float, jury: float, slashed: float = FIRST) -> float:
     return -bond / 2 + jury * bond / 2
 
 
+def bogus_case(stake: float, before: int = 0) -> tuple[float, float]:
+    """What burns of an accuser's bond, and in fines, when a case about nothing finds no voter in three rounds.
+
+    before: earlier cases over the same receipt; each doubled the bond, three times at most.
+    """
+    bond = 2 * BOUNTY * FIRST * stake * 2 ** min(before, 3)
+    return bond / 2, FINE * sum(SEATS)
+
+
 # Tables
 
 
 def tables(rounds: int) -> Iterator[str]:
     yield f"committees: one round, closed form (and {rounds} juries drawn by hash)"
-    yield "seats  missed             f    convicts alone   with a quorum    blocks"
+    yield "seats  missed             f    convicts alone   with a quorum    blocks           unopposed"
     for seats in SEATS:
         for share in SHARES:
             exact, counted = committee(seats, share), drawn_committees(seats, share, rounds)
             yield (
                 f"{seats:5}  {exact.missed:.1e} ({counted.missed:.1e})  {share:.1f}  "
                 f"{exact.convicts:.0e} ({counted.convicts:.0e})  {exact.captures:.0e} ({counted.captures:.0e})  "
-                f"{exact.blocks:.0e} ({counted.blocks:.0e})"
+                f"{exact.blocks:.0e} ({counted.blocks:.0e})  {exact.unopposed:.0e} ({counted.unopposed:.0e})"
             )
     yield ""
     yield "deterrence: gain per session, in tokens, above which cheating pays; stake 1,000"
@@ -160,6 +174,12 @@ def tables(rounds: int) -> Iterator[str]:
         for detection in (1.0, 0.8):
             first, later = (break_even(audit, detection, part, 1000) for part in (FIRST, REPEAT))
             yield f"{audit:6.2f}  {detection:8.1f}  {first:22.3f}  {later:17.3f}"
+    yield ""
+    yield "griefing: a case about nothing that finds no voter, in tokens burned; stake 1,000"
+    yield "cases before  of the bond  in fines"
+    for before in range(4):
+        bond, fines = bogus_case(1000, before)
+        yield f"{before:12}  {bond:11.1f}  {fines:8.1f}"
     yield ""
     yield "self-dealing: gain in tokens, of 1,000 paid to oneself; of accusing one's own node with 10,000 staked"
     yield "share of network or jury    paid    convicted    acquitted"

@@ -24,7 +24,7 @@ from tallystick_protocol.signing import Key, digest, keccak
 from tallystick_protocol.types import Digest, ModelId, Wei
 from tallystick_protocol.vouchers import Voucher
 
-UNIT = 1000 * 10**18
+THOUSAND = 1000 * 10**18
 EVIDENCE = Digest(keccak(b"evidence"))
 ROOTS = Digest(keccak(b"what a juror computed"))
 JURORS = 5
@@ -36,7 +36,7 @@ def key(number: int) -> Key:
 
 @dataclass(slots=True)
 class Bench:
-    """The chain, one accused node and five jurors of twelve units each, in the epoch after they staked."""
+    """The chain, one accused node and five jurors of 24 units each, in the epoch after they staked."""
 
     local: LocalChain
     chain: Chain
@@ -53,18 +53,18 @@ class Bench:
         self.accused, self.accuser, self.stranger = (Wallet(self.chain, key(n)) for n in (901, 902, 903))
         self.jurors = [Wallet(self.chain, key(910 + i)) for i in range(JURORS)]
         everybody = [self.accused, self.accuser, self.stranger, *self.jurors]
-        self.local.give(*(wallet.address for wallet in everybody), tokens=Wei(20 * UNIT))
+        self.local.give(*(wallet.address for wallet in everybody), tokens=Wei(20 * THOUSAND))
         manifest, weights = Digest(keccak(b"manifest")), Digest(keccak(b"weights"))
         self.accuser.add_model(manifest, weights, 4)
         self.model = ModelId(bytes(self.call(self.chain.models.functions.add(manifest, weights, 5))))
         self.accuser.add_model(manifest, weights, 5)
-        for wallet, units in [(self.accused, 10), *((juror, 12) for juror in self.jurors)]:
-            wallet.stake(wallet.address, Wei(units * UNIT))
+        for wallet, thousands in [(self.accused, 10), *((juror, 12) for juror in self.jurors)]:
+            wallet.stake(wallet.address, Wei(thousands * THOUSAND))
             serve = self.chain.staking.functions.serve(self.model, 0, 5, 1, b"", wallet.address)
             wallet.send("serving", serve)
         self.accused.bind(self.hot)
         for wallet in (self.accuser, self.accused):
-            wallet.send("approving", self.chain.token.functions.approve(self.chain.court.address, 10 * UNIT))
+            wallet.send("approving", self.chain.token.functions.approve(self.chain.court.address, 10 * THOUSAND))
         self.wait(86_400)
 
     def rpc(self, method: str, *params: Any) -> Any:
@@ -144,10 +144,10 @@ def draw(bench: Bench, id_: Digest) -> list[list[int]]:
     bench.stranger.send("drawing", bench.chain.court.functions.draw(id_, header))
     seed = Digest(bytes(bench.chain.court.functions.seeds(id_, state["round"]).call()))
     expected = bench.chain.court.functions.seatsOf(state["round"]).call()
-    seats = [winning_seats(seed, juror.address, 12, state["units"], expected) for juror in bench.jurors]
+    seats = [winning_seats(seed, juror.address, 24, state["units"], expected) for juror in bench.jurors]
     for juror, own in zip(bench.jurors, seats, strict=True):
         wins = bench.chain.court.functions.wins
-        assert own == [unit for unit in range(13) if wins(id_, state["round"], juror.address, unit).call()]
+        assert own == [unit for unit in range(25) if wins(id_, state["round"], juror.address, unit).call()]
     return seats
 
 
@@ -173,9 +173,9 @@ def test_a_case_is_appealed_ruled_and_paid_to_the_wei(bench: Bench) -> None:
     claim = receipt(bench)
     assert bytes(court.digestOf(words(claim)).call()) == digest(bench.chain.book.staking_domain, claim)
     id_ = open_case(bench, claim)
-    bond = 10 * UNIT // 100 // 2
+    bond = 10 * THOUSAND // 100 // 2
     assert bench.wealth()["court"] == bond
-    assert (case(bench, id_)["state"], case(bench, id_)["units"]) == (State.OPEN, 60)
+    assert (case(bench, id_)["state"], case(bench, id_)["units"]) == (State.OPEN, 120)
 
     first = draw(bench, id_)
     silent = max(range(JURORS), key=lambda number: -len(first[number]) if first[number] else -100)
@@ -208,19 +208,19 @@ def test_a_case_is_appealed_ruled_and_paid_to_the_wei(bench: Bench) -> None:
             if seats[number] and not (round_ == 0 and number == silent):
                 bench.stranger.send("settling", court.settle(id_, round_, juror.address))
 
-    slashed = 10 * UNIT // 100
+    slashed = 10 * THOUSAND // 100
     agreeing = sum(map(len, first)) - len(first[silent]) + sum(map(len, second))
     pot = slashed // 4 + appealed
-    share, fine = pot // agreeing, UNIT // 1000
+    share, fine = pot // agreeing, THOUSAND // 2000
     after = bench.wealth()
     gained = {name: after[name] - before[name] for name in after}
     expected = {"accused": -slashed - appealed, "accuser": slashed // 4, "court": 0, "rest": 0}
-    expected["stranger"] = len(first[silent]) * fine // 2
+    expected["stranger"] = 0  # fines burn
     for number in range(JURORS):
         own = len(second[number]) + (0 if number == silent else len(first[number]))
         expected[f"juror {number}"] = own * share - (len(first[silent]) * fine if number == silent else 0)
     assert gained == expected
-    burned = slashed // 2 + pot - share * agreeing + len(first[silent]) * fine // 2
+    burned = slashed // 2 + pot - share * agreeing + len(first[silent]) * fine
     assert supply - bench.chain.token.functions.totalSupply().call() == burned
     bench.accused.send("leaving", bench.chain.staking.functions.withdraw())
 
@@ -240,7 +240,9 @@ def test_a_cheaters_own_case_with_a_dead_cid_closes_nothing(bench: Bench) -> Non
     assert case(bench, id_)["verdict"] == Verdict.UNREADABLE
     signature = bench.hot.sign_struct(bench.chain.book.staking_domain, claim)
     again = court.open(words(claim), signature, Digest(keccak(b"readable evidence")))
+    assert bench.wealth()["court"] == 0  # half of the bond burned
     bench.accuser.send("accusing", again)
+    assert bench.wealth()["court"] == 2 * (10 * THOUSAND // 100 // 2)
     assert bench.chain.staking.functions.nodes(bench.accused.address).call()[3] == 1
 
 

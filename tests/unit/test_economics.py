@@ -34,6 +34,20 @@ def test_juries_drawn_by_hash_are_poissons() -> None:
     assert counted.captures <= 0.02
 
 
+def test_without_the_honest_an_adversary_needs_half_of_the_expected_seats() -> None:
+    for seats in economics.SEATS:
+        unopposed = [economics.committee(seats, share).unopposed for share in (*economics.SHARES, 0.5)]
+        assert unopposed == sorted(unopposed)
+        assert unopposed[-1] == pytest.approx(0.5, abs=0.1)
+    counted = economics.drawn_committees(15, 0.3, 1000)
+    assert counted.unopposed == pytest.approx(economics.committee(15, 0.3).unopposed, abs=0.03)
+
+
+def test_a_case_about_nothing_costs_its_accuser_and_pays_nobody() -> None:
+    assert economics.bogus_case(1000) == (2.5, 53.5)
+    assert [economics.bogus_case(1000, before)[0] for before in range(5)] == [2.5, 5, 10, 20, 20]
+
+
 @pytest.mark.parametrize("audit", [0.01, 0.05])
 @pytest.mark.parametrize("detection", [0.5, 1.0])
 def test_cheating_pays_above_the_break_even_and_not_below(audit: float, detection: float) -> None:

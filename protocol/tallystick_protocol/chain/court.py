@@ -63,7 +63,8 @@ def commitment(case: Digest, round_: int, juror: Address, vote: Vote, roots: Dig
 def winning_seats(seed: Digest, juror: Address, own_units: int, units: int, seats: int) -> list[int]:
     """The juror's units that win a seat, ascending, as `commit` wants them.
 
-    own_units: the juror's at the case's epoch; units: all outside the accused's; seats: expected in the round.
+    own_units: the juror's at the case's epoch, `Staking.unitsAt`; units: all outside the accused's; seats: expected in
+    the round.
     """
     threshold = MAX_HASH // units * seats if seats < units else MAX_HASH
     stem = seed + b"\0" * 12 + address_bytes(juror)
