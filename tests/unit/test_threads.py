@@ -166,7 +166,7 @@ def test_a_system_that_lets_nothing_be_placed_computes_all_the_same(monkeypatch:
         raise OSError("no")
 
     def check() -> None:
-        cores = Cores(2)
+        cores = Free(2)
         monkeypatch.setattr(os, "sched_setaffinity", refuse)
         threads = Threads(2, cores)
         for _ in range(8):
