@@ -20,7 +20,7 @@ async def alone(function: Callable[..., T], *arguments: Any, threads: int = 1) -
     """function(*arguments), in a thread of its own that computes with so many of torch's, which end with it."""
 
     def run() -> T:
-        torch.set_num_threads(threads)
+        set_threads(threads)
         return function(*arguments)
 
     executor = ThreadPoolExecutor(1, "alone")
@@ -28,3 +28,10 @@ async def alone(function: Callable[..., T], *arguments: Any, threads: int = 1) -
         return await asyncio.get_running_loop().run_in_executor(executor, run)
     finally:
         executor.shutdown(wait=False)
+
+
+def set_threads(count: int) -> None:
+    """How many threads the calling one computes with. What others set later does not change it: torch gives a thread
+    the process's number when it looks at it first."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tallystick_model.parallel import ParallelSpan, close_model
-from tallystick_node.alone import alone
+from tallystick_node.alone import alone, set_threads
 from tallystick_node.config import NodeConfig
 from tallystick_node.journal import Journal
 from tallystick_node.listener import Listener, bind
@@ -140,7 +138,7 @@ class Node:
             loaded = await loading.load(span)
             manifest = loaded.manifest
             stack.callback(close_model, loaded.model)
-            torch.set_num_threads(1)  # on the event loop
+            set_threads(1)  # on the event loop
             make = self._make_engine
             engine = await alone(make, loaded.model, config.step_rows, threads=config.num_threads)
             stack.callback(engine.close)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tallystick_node.alone import alone
+from tallystick_node.alone import alone, set_threads
 from tallystick_node.config import NodeConfig
 from tallystick_node.scheduling.threads import AGAIN, TRIES, Cores, Pace, Threads, _helpers, _running
 
@@ -102,6 +102,16 @@ def test_forwards_of_many_rows_are_judged_by_themselves() -> None:
         assert seen[1].count(1) > 30 and seen[64].count(2) > 30
         threads.use_all()
         assert torch.get_num_threads() == 2
+
+    in_a_thread(check)
+
+
+def test_a_thread_keeps_its_number_whatever_others_set() -> None:
+    def check() -> None:
+        set_threads(1)
+        in_a_thread(lambda: torch.set_num_threads(3))
+        torch.ones(1 << 20).add_(1)
+        assert torch.get_num_threads() == 1
 
     in_a_thread(check)
 

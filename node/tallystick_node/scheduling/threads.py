@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from tallystick_node.alone import set_threads
+
 log = logging.getLogger(__name__)
 
 TRIES = 3
@@ -100,7 +102,7 @@ class Threads:
 
     def _use(self, count: int) -> None:
         if count != self._now:
-            torch.set_num_threads(count)
+            set_threads(count)
             self._now = count
         if count > 1 and self._cores is not None:
             self._cores.part()
