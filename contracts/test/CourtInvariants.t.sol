@@ -4,7 +4,7 @@ pragma solidity 0.8.37;
 import {Ballot, Case, Receipt, Record, State, Verdict, Vote} from "../interfaces/ICourt.sol";
 import {Node} from "../interfaces/IStaking.sol";
 import {CourtWorld} from "./CourtWorld.sol";
-import {Assertions, FuzzSelector, World, vm} from "./World.sol";
+import {Invariants, vm} from "./World.sol";
 
 /// Up to six cases over three sessions of one node, side by side: opened, drawn, voted, appealed, redrawn, ruled, settled,
 /// reported in any order, while the node and the jurors stake and leave.
@@ -333,24 +333,12 @@ contract CourtHandler is CourtWorld {
     }
 }
 
-contract CourtInvariants is Assertions {
+contract CourtInvariants is Invariants {
     CourtHandler private handler;
 
     function setUp() public {
         handler = new CourtHandler();
-        handler.setUp();
-    }
-
-    function targetContracts() external view returns (address[] memory list) {
-        list = new address[](1);
-        list[0] = address(handler);
-    }
-
-    function excludeSelectors() external view returns (FuzzSelector[] memory list) {
-        list = new FuzzSelector[](1);
-        list[0].addr = address(handler);
-        list[0].selectors = new bytes4[](1);
-        list[0].selectors[0] = World.setUp.selector;
+        actedOnBy(handler);
     }
 
     /// What no action reaches holds vacuously.

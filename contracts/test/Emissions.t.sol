@@ -6,7 +6,7 @@ import {IEscrow, Row} from "../interfaces/IEscrow.sol";
 import {IStaking} from "../interfaces/IStaking.sol";
 import {IToken} from "../interfaces/IToken.sol";
 import {CourtWorld} from "./CourtWorld.sol";
-import {Assertions, FuzzSelector, World, vm} from "./World.sol";
+import {Invariants, vm} from "./World.sol";
 
 contract EmissionsTest is CourtWorld {
     uint256 private constant PAID = 1000 ether;
@@ -175,7 +175,7 @@ contract EmissionsHandler is CourtWorld {
     }
 }
 
-contract EmissionsInvariants is Assertions {
+contract EmissionsInvariants is Invariants {
     EmissionsHandler private handler;
     IEmissions private emissions;
     IEscrow private escrow;
@@ -184,21 +184,9 @@ contract EmissionsInvariants is Assertions {
 
     function setUp() public {
         handler = new EmissionsHandler();
-        handler.setUp();
+        actedOnBy(handler);
         (emissions, escrow, token) = handler.book();
         genesis = token.minted();
-    }
-
-    function targetContracts() external view returns (address[] memory list) {
-        list = new address[](1);
-        list[0] = address(handler);
-    }
-
-    function excludeSelectors() external view returns (FuzzSelector[] memory list) {
-        list = new FuzzSelector[](1);
-        list[0].addr = address(handler);
-        list[0].selectors = new bytes4[](1);
-        list[0].selectors[0] = World.setUp.selector;
     }
 
     function invariant_M1_M2_rewards_stay_below_what_burned() public view {

@@ -3,7 +3,7 @@ pragma solidity 0.8.37;
 
 import {Channel, Deposit, IEscrow, Row} from "../interfaces/IEscrow.sol";
 import {IToken} from "../interfaces/IToken.sol";
-import {Assertions, FuzzSelector, World, vm} from "./World.sol";
+import {Invariants, World, vm} from "./World.sol";
 
 contract EscrowTest is World {
     function redeem(uint256 key, uint256 total) private returns (uint256) {
@@ -396,27 +396,15 @@ contract EscrowHandler is World {
     }
 }
 
-contract EscrowInvariants is Assertions {
+contract EscrowInvariants is Invariants {
     EscrowHandler private handler;
     IEscrow private escrow;
     IToken private token;
 
     function setUp() public {
         handler = new EscrowHandler();
-        handler.setUp();
+        actedOnBy(handler);
         (escrow, token) = handler.book();
-    }
-
-    function targetContracts() external view returns (address[] memory list) {
-        list = new address[](1);
-        list[0] = address(handler);
-    }
-
-    function excludeSelectors() external view returns (FuzzSelector[] memory list) {
-        list = new FuzzSelector[](1);
-        list[0].addr = address(handler);
-        list[0].selectors = new bytes4[](1);
-        list[0].selectors[0] = World.setUp.selector;
     }
 
     function invariant_E1_the_balance_is_what_is_unpaid() public view {

@@ -3,7 +3,7 @@ pragma solidity 0.8.37;
 
 import {IStaking, Node} from "../interfaces/IStaking.sol";
 import {IToken} from "../interfaces/IToken.sol";
-import {Assertions, FuzzSelector, World, vm} from "./World.sol";
+import {Invariants, World, vm} from "./World.sol";
 
 contract StakingTest is World {
     uint256 private constant BIG = 10_000 ether;
@@ -556,7 +556,7 @@ contract StakingHandler is World {
     }
 }
 
-contract StakingInvariants is Assertions {
+contract StakingInvariants is Invariants {
     StakingHandler private handler;
     IStaking private staking;
     IToken private token;
@@ -564,20 +564,8 @@ contract StakingInvariants is Assertions {
 
     function setUp() public {
         handler = new StakingHandler();
-        handler.setUp();
+        actedOnBy(handler);
         (staking, token, models) = handler.book();
-    }
-
-    function targetContracts() external view returns (address[] memory list) {
-        list = new address[](1);
-        list[0] = address(handler);
-    }
-
-    function excludeSelectors() external view returns (FuzzSelector[] memory list) {
-        list = new FuzzSelector[](1);
-        list[0].addr = address(handler);
-        list[0].selectors = new bytes4[](1);
-        list[0].selectors[0] = World.setUp.selector;
     }
 
     function invariant_S1_S2_the_balance_is_all_stakes() public view {

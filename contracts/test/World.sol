@@ -173,3 +173,25 @@ abstract contract World is Assertions {
         return abi.encodePacked(r, s, v);
     }
 }
+
+/// Invariants of what the functions of one handler, its own setting up left out, do in any order.
+abstract contract Invariants is Assertions {
+    World private _handler;
+
+    function actedOnBy(World handler) internal {
+        handler.setUp();
+        _handler = handler;
+    }
+
+    function targetContracts() external view returns (address[] memory list) {
+        list = new address[](1);
+        list[0] = address(_handler);
+    }
+
+    function excludeSelectors() external view returns (FuzzSelector[] memory list) {
+        list = new FuzzSelector[](1);
+        list[0].addr = address(_handler);
+        list[0].selectors = new bytes4[](1);
+        list[0].selectors[0] = World.setUp.selector;
+    }
+}

@@ -95,15 +95,14 @@ class Books:
 
     async def _pay_hop(self, index: int, hop: Remote) -> None:
         """Everything due, unless this hop is being audited: then what the audit has passed."""
-        session = self._session
-        audit = next((audit for audit in session.audits if audit.index == index), None)
-        rows = 0
         if index in self.disputes:
             return
-        if audit is None and index not in session.repair.unaudited:
+        session, rows = self._session, 0
+        audit = next((audit for audit in session.audits if audit.index == index), None)
+        if audit is not None:
+            rows = hop.due_to(audit.approved)
+        elif index not in session.repair.unaudited:
             rows = hop.rows_due
-        elif audit is not None:
-            rows = hop.due_after.get(audit.approved - 1, 0)
         await hop.pay(rows, session.setting.purse)
 
     # -- audits
@@ -124,7 +123,7 @@ class Books:
         if not audit.approved and (audit.remote.failure is not None or audit.index in self.disputes):
             return
         try:
-            await audit.remote.pay(audit.remote.due_after.get(audit.approved - 1, 0), session.setting.purse)
+            await audit.remote.pay(audit.remote.due_to(audit.approved), session.setting.purse)
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
 

@@ -359,6 +359,10 @@ class Remote:
         span, price = self.candidate.span, Wei(self.candidate.offer.price)
         return Wei(self.base + charge(span, self.opening.num_layers, price, rows))
 
+    def due_to(self, windows: int) -> int:
+        """Rows that are due when so many windows, from the first one on, have passed an audit."""
+        return self.due_after.get(windows - 1, 0)
+
     async def pay(self, rows: int, purse: Purse) -> None:
         """Send a voucher that covers `rows` rows of this session, and what else the node has said that it waits for."""
         debt = self._debt(purse)
