@@ -1,4 +1,4 @@
-"""`tallystick`: ask, embed, look at the network, publish a model, fund a channel."""
+"""`tallystick`: ask, embed, look at the network, publish a model, move money in channels."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tallystick.channels import cli as channels
 from tallystick.client import AsyncClient, Settings
 from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
@@ -26,15 +27,13 @@ from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
-from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.ipfs import DaemonStore
 from tallystick_protocol.content.store import LocalStore
-from tallystick_protocol.errors import BadMessage, ConfigError, TallystickError
+from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.keystore import open_keystore, read_password
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sampling import Sampling
-from tallystick_protocol.signing import Key, address_bytes, checksum_address
-from tallystick_protocol.types import Address, Wei
+from tallystick_protocol.signing import Key
 from tallystick_protocol.wire import WIRES
 
 ENVIRONMENT = {
@@ -154,10 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     content.add_argument("--port", type=int, default=8180)
     content.set_defaults(command=_content)
 
-    fund = commands.add_parser("fund", help="put tokens into the channel to a node")
-    fund.add_argument("--node", required=True)
-    fund.add_argument("--amount", type=int, required=True, help="token base units (1e-18)")
-    fund.set_defaults(command=_fund)
+    channels.add(commands, _key)
     return parser
 
 
@@ -356,21 +352,6 @@ async def _content(options: argparse.Namespace) -> int:
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
-    return 0
-
-
-async def _fund(options: argparse.Namespace) -> int:
-    chain = Chain(options.rpc, load_book(Path(options.book)))
-    wallet = Wallet(chain, _key(options))
-    try:
-        node = checksum_address(address_bytes(Address(options.node)))
-    except BadMessage:
-        raise ConfigError(f"--node {options.node!r} is not an address (0x and 40 hex digits)") from None
-    if options.amount <= 0:
-        raise ConfigError(f"--amount {options.amount} is not a positive number of token base units")
-    await asyncio.to_thread(wallet.fund, wallet.address, [(node, Wei(options.amount))])
-    funds = await asyncio.to_thread(chain.funds, wallet.address, node)
-    print(f"the channel to {node} holds {funds.latest - funds.paid} not yet paid out")
     return 0
 
 
