@@ -221,8 +221,9 @@ class Openings:
             audit.start()
             return
         span = self._session.route[index].span
+        others = '"audit" or "off"' if self._session.verdict.policy == "full" else '"off"'
         raise NoAuditor(
-            f'nobody of another operator and the same class can recompute layers {span}; use verify="audit" or "off"',
+            f"nobody of another operator and the same class can recompute layers {span}; use verify={others}",
             start=span.start,
             end=span.end,
         )
