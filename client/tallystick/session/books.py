@@ -122,7 +122,7 @@ class Books:
             for check in audit.compare(hop):
                 session.verdict.note(check)
         except Undecided as undecided:
-            self._ask_another(audit, hop, undecided)
+            await self._ask_another(audit, hop, undecided)
         except Disagreement as disagreement:
             if audit.index not in self.disputes:
                 self.disputes[audit.index] = disagreement
@@ -137,13 +137,17 @@ class Books:
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
 
-    def _ask_another(self, audit: Audit, hop: Remote, undecided: Undecided) -> None:
-        """An auditor of another class could not say: another one is asked. After the second nobody is blamed, but the
-        hop is not kept."""
+    async def _ask_another(self, audit: Audit, hop: Remote, undecided: Undecided) -> None:
+        """An auditor of another class could not say: it is paid, and another one asked. After the second nobody is
+        blamed, but the hop is not kept."""
         session, found = self._session, undecided.found
         claim = hop.standing.receipts[undecided.window]
         log.info("%s can neither clear nor blame %s in window %d", audit.remote.node, hop.node, undecided.window)
         self.undecided.setdefault(hop, set()).add(audit.remote.node)
+        try:
+            await audit.remote.pay(audit.remote.rows_due, session.setting.purse)
+        except Unreachable as error:
+            log.info("the auditor %s is gone (%s)", audit.remote.node, error)
         if len(self.undecided[hop]) > 1:
             dispute = Disagreement(undecided.window, claim, audit.remote.standing.receipts[undecided.window])
             dispute.failure = NoAuditor(f"two auditors could not say whether layers {claim.span} are right")

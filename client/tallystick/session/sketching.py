@@ -185,7 +185,8 @@ class Sketching:
                 self._challenges[window] = Challenge(positions, secrets.token_bytes(CHALLENGE_BYTES))
 
     def _check_links(self) -> None:
-        """A link that does not hold is the pair's fault: both are replaced, neither is blamed."""
+        """A link that does not hold is the pair's fault: both are replaced and not used in this session again, neither
+        is blamed."""
         hops = self._session.hops
         for window in range(min(len(hop.standing.receipts) for hop in hops)):
             digests = tuple(hop.standing.digests[window] for hop in hops)
@@ -198,6 +199,7 @@ class Sketching:
             for at, (before, after) in enumerate(pairwise(ends)):
                 if before is not None and after is not None and not is_linked(*_shared(before, after)):
                     for hop in hops[at : at + 2]:
+                        self._session.avoid.add(hop.node)
                         hop.failure = hop.failure or _mismatch(hop, "sketched other rows than its neighbour")
                     return
             self._linked[window] = digests
