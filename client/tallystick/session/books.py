@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from tallystick.checks import check_input, check_output, check_terms
@@ -17,7 +18,7 @@ from tallystick.session.sketching import Undecided
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, ZERO32, Address, Wei
+from tallystick_protocol.types import WINDOW, ZERO32, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Books:
         self.pending: dict[Remote, dict[int, Receipt]] = {}
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
-        self.undecided: dict[Remote, set[Address]] = {}
+        self.undecided: Counter[Remote] = Counter()
         self._session = session
 
     async def keep(self) -> None:
@@ -143,12 +144,12 @@ class Books:
         session, found = self._session, undecided.found
         claim = hop.standing.receipts[undecided.window]
         log.info("%s can neither clear nor blame %s in window %d", audit.remote.node, hop.node, undecided.window)
-        self.undecided.setdefault(hop, set()).add(audit.remote.node)
+        self.undecided[hop] += 1
         try:
             await audit.remote.pay(audit.remote.rows_due, session.setting.purse)
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
-        if len(self.undecided[hop]) > 1:
+        if self.undecided[hop] > 1:  # perhaps of the same one: there may be no other
             dispute = Disagreement(undecided.window, claim, audit.remote.standing.receipts[undecided.window])
             dispute.failure = NoAuditor(f"two auditors could not say whether layers {claim.span} are right")
             self.disputes.setdefault(audit.index, dispute)
