@@ -18,7 +18,7 @@ from harness.small_world import audited as audited_hops
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
 from tallystick.speculation.steps import Speculation, Steps
-from tallystick_protocol.errors import NoAuditor, TallystickError
+from tallystick_protocol.errors import NoAuditor, NoRoute, TallystickError
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
@@ -78,6 +78,24 @@ def play(
                 await node.kill()
 
     return fast(run)
+
+
+def instead(node: Node, change: Callable[[Frame], Frame | None]) -> None:
+    """Have a node send something else in place of its sketches, or nothing."""
+    before = node.accept
+
+    def accept(end: Any) -> None:
+        send = end.send
+
+        async def other(frame: Frame) -> None:
+            changed = change(frame) if frame.kind is Kind.SKETCHES else frame
+            if changed is not None:
+                await send(changed)
+
+        end.send = other
+        before(end)
+
+    node.accept = accept  # type: ignore[method-assign]
 
 
 async def answer(world: World, session: Session) -> list[int]:
@@ -265,6 +283,13 @@ def test_drafts_and_the_ring_give_the_same_tokens(models: Models, tmp_path: Path
         assert ids == expected and session.verdict.failed == 0 and session.verdict.passed >= 9
 
 
+def of_one_operator(world: World) -> None:
+    """Two nodes of the first class, of one operator: it can replace itself, and not check itself."""
+    for one, other in zip(copies_of(world, 0), copies_of(world, 1), strict=True):
+        other.become("class")
+        other.candidate = dataclasses.replace(other.candidate, operator=one.address, payee=one.address)
+
+
 @pytest.mark.parametrize("what", ["kill", "cut", "auditor"])
 def test_hops_and_auditors_may_be_lost_and_come_back(
     models: Models, tmp_path: Path, expected: list[int], what: str
@@ -287,42 +312,74 @@ def test_hops_and_auditors_may_be_lost_and_come_back(
         assert sketched(session)
         return ids
 
-    def same_operator(world: World) -> None:
-        """Two nodes of the first class, of one operator: it can replace itself, and not check itself."""
-        for one, other in zip(copies_of(world, 0), copies_of(world, 1), strict=True):
-            other.become("class")
-            other.candidate = dataclasses.replace(other.candidate, operator=one.address, payee=one.address)
-
-    _, session, ids = play(models, tmp_path, lose, prepare=same_operator, classes=3)
+    _, session, ids = play(models, tmp_path, lose, prepare=of_one_operator, classes=3)
     assert ids == expected and session.verdict.accusations == [] and session.sketching.is_on
     assert bool(session.verdict.replaced) == (what == "kill")
     assert {check.how for check in session.verdict.checks} == {"sketch"}
 
 
 def test_a_hop_that_sketches_other_rows_than_it_sent_is_found_by_its_neighbour(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Models, tmp_path: Path
 ) -> None:
     def lie(world: World) -> None:
-        node = copies_of(world, 0)[1]
-        before = node.accept
+        def other(frame: Frame) -> Frame:
+            tensor = bytearray(frame.tensor)
+            tensor[70] ^= 0x40
+            return Frame(frame.kind, frame.body, frame.position, frame.dtype, frame.shape, bytes(tensor))
 
-        def accept(end: Any) -> None:
-            send = end.send
+        instead(copies_of(world, 0)[1], other)
 
-            async def other(frame: Frame) -> None:
-                if frame.kind is Kind.SKETCHES:
-                    tensor = bytearray(frame.tensor)
-                    tensor[70] ^= 0x40
-                    frame = Frame(frame.kind, frame.body, frame.position, frame.dtype, frame.shape, bytes(tensor))
-                await send(frame)
-
-            end.send = other
-            before(end)
-
-        node.accept = accept  # type: ignore[method-assign]
-
-    with pytest.raises(TallystickError):
+    with pytest.raises(NoRoute):
         play(models, tmp_path, answer, "audit", prepare=lie)
+
+
+def test_a_hop_that_does_not_answer_is_replaced(models: Models, tmp_path: Path, expected: list[int]) -> None:
+    def keep_silent(world: World) -> None:
+        of_one_operator(world)
+        instead(copies_of(world, 0)[1], lambda frame: None)
+
+    world, session, ids = play(models, tmp_path, answer, prepare=keep_silent, classes=3)
+    silent = copies_of(world, 0)[1].address
+    assert ids == expected and [lost for lost, _, _ in session.verdict.replaced] == [silent]
+    assert session.verdict.paid[silent] == 0 and session.verdict.accusations == []
+
+
+def test_a_class_with_two_operators_checks_itself_by_hashes_beside_sketched_spans(
+    models: Models, tmp_path: Path, expected: list[int]
+) -> None:
+    _, session, ids = play(models, tmp_path, answer, prepare=lambda world: copies_of(world, 1)[0].become("class"))
+    assert ids == expected and session.sketching.is_on and session.verdict.failed == 0
+    ways = {(check.span.start, check.how) for check in session.verdict.checks}
+    assert ways == {(0, "hash"), (1, "sketch"), (2, "sketch")}
+
+
+def test_a_second_challenge_to_one_receipt_is_refused(models: Models, tmp_path: Path) -> None:
+    async def ask_twice(world: World, session: Session) -> str:
+        await session.feed(PROMPT)
+        await session.finish()
+        hop = session.hops[1]
+        body = {"receipt": hop.standing.digests[0], "challenge": bytes(32)}
+        await hop.send(Frame(Kind.CHALLENGE, body))
+        while hop.failure is None:
+            await asyncio.sleep(0.01)
+        return hop.failure.code
+
+    _, _, code = play(models, tmp_path, ask_twice)
+    assert code == "bad_message"
+
+
+def test_rounded_wires_go_without_sketches_and_nodes_refuse_them_there(models: Models, tmp_path: Path) -> None:
+    async def rounded() -> tuple[bool, str]:
+        world = mixed(models, tmp_path)
+        session = await world.prepare("audit", 0.0, "bf16")
+        session.sketching.decide()
+        is_on, session.sketching.is_on = session.sketching.is_on, True
+        with pytest.raises(TallystickError) as raised:
+            await session.openings.connect(session.route[0], session.openings.opening(0))
+        await session.close()
+        return is_on, raised.value.code
+
+    assert fast(rounded) == (False, "bad_message")
 
 
 def test_where_only_one_other_class_is_left_and_cannot_say_the_answer_ends_without_blame(

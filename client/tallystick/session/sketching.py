@@ -99,17 +99,28 @@ class Sketching:
                 except Unreachable:
                     return  # whoever mends that has it asked again
 
+    def late(self) -> int | None:
+        """The first hop that owes an answer, or its closing receipt."""
+        for index, hop in enumerate(self._session.hops):
+            book, digests = hop.sketchbook, hop.standing.digests
+            if book.owes(digests) or (self._is_complete(hop) and book.is_on and book.closed != digests[-1]):
+                return index
+        return None
+
+    def _is_complete(self, hop: Remote) -> bool:
+        """Whether the last rows there are were flushed and signed by a hop."""
+        return self._session.is_flushed and hop.standing.covered == len(self._session.ids) > 0
+
     def payable(self, hop: Remote) -> int:
         """The rows that a hop may be paid: of windows whose sketches are in, and of the last one when a closing receipt
         carries them."""
-        book, standing, session = hop.sketchbook, hop.standing, self._session
+        book, standing = hop.sketchbook, hop.standing
         if not book.is_on:
             return hop.rows_due
         given = next((at for at, digest in enumerate(standing.digests) if digest not in book.answers), None)
         if given is not None:
             return hop.due_to(given)
-        is_closing = session.is_flushed and standing.covered == len(session.ids)
-        if standing.digests and is_closing and book.closed != standing.digests[-1]:
+        if self._is_complete(hop) and book.closed != standing.digests[-1]:
             return hop.due_to(len(standing.digests) - 1)
         return hop.rows_due
 
