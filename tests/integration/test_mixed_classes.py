@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 FAULTS = Path(__file__).parents[1] / "faults"
-PINS = ("DNNL_VERBOSE=0", "ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2", "ATEN_CPU_CAPABILITY=avx2")
-"""Three classes of one machine: as it is, as if it had AVX2 only, and products as they are with the rest in AVX2."""
+PINS = ("DNNL_VERBOSE=0", "ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2", "MKL_CBWR=COMPATIBLE")
+"""Three classes of one machine: as it is, as if it had AVX2 only, and with MKL's sums in the order of any CPU."""
 
 PROMPT = "The function returns a list of"
 TOKENS = 40
@@ -70,12 +70,11 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
 
 async def test_honest_nodes_of_other_classes_pass_each_others_audits(mixed: Mixed) -> None:
     answer = await mixed.answer("full")
-    classes = {hop.offer.numeric_class for hop in answer.route}
     verdict = answer.verdict
     assert {check.how for check in verdict.checks} == {"sketch"}, "nobody has a twin"
     assert verdict.failed == 0 and verdict.passed >= 4 and not verdict.accusations and not verdict.replaced
     assert 0 < verdict.worst_error < verdict.tolerance
-    assert classes and not any(verdict.withheld.values())
+    assert not any(verdict.withheld.values())
     audited = await mixed.answer("audit", audit_probability=1.0)
     assert audited.verdict.passed and {check.how for check in audited.verdict.checks} == {"sketch"}
 
