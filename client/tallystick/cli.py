@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--password-file", type=Path, default=os.environ.get("TALLYSTICK_PASSWORD_FILE"))
     parser.add_argument("--source", action="append", default=[], help="a gateway to fetch content from")
     parser.add_argument(
-        "--sketches", choices=SKETCHES, default="auto",
+        "--sketches",
+        choices=SKETCHES,
+        default="auto",
         help="have hops answer challenges by which other numeric classes can check them; auto: where no other can",
     )
     parser.add_argument(

@@ -48,7 +48,11 @@ class Mixed:
     async def answer(self, verify: str, **settings: object) -> Answer:
         async with AsyncClient(self.key, replace(self.net.settings(), **settings)) as client:  # type: ignore[arg-type]
             return await client.generate(
-                PROMPT, max_tokens=TOKENS, model="0x" + self.model.hex(), verify=verify, ignore_eos=True  # type: ignore[arg-type]
+                PROMPT,
+                max_tokens=TOKENS,
+                model="0x" + self.model.hex(),
+                verify=verify,
+                ignore_eos=True,  # type: ignore[arg-type]
             )
 
 

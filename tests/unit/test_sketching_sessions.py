@@ -318,9 +318,7 @@ def test_hops_and_auditors_may_be_lost_and_come_back(
     assert {check.how for check in session.verdict.checks} == {"sketch"}
 
 
-def test_a_hop_that_sketches_other_rows_than_it_sent_is_found_by_its_neighbour(
-    models: Models, tmp_path: Path
-) -> None:
+def test_a_hop_that_sketches_other_rows_than_it_sent_is_found_by_its_neighbour(models: Models, tmp_path: Path) -> None:
     def lie(world: World) -> None:
         def other(frame: Frame) -> Frame:
             tensor = bytearray(frame.tensor)
