@@ -1,4 +1,4 @@
-"""A node, or a cheater, whose libraries are told that the CPU is an older one: of another numeric class.
+"""A node whose libraries are told that the CPU is an older one: of another numeric class.
 
 `older_cpu.py NAME=VALUE,… COMMAND.py|MODULE arguments…`: sets the variables, which the libraries read when they are
 loaded, and becomes that command.

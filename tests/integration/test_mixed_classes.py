@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -63,7 +62,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mixed]:
         spans = [Span(0, manifest.layers // 2), Span(manifest.layers // 2, manifest.layers)]
         net.prepare(6)
         nodes = [
-            [net.add_node(model, span, command(pins), ["--price", str(1000 * (1 + number))]) for span in spans]
+            [net.add_node(model, span, command(pins), ["--price", str(10**9 * (1 + number))]) for span in spans]
             for number, pins in enumerate(PINS)
         ]
         key, _ = net.client_key()
@@ -81,19 +80,3 @@ async def test_honest_nodes_of_other_classes_pass_each_others_audits(mixed: Mixe
     assert not any(verdict.withheld.values())
     audited = await mixed.answer("audit", audit_probability=1.0)
     assert audited.verdict.passed and {check.how for check in audited.verdict.checks} == {"sketch"}
-
-
-async def test_a_cheater_in_a_class_of_its_own_is_named_by_two_other_classes(mixed: Mixed) -> None:
-    honest = await mixed.answer("off")
-    cheater = next(node for node in mixed.nodes[0] if node.span == mixed.spans[0])
-    await asyncio.to_thread(cheater.process.stop)
-    mixed.net.restart(cheater, mixed.model, command(PINS[0], str(FAULTS / "noisy_node.py")), ["--price", "10"])
-    await asyncio.to_thread(cheater.process.wait_for, "fault: row", 120.0)
-    await asyncio.to_thread(cheater.wait)
-    answer = await mixed.answer("full")
-    accusation = answer.verdict.accusations[0]
-    assert accusation.node == cheater.address and len(set(accusation.witnesses)) == 2
-    failed = next(check for check in answer.verdict.checks if check.passed is False)
-    assert failed.how == "sketch" and failed.error > 10 * failed.tolerance
-    assert answer.verdict.paid.get(cheater.address, 0) == 0 and answer.verdict.moved == [cheater.address]
-    assert len(answer.ids) == len(honest.ids)
