@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.session.auditing import Audit, Disagreement, arbitrate
 from tallystick.session.remote import Remote
-from tallystick_protocol.errors import CorruptResult, TallystickError, Unreachable
+from tallystick_protocol.errors import CorruptResult, LinkMismatch, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, Wei
+from tallystick_protocol.types import WINDOW, Address, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Books:
         self.pending: dict[Remote, dict[int, Receipt]] = {}
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
+        self._contradicted: dict[Remote, Address] = {}
         self._session = session
 
     async def keep(self) -> None:
@@ -45,6 +46,8 @@ class Books:
                 try:
                     self.check_hop(index, hop)
                     await self._pay_hop(index, hop)
+                except LinkMismatch as error:
+                    self._blame_one(index, error)
                 except TallystickError as error:
                     hop.failure = hop.failure or error
             for audit in list(session.audits):
@@ -76,6 +79,20 @@ class Books:
             hop.owe(receipt, window)
             session.verdict.receipts += 1
             session.work.set()
+
+    def _blame_one(self, index: int, error: LinkMismatch) -> None:
+        """A hop signed other rows than the one before. The same of its stand-in: then it is that one which sends others
+        than it signs for, and what it has sent in this window is wrong everywhere behind it."""
+        hop = self._session.hops[index]
+        before = self._session.hops[index - 1] if index else None
+        if before is not None and self._contradicted.get(before, hop.node) != hop.node:
+            wrong = before.standing.receipts[len(hop.standing.receipts)].first
+            lie = CorruptResult(f"{before.node} sends other rows than it signs for", hop=before.node, wrong_from=wrong)
+            before.failure = before.failure or lie
+            return
+        if before is not None:
+            self._contradicted[before] = hop.node
+        hop.failure = hop.failure or error
 
     def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
         """Raises CorruptResult unless the receipt says what was agreed for this window."""
