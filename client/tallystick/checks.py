@@ -38,9 +38,18 @@ class SignedOnce:
 
 
 def check_terms(
-    receipt: Receipt, terms: Terms, previous: Digest, want: tuple[bool, ...], context: Context, now: int
+    receipt: Receipt,
+    terms: Terms,
+    previous: Digest,
+    want: tuple[bool, ...],
+    context: Context,
+    now: int,
+    answer: tuple[bytes, bytes] = (ZERO32, ZERO32),
 ) -> None:
-    """Raises CorruptResult naming the field of a signed receipt that is not what was agreed."""
+    """Raises CorruptResult naming the field of a signed receipt that is not what was agreed.
+
+    answer: the challenge to the receipt before, and the root over the sketches that the node gave; zeros without any.
+    """
     expected = {
         "node": terms.node,
         "model": terms.model,
@@ -50,8 +59,8 @@ def check_terms(
         "start": terms.span.start,
         "end": terms.span.end,
         "previous": previous,
-        "challenge": ZERO32,
-        "sketches": ZERO32,
+        "challenge": answer[0],
+        "sketches": answer[1],
         "context": context.digest(),
     }
     for field, value in expected.items():

@@ -29,7 +29,7 @@ from tallystick.routing.reputation import Reputation
 from tallystick.routing.route import Route, choose, route_over
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
-from tallystick.session.setting import Setting, Sides
+from tallystick.session.setting import Setting, Sides, Sketches
 from tallystick.speculation.drafters import Drafter
 from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length
@@ -83,6 +83,8 @@ class Settings:
 
     admit_stock: with verify="off", use nodes of no numeric class for layers that nobody else serves (`admission`).
     wire: how hidden rows travel between hops: "f32", or rounded to "bf16" or "int8", which changes answers a little.
+    sketches: whether hops are asked for sketches, by which nodes of other classes can audit them: "auto" where nobody
+    else could, "on" or "off". Only of rows that travel as "f32".
     wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
     """
 
@@ -96,6 +98,7 @@ class Settings:
     audit_probability: float = AUDIT_PROBABILITY
     weights: Weights = field(default_factory=Weights)
     wire: Wire = "f32"
+    sketches: Sketches = "auto"
     wait_s: float = 30.0
     notify: Callable[[str], None] = log.warning
 
@@ -318,7 +321,7 @@ class AsyncClient(Tasks):
         setting = self._setting(record, manifest, stack, survey, max_length)
         held, shared, route = self._held(setting, route, prompt, verdict.policy)
         session = await self._open(setting, route, verdict)
-        if held is not None and session.holds.hops == held.hops:
+        if held is not None and session.holds.hops == held.hops and not session.sketching.is_on:
             try:
                 taken = await session.rewinding.take_over(held, 0, shared)
             except BaseException:
@@ -333,7 +336,7 @@ class AsyncClient(Tasks):
         """An earlier session that began with the same ids, how many, and its nodes, if they are still good enough."""
         usable = [c for c in setting.candidates if c.node not in self.banned]
         if verify == "full":
-            usable = checkable(usable, self.banned)
+            usable = checkable(usable, self.banned, self._compares)
         if (wanted := self.settings.numeric_class) is not None:
             usable = [c for c in usable if c.offer.numeric_class == wanted]
         for held, shared in self.prefixes.find(setting.form, ids):
@@ -386,16 +389,22 @@ class AsyncClient(Tasks):
 
         def find(usable: list[Candidate]) -> list[Candidate]:
             if verify == "full":
-                try:
-                    return among(checkable(usable, self.banned))
-                except NoRoute:
-                    pass  # then opening says which span nobody else can recompute
+                for across in (False, True) if self._compares else (False,):
+                    try:
+                        return among(checkable(usable, self.banned, across))
+                    except NoRoute:
+                        continue  # then opening says which span nobody else can recompute
             return among(usable)
 
         def among(usable: list[Candidate]) -> list[Candidate]:
             return choose(usable, work, stack, avoid=self.banned, numeric_class=settings.numeric_class).hops
 
         return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)
+
+    @property
+    def _compares(self) -> bool:
+        """Whether nodes of other classes can be auditors."""
+        return self.settings.sketches != "off" and self.settings.wire == "f32"
 
     def ban(self, verdict: Verdict) -> None:
         """Never again use the nodes that a verdict accuses."""
@@ -435,6 +444,8 @@ class AsyncClient(Tasks):
             ),
             work=self._workload(manifest, 0, max_length),
             reputation=self.reputation,
+            sketches=self.settings.sketches,
+            numeric_class=self.settings.numeric_class,
         )
 
     async def _prepay(self, needs: list[Need]) -> None:
@@ -462,7 +473,8 @@ class AsyncClient(Tasks):
                 await session.audit_at_end(coin.randrange(len(session.route)))
         await session.take_leave()
         setting = session.setting
-        if not session.one_shot and setting.top_k and setting.sides.memory is None:
+        is_plain = setting.top_k and setting.sides.memory is None and not session.sketching.is_on
+        if not session.one_shot and is_plain:
             self.prefixes.remember(session.holds)
 
     def _check_length(self, manifest: Manifest, prompt: int, new: int) -> None:

@@ -12,7 +12,11 @@ Policy = Literal["off", "audit", "full"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One window of one span, recomputed elsewhere. passed: None when nobody could say who was wrong."""
+    """One window of one span, recomputed elsewhere. passed: None when nobody could say who was wrong.
+
+    how: "hash" within a class, "sketch" across classes, "tolerance" in tuning. error: how far apart the two were, of
+    `tolerance`, up to which it passes; both 0 for hashes.
+    """
 
     span: Span
     positions: Positions
@@ -20,6 +24,8 @@ class Check:
     auditor: Address
     passed: bool | None
     how: str = "hash"
+    error: float = 0.0
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,10 @@ class Accusation:
 
 @dataclass(slots=True)
 class Verdict:
-    """The verdict on one answer. worst_error and tolerance are 0: within a class, results are equal or wrong.
+    """The verdict on one answer. worst_error and tolerance: of the check across classes that came nearest to failing;
+    0 without any: within a class, results are equal or wrong.
+
+    moved: nodes that were replaced by one of another class, whose bits are others.
 
     unverifiable: the hops that have no numeric class (setting `admit_stock`): nothing of what they did was checked.
     """
@@ -47,8 +56,15 @@ class Verdict:
     paid: dict[Address, Wei] = field(default_factory=dict)
     withheld: dict[Address, Wei] = field(default_factory=dict)
     unverifiable: list[tuple[Address, Span]] = field(default_factory=list)
+    moved: list[Address] = field(default_factory=list)
     worst_error: float = 0.0
     tolerance: float = 0.0
+
+    def note(self, check: Check) -> None:
+        """Add a check."""
+        self.checks.append(check)
+        if check.tolerance and check.error * self.tolerance >= self.worst_error * check.tolerance:
+            self.worst_error, self.tolerance = check.error, check.tolerance
 
     @property
     def passed(self) -> int:
@@ -65,6 +81,7 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """Whether failovers changed no bit: False when a node without a class was replaced by another one."""
+        """Whether failovers changed no bit: False when a node without a class was replaced by another one, or one by a
+        node of another class."""
         without_class = {node for node, _ in self.unverifiable}
-        return not any(lost in without_class for lost, _, _ in self.replaced)
+        return not self.moved and not any(lost in without_class for lost, _, _ in self.replaced)

@@ -66,6 +66,8 @@ class Kind(IntEnum):
     REGISTERED = 26
     CALL = 27
     RING = 28
+    CHALLENGE = 29
+    SKETCHES = 30
 
 
 class DType(IntEnum):

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.session.auditing import Audit, Disagreement, arbitrate
 from tallystick.session.remote import Remote
-from tallystick_protocol.errors import CorruptResult, LinkMismatch, TallystickError, Unreachable
+from tallystick.session.sketching import Undecided
+from tallystick.verdict import Check
+from tallystick_protocol.errors import CorruptResult, LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, Address, Wei
+from tallystick_protocol.types import WINDOW, ZERO32, Address, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Books:
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
         self._contradicted: dict[Remote, Address] = {}
+        self.undecided: dict[Remote, set[Address]] = {}
         self._session = session
 
     async def keep(self) -> None:
@@ -50,6 +53,7 @@ class Books:
                     self._blame_one(index, error)
                 except TallystickError as error:
                     hop.failure = hop.failure or error
+            await session.sketching.tend()
             for audit in list(session.audits):
                 audit.wake()
                 await self._tend_audit(audit)
@@ -63,6 +67,8 @@ class Books:
             receipt := _extension(hop, pending)
         ) is not None:
             window = session.window_index(receipt)
+            if hop.sketchbook.fields(hop.standing.previous(window)) is None:
+                return  # the answer that it carries was lost, and is being asked for again
             upstream = None
             if index:
                 above = session.hops[index - 1].standing.receipts
@@ -103,7 +109,9 @@ class Books:
         want = tuple(session.want[receipt.first : receipt.last])
         context = session.setting.context(remote.candidate.span, want)
         arrived = remote.arrivals.pop(receipt, int(time.time()))
-        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, arrived)
+        previous = remote.standing.previous(window)
+        answer = remote.sketchbook.fields(previous) or (ZERO32, ZERO32)
+        check_terms(receipt, remote.terms, previous, want, context, arrived, answer)
 
     def _result_rows(self, receipt: Receipt) -> list[bytes]:
         session = self._session
@@ -117,9 +125,9 @@ class Books:
         session, rows = self._session, 0
         audit = next((audit for audit in session.audits if audit.index == index), None)
         if audit is not None:
-            rows = hop.due_to(audit.approved)
+            rows = min(hop.due_to(audit.approved), session.sketching.payable(hop))
         elif index not in session.repair.unaudited:
-            rows = hop.rows_due
+            rows = session.sketching.payable(hop)
         await hop.pay(rows, session.setting.purse)
 
     # -- audits
@@ -129,7 +137,9 @@ class Books:
         hop = session.hops[audit.index]
         try:
             for check in audit.compare(hop):
-                session.verdict.checks.append(check)
+                session.verdict.note(check)
+        except Undecided as undecided:
+            self._ask_another(audit, hop, undecided)
         except Disagreement as disagreement:
             if audit.index not in self.disputes:
                 self.disputes[audit.index] = disagreement
@@ -143,6 +153,26 @@ class Books:
             await audit.remote.pay(audit.remote.due_to(audit.approved), session.setting.purse)
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
+
+    def _ask_another(self, audit: Audit, hop: Remote, undecided: Undecided) -> None:
+        """An auditor of another class could not say: another one is asked. After the second nobody is blamed, but the
+        hop is not kept."""
+        session, found = self._session, undecided.found
+        claim = hop.standing.receipts[undecided.window]
+        log.info("%s can neither clear nor blame %s in window %d", audit.remote.node, hop.node, undecided.window)
+        self.undecided.setdefault(hop, set()).add(audit.remote.node)
+        if len(self.undecided[hop]) > 1:
+            dispute = Disagreement(undecided.window, claim, audit.remote.standing.receipts[undecided.window])
+            dispute.failure = NoAuditor(f"two auditors could not say whether layers {claim.span} are right")
+            self.disputes.setdefault(audit.index, dispute)
+            return
+        session.verdict.note(
+            Check(
+                claim.span, claim.positions, hop.node, audit.remote.node, None, "sketch", found.error, found.tolerance
+            )
+        )
+        session.busy.add(audit.remote.node)
+        audit.remote.failure = audit.remote.failure or Unreachable("another auditor is asked", hop=audit.remote.node)
 
     async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
         """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""

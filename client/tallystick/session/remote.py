@@ -14,6 +14,7 @@ from tallystick.checks import SignedOnce, Terms
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
 from tallystick.session.line import COMMAND_TIMEOUT_S, Comeback, Line
+from tallystick.session.sketchbook import Sketchbook
 from tallystick_protocol.errors import (
     BadFrame,
     CorruptResult,
@@ -54,6 +55,7 @@ class Opening:
     top_k: int
     epoch: int = 0
     wire: Wire = "f32"
+    sketches: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class Remote:
         )
         self.standing = Standing()
         self._once = SignedOnce()
+        self.sketchbook = Sketchbook(opening.sketches)
         self.failure: TallystickError | None = None
         self.rewinds = True
         self.told: list[TallystickError] = []
@@ -171,6 +174,7 @@ class Remote:
                 expires=now + OPEN_LIFETIME_S,
             )
             body = {"open": seal(domain, asked, key), "epoch": opening.epoch, "wire": opening.wire}
+            body |= {"sketches": True} if opening.sketches else {}
             await channel.send(Frame(Kind.OPEN, body))
             answer = await expect(channel, Kind.OPENED, OPEN_TIMEOUT_S)
             opened, signer = unseal(domain, Opened, sealed_field(answer, "opened"))
@@ -178,6 +182,8 @@ class Remote:
                 raise Rejected(f"{candidate.node} did not sign this opening", hop=candidate.node)
             if opened.credit < candidate.offer.credit:
                 raise Rejected(f"{candidate.node} gives less credit than it offered", hop=candidate.node)
+            if opening.sketches and not take(answer.body, "sketches", bool, False):
+                raise Rejected(f"{candidate.node} gives no sketches", hop=candidate.node)
             remote = cls(candidate, opening, channel, domain, key.address)
             owed = Wei(int(take(answer.body, "owed", str)[:78]))
             voucher = take(answer.body, "voucher", bytes)
@@ -217,10 +223,14 @@ class Remote:
             self._once.check(receipt, digest(self._domain, receipt))
             if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
                 return  # signed before rows of it were taken back
+            if self._closes(receipt):
+                return
             self.arrivals[receipt] = int(time.time())
             hearing.on_receipt(self, receipt)
         elif frame.kind in (Kind.RESULT, Kind.TENSOR):
             hearing.on_result(self, frame)
+        elif frame.kind is Kind.SKETCHES:
+            self.sketchbook.take(self.node, frame)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
             if error.code == "payment_required" and "of" not in frame.body:
@@ -241,6 +251,15 @@ class Remote:
             self.told.append(error)
         else:
             raise BadFrame(f"{self.node} sent {frame.kind.name}")
+
+    def _closes(self, receipt: Receipt) -> bool:
+        """Whether a receipt closes the last window, over the sketches that were given of it. Raises CorruptResult."""
+        standing = self.standing
+        is_last = bool(standing.digests) and receipt.previous == standing.digests[-1]
+        if not is_last or not self.sketchbook.is_on or receipt.first != standing.receipts[-1].first:
+            return False
+        self.sketchbook.close(standing.receipts[-1], receipt, standing.digests[-1], int(time.time()))
+        return True
 
     def _is_overtaken(self, error: TallystickError) -> bool:
         """Whether a voucher was refused because a higher one of ours, from a session beside this, had arrived."""
@@ -325,6 +344,7 @@ class Remote:
     async def _rejoin(self, resumed: Frame) -> None:
         """The node lacks what was on its way: the last voucher, rows, a flush."""
         position, epoch = take(resumed.body, "position", int), take(resumed.body, "epoch", int)
+        self.sketchbook.ask_again()
         for frame in (self._voucher, self._flush):
             if frame is not None:
                 await self.line.send(frame)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import auditors
 from tallystick.session.auditing import Audit, Disagreement
 from tallystick.session.migration import FILL_TIMEOUT_S, Migration
 from tallystick.session.openings import LOOK_OUT_S
@@ -155,9 +154,7 @@ class Repair:
         """Auditors that have become neighbours of what they judge, or the hop itself, are changed."""
         session = self._session
         for audit in list(session.audits):
-            if audit.remote.candidate not in auditors(
-                session.setting.candidates, session.route, audit.index, session.unfit
-            ):
+            if not session.openings.may_audit(audit.remote.candidate, audit.index):
                 await self._change_auditor(audit)
 
     # -- moving a hop while it serves
@@ -273,13 +270,15 @@ class Repair:
         window = disagreement.window
         liar = ruling.liar if ruling is not None else None
         passed = False if liar is not None else None
-        self._session.verdict.checks.append(
+        found = disagreement.found
+        self._session.verdict.note(
             Check(
                 hop.candidate.span,
                 disagreement.hop.positions,
                 hop.node,
                 audit.remote.node,
                 passed if liar != audit.remote.node else None,
+                *(("hash",) if found is None else ("sketch", found.error, found.tolerance)),
             )
         )
         if ruling is not None:
@@ -292,7 +291,8 @@ class Repair:
         if liar != hop.node:
             await self._change_auditor(audit)
         if liar != audit.remote.node:
-            await self._expel(index, 0 if self._session.one_shot else window * WINDOW)
+            moves = not self.has_stand_in(index) and self._session.openings.admit_other_classes(index)
+            await self._expel(index, 0 if self._session.one_shot or moves else window * WINDOW)
 
     async def _change_auditor(self, audit: Audit) -> None:
         await audit.pause()

@@ -25,6 +25,7 @@ from tallystick.session.results import Results
 from tallystick.session.rewinding import Rewinding
 from tallystick.session.ring import Ring
 from tallystick.session.setting import Setting
+from tallystick.session.sketching import Sketching
 from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import (
@@ -71,6 +72,7 @@ class Session:
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self.books = Books(self)
         self.rewinding = Rewinding(self)
+        self.sketching = Sketching(self)
         self._flushed = -1
         self.work = asyncio.Event()
         self.news = asyncio.Event()
@@ -107,6 +109,11 @@ class Session:
         return all(hop.rewinds and has_class(hop.candidate) for hop in self.hops)
 
     @property
+    def is_flushed(self) -> bool:
+        """Whether every hop was told to sign for all rows that there are."""
+        return self._flushed == len(self.ids)
+
+    @property
     def has_audits(self) -> bool:
         return bool(self.audits or self.repair.unaudited)
 
@@ -114,6 +121,7 @@ class Session:
 
     async def open(self, audited: list[int]) -> None:
         """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor…"""
+        self.sketching.decide()
         drawn = {index: self.openings.draw_auditors(index) for index in audited}
         needed = [*self.route, *(c for possible in drawn.values() for c in possible[:1])]
         await self.openings.reserve_with_standbys(needed)
@@ -152,6 +160,7 @@ class Session:
         self.results.forget(position)
         self.watch.forget(position)
         self.repair.forget(position)
+        self.sketching.forget(position)
 
     # -- rows
 
@@ -236,7 +245,7 @@ class Session:
 
     async def flush_again(self, remote: Remote) -> None:
         """A hop that joins late is told what all others were told: to sign the last window as it is."""
-        if self._flushed == len(self.ids):
+        if self.is_flushed:
             await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
 
     async def flush(self) -> None:

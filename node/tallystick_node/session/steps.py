@@ -114,6 +114,7 @@ class Steps:
         if not more:
             rows, want, types = self._held, self._held_want, self._held_types
             self.drop_held()
+            hop.sketcher.types = types
             root = rows_root(bytes([kind]) for kind in types) if types else None
             hop.windows.side = replace(hop.windows.side, token_types=root)
             await self._compute(0, rows, want, hop.inbox.epoch, types)
@@ -186,6 +187,7 @@ class Steps:
                 segment = hop.rows.segment(hop.cache, start, rows, want, types)
                 result = await hop.shop.engine.forward(segment, hop.client, model=hop.model)
                 outputs = hop.rows.outputs(result, want)
+                scales = hop.rows.scales(result, want) if hop.sketcher.is_on else ()
             except (TallystickError, Withdrawn) as error:
                 hop.billing.refund(self._cost(rows))
                 if hop.cache is not None and hop.cache.length > start:
@@ -194,7 +196,7 @@ class Steps:
                 if isinstance(error, Withdrawn):
                     return False
                 raise
-            hop.record.append(rows, outputs, want)
+            hop.record.append(rows, outputs, want, scales)
             self.computed += len(rows)
             chosen = await hop.ring.turn(len(hop.record) - 1, outputs[-1])
             await self._deliver(Positions(start, len(hop.record)), chosen)
