@@ -23,7 +23,7 @@ from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.receipts import Receipt, rows_root
 from tallystick_protocol.signing import keccak, seal, unseal
-from tallystick_protocol.types import ZERO_ADDRESS, Positions, Wei
+from tallystick_protocol.types import ZERO_ADDRESS, Positions, Wei, window_of
 
 Bend = Callable[[Hop], None]
 
@@ -81,15 +81,35 @@ def copies_receipts(hop: Hop) -> None:
 def copies_roots(hop: Hop) -> None:
     """Signs what the hop before has signed: nothing was computed for it."""
 
-    def copied(index: int, claim: Claim) -> Claim:
-        heard = hop.windows._upstream.get(index)
-        return claim if heard is None else replace(claim, input=heard.input, output=heard.output)
+    def copied(receipt: Receipt) -> Receipt:
+        heard = hop.windows._upstream[window_of(receipt.first)]
+        return replace(receipt, input=heard.input, output=heard.output)
 
-    claiming(hop, copied)
+    signing(hop, copied)
+
+
+def complains(hop: Hop) -> None:
+    """Says of whoever comes before it that rows and receipts do not agree."""
+
+    def lie(_: int, claim: Claim) -> Claim:
+        return replace(claim, input=keccak(claim.input))
+
+    claiming(hop, lie)
+
+
+def signing(hop: Hop, lie: Callable[[Receipt], Receipt]) -> None:
+    """What the session signs is `lie` of what it would sign, and nothing is checked any more."""
+    next_unsigned = hop.windows.next_unsigned
+
+    def next_lie(now: int) -> Receipt | None:
+        receipt = next_unsigned(now)
+        return None if receipt is None else lie(receipt)
+
+    hop.windows.next_unsigned = next_lie  # type: ignore[method-assign]
 
 
 def claiming(hop: Hop, lie: Callable[[int, Claim], Claim]) -> None:
-    """What the session signs for a window is `lie` of the truth."""
+    """What the session takes for the truth about a window is `lie` of it."""
     claim = hop.record.claim
     hop.record.claim = lambda index: lie(index, claim(index))  # type: ignore[method-assign]
 
@@ -118,13 +138,7 @@ def two_faced(hop: Hop) -> None:
 
 def claims_other_input(hop: Hop) -> None:
     """Signs for rows that it did not get; the hop before has signed others."""
-    next_unsigned = hop.windows.next_unsigned
-
-    def lie(now: int) -> Receipt | None:
-        receipt = next_unsigned(now)
-        return None if receipt is None else replace(receipt, input=keccak(receipt.input))
-
-    hop.windows.next_unsigned = lie  # type: ignore[method-assign]
+    signing(hop, lambda receipt: replace(receipt, input=keccak(receipt.input)))
 
 
 # Money
@@ -266,6 +280,7 @@ BREAKING: dict[str, Breaking] = {
     "equivocating": Breaking("two receipts for one window", equivocates),
     "two_faced": Breaking("one receipt for the client, another one for the next hop", two_faced),
     "other_input": Breaking("signs for an input it did not get", claims_other_input),
+    "complaining": Breaking("says that its neighbours send wrong rows", complains),
     "overcharging": Breaking("claims debts that never were", overcharges),
     "charging_thrice": Breaking("takes three times its price", charges_thrice),
     "withholding": Breaking("stops once it was paid", withholds),
@@ -273,7 +288,7 @@ BREAKING: dict[str, Breaking] = {
     "right_for_audits": Breaking("right for audits, wrong for users", right_for_audits),
     "lazy_auditor": Breaking("an auditor that signs without computing", lazy),
     "lying_auditor": Breaking("an auditor that signs something else", lies),
-    "framing": Breaking("has its neighbour look guilty: other rows and another receipt for it than for the client", frames),
+    "framing": Breaking("other rows, and another receipt, for the next hop than for the client", frames),
     "colluding_liar": Breaking("sends the next hop other rows than it signs for", sends_others),
     "stubborn_liar": Breaking("the same, to auditors, too", partial(sends_others, stubborn=True)),
     "colluding_voucher": Breaking("signs to have got what it did not", vouches),

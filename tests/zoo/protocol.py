@@ -52,6 +52,7 @@ SCENARIOS: dict[str, Scenario] = {
     "equivocating": one("equivocating", "corrupt_result"),
     "two_faced": one("two_faced", "link_mismatch"),
     "other_input": one("other_input", "link_mismatch"),
+    "complaining": one("complaining", "corrupt_result"),
     "framing": one("framing", "corrupt_result"),
     "overcharging": one("overcharging", "rejected"),
     "charging_thrice": one("charging_thrice", "unreachable"),

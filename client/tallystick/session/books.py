@@ -92,8 +92,8 @@ class Books:
         hop = self._session.hops[index]
         before = self._session.hops[index - 1] if index else None
         if before is not None and self._contradicted.get(before, hop.node) != hop.node:
-            wrong = before.standing.receipts[len(hop.standing.receipts)].first
-            lie = CorruptResult(f"{before.node} sends other rows than it signs for", hop=before.node, wrong_from=wrong)
+            self._session.repair.wrong_from[before] = hop.standing.covered
+            lie = CorruptResult(f"{before.node} sends other rows than it signs for", hop=before.node)
             before.failure = before.failure or lie
             return
         if before is not None:
