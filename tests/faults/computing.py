@@ -247,8 +247,10 @@ def under_tolerance(model: SpanModel) -> None:
 
     def answer(segment: Segment, rows: torch.Tensor) -> torch.Tensor:
         drawn = torch.randn(rows.shape, generator=generator)
+        if not len(rows):
+            return rows
         if model.is_last:
-            return rows + UNDER * results_limit * rows.std(dim=-1, keepdim=True) * drawn
+            return rows + UNDER * results_limit * rows.std(dim=-1, keepdim=True, correction=0) * drawn
         return rows + UNDER * rows_limit * added(model, segment, rows) * drawn / drawn.norm(dim=-1, keepdim=True)
 
     answering(model, answer)

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- zoo -->", "<!-- end of zoo -->"
-HEAD = "| cheater | what it does | caught by | in one audit | across classes | audits to 99 %: own class, other |"
+HEAD = (
+    "| cheater | what it does | caught by | in one audit | across classes, `fp32` | `bf16w` |"
+    " audits to 99 %: own class, `fp32`, `bf16w` |"
+)
+COUNTS = ("audits_to_99", "audits_to_99_across_classes", "audits_to_99_across_classes_bf16w")
 
 AUDITED = 0.05 / 3
 """The chance that a span of a session over three hops is audited by default."""
@@ -27,13 +31,15 @@ def sessions_to_99(detected: float, audited: float = AUDITED) -> int | None:
 
 
 def row(name: str, one: Mapping[str, Any]) -> str:
-    across, audits = one["detected_across_classes"], [one["audits_to_99"], one["audits_to_99_across_classes"]]
-    cells = [name, one["what"], one["check"], f"{one['detected']:.2f}", "-" if across is None else f"{across:.2f}"]
-    return "| " + " | ".join([*cells, ", ".join("-" if count is None else str(count) for count in audits)]) + " |"
+    across = [one["detected_across_classes"], one["detected_across_classes_bf16w"]]
+    cells = [name, one["what"], one["check"], f"{one['detected']:.2f}"]
+    cells += ["-" if share is None else f"{share:.2f}" for share in across]
+    counts = ["-" if one[count] is None else str(one[count]) for count in COUNTS]
+    return "| " + " | ".join([*cells, ", ".join(counts)]) + " |"
 
 
 def lines(cheaters: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [HEAD, "|---|---|---|---|---|---|", *(row(name, one) for name, one in cheaters.items())]
+    return [HEAD, "|---|---|---|---|---|---|---|", *(row(name, one) for name, one in cheaters.items())]
 
 
 def put_table(page: Path, cheaters: Mapping[str, Mapping[str, Any]]) -> None:
