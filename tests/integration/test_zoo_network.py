@@ -97,7 +97,7 @@ async def honest_windows(running: Running, number: int) -> None:
 
 
 async def test_honest_processes_are_not_accused(running: Running) -> None:
-    await honest_windows(running, 12)
+    await honest_windows(running, 9)
 
 
 @pytest.mark.nightly
