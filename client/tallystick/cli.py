@@ -22,6 +22,7 @@ from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import check_can_register, cut, register, serve_content
 from tallystick.routing import cli as routing
+from tallystick.session.setting import SKETCHES
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick_protocol.chain.book import load_book
@@ -73,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--key", type=Path, default=os.environ.get("TALLYSTICK_KEY"))
     parser.add_argument("--password-file", type=Path, default=os.environ.get("TALLYSTICK_PASSWORD_FILE"))
     parser.add_argument("--source", action="append", default=[], help="a gateway to fetch content from")
+    parser.add_argument(
+        "--sketches",
+        choices=SKETCHES,
+        default="auto",
+        help="have hops answer challenges by which other numeric classes can check them; auto: where no other can",
+    )
     parser.add_argument(
         "--wire", choices=WIRES, default="f32",
         help="how hidden rows travel between nodes; bf16 and int8 save bytes and change answers a little",
@@ -171,6 +178,7 @@ def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
         rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
         wire=options.wire,
+        sketches=options.sketches,
         notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
     )  # fmt: skip
     return AsyncClient(_key(options), settings)

@@ -24,7 +24,7 @@ from tallystick.routing.candidates import Candidate
 from tallystick.session.repair import RolledBack
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
-from tallystick.session.setting import Setting
+from tallystick.session.setting import Setting, Sketches
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick.verdict import Policy, Verdict
 from tallystick_model.segments import Segment
@@ -229,6 +229,7 @@ class World:
         self.key = samples.key("client")
         self.purse = Purse(self.chain, self.key, Wei(10**24))  # type: ignore[arg-type]
         self.waited: list[str] = []
+        self.sketches: Sketches = "auto"
         self.client_ends: set[End] = set()
 
     async def connect(self, node: Address, by: Node | None = None) -> End:
@@ -275,7 +276,7 @@ class World:
             peers=peers, key=self.key, domain=STAKING, purse=self.purse, manifest=self.manifest,
             stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16, wire=wire,
             on_replaced=lambda: None, wait_s=wait_s, look_again=self.look,
-            on_waiting=lambda error: self.waited.append(error.message),
+            on_waiting=lambda error: self.waited.append(error.message), sketches=self.sketches,
         )  # fmt: skip
         route = [next(c for c in candidates if c.offer.span == span) for span in self.spans]
         return Session(setting, route, Verdict(policy))

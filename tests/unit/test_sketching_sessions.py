@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 from harness.small_models import Models, fast
-from harness.small_world import Node, World, generate
+from harness.small_world import PRICE, Node, World, generate
+from harness.small_world import audited as audited_hops
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
 from tallystick.speculation.steps import Speculation, Steps
-from tallystick_protocol.errors import NoAuditor, TallystickError
+from tallystick_protocol.errors import NoAuditor, NoRoute, TallystickError
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
@@ -61,15 +64,38 @@ def play(
     async def run() -> tuple[World, Session, Any]:
         world = mixed(models, folder, **options)
         prepare(world)
-        session = await world.session(policy)  # type: ignore[arg-type]
         try:
-            result = await work(world, session)
+            session = await world.prepare(policy, 60.0)  # type: ignore[arg-type]
+            try:
+                await session.open(audited_hops(session))
+                result = await work(world, session)
+            finally:
+                await session.close()
+            assert await world.leftovers() == []
+            return world, session, result
         finally:
-            await session.close()
-        assert await world.leftovers() == []
-        return world, session, result
+            for node in world.nodes.values():
+                await node.kill()
 
     return fast(run)
+
+
+def instead(node: Node, change: Callable[[Frame], Frame | None]) -> None:
+    """Have a node send something else in place of its sketches, or nothing."""
+    before = node.accept
+
+    def accept(end: Any) -> None:
+        send = end.send
+
+        async def other(frame: Frame) -> None:
+            changed = change(frame) if frame.kind is Kind.SKETCHES else frame
+            if changed is not None:
+                await send(changed)
+
+        end.send = other
+        before(end)
+
+    node.accept = accept  # type: ignore[method-assign]
 
 
 async def answer(world: World, session: Session) -> list[int]:
@@ -154,7 +180,9 @@ def test_a_cheater_is_named_by_two_other_classes_and_one_of_them_takes_its_place
     verdict, cheater = session.verdict, copies_of(world, 0)[index].address
     assert [accusation.node for accusation in verdict.accusations] == [cheater]
     assert len(set(verdict.accusations[0].witnesses)) == 2
-    assert verdict.moved == [cheater] and not verdict.exact and verdict.paid.get(cheater, 0) == 0
+    assert verdict.moved == [cheater] and not verdict.exact
+    unwanted = 32 * 2 * PRICE if index == 2 else 0  # of the first window no result was wanted
+    assert verdict.paid.get(cheater, 0) == unwanted
     failed = [check for check in verdict.checks if check.passed is False]
     assert [check.node for check in failed] == [cheater] and failed[0].error > 20 * failed[0].tolerance
     assert ids == expected
@@ -179,7 +207,7 @@ def test_between_the_zones_another_auditor_is_asked_and_nobody_is_blamed(models:
     def drift(world: World) -> None:
         copies_of(world, 0)[1].device.noise = 3e-5
 
-    world, session, ids = play(models, tmp_path, answer, prepare=drift, classes=3)
+    world, session, ids = play(models, tmp_path, answer, prepare=drift, classes=4)
     verdict = session.verdict
     undecided = [check for check in verdict.checks if check.passed is None]
     drifter = copies_of(world, 0)[1].address
@@ -192,11 +220,11 @@ def test_between_the_zones_another_auditor_is_asked_and_nobody_is_blamed(models:
 def test_bf16w_spans_of_other_classes_pass_within_their_own_tolerance(models: Models, tmp_path: Path) -> None:
     def round_more(world: World) -> None:
         for node in copies_of(world, 1):
-            node.device.noise = 3e-4
+            node.device.noise = 5e-5
 
     _, session, _ = play(models, tmp_path, answer, prepare=round_more, numerics="bf16w")
     assert session.verdict.failed == 0 and session.verdict.passed == 9
-    assert 1e-4 < session.verdict.worst_error < session.verdict.tolerance
+    assert 1e-5 < session.verdict.worst_error < session.verdict.tolerance
 
 
 # -- whatever else sessions do
@@ -248,11 +276,18 @@ def test_drafts_and_the_ring_give_the_same_tokens(models: Models, tmp_path: Path
         return await generate(session, PROMPT, COUNT, steps=steps)
 
     async def ring(world: World, session: Session) -> list[int]:
-        return await generate(session, PROMPT, COUNT, steps=Ring(session, Sampling(), len(PROMPT) + COUNT, frozenset()))
+        return await generate(session, PROMPT, COUNT, steps=Ring(session, Sampling(), (), len(PROMPT) + COUNT))
 
     for name, work in (("drafts", draft), ("ring", ring)):
         _, session, ids = play(models, tmp_path / name, work)
         assert ids == expected and session.verdict.failed == 0 and session.verdict.passed >= 9
+
+
+def of_one_operator(world: World) -> None:
+    """Two nodes of the first class, of one operator: it can replace itself, and not check itself."""
+    for one, other in zip(copies_of(world, 0), copies_of(world, 1), strict=True):
+        other.become("class")
+        other.candidate = dataclasses.replace(other.candidate, operator=one.address, payee=one.address)
 
 
 @pytest.mark.parametrize("what", ["kill", "cut", "auditor"])
@@ -266,8 +301,6 @@ def test_hops_and_auditors_may_be_lost_and_come_back(
             else:
                 copies_of(world, 0 if what == "cut" else 2)[1].cut()
 
-        import asyncio
-
         going: list[Any] = []
 
         def on_token(reached: int) -> None:
@@ -279,41 +312,80 @@ def test_hops_and_auditors_may_be_lost_and_come_back(
         assert sketched(session)
         return ids
 
-    def same_operator(world: World) -> None:
-        """Two nodes of the first class, of one operator: it can replace itself, and not check itself."""
-        for one, other in zip(copies_of(world, 0), copies_of(world, 1), strict=True):
-            import dataclasses
-
-            other.become("class")
-            other.candidate = dataclasses.replace(other.candidate, operator=one.address, payee=one.address)
-
-    _, session, ids = play(models, tmp_path, lose, prepare=same_operator, classes=3)
+    _, session, ids = play(models, tmp_path, lose, prepare=of_one_operator, classes=3)
     assert ids == expected and session.verdict.accusations == [] and session.sketching.is_on
     assert bool(session.verdict.replaced) == (what == "kill")
     assert {check.how for check in session.verdict.checks} == {"sketch"}
 
 
-def test_a_hop_that_sketches_other_rows_than_it_sent_is_found_by_its_neighbour(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hop_that_sketches_other_rows_than_it_sent_is_found_by_its_neighbour(models: Models, tmp_path: Path) -> None:
     def lie(world: World) -> None:
-        node = copies_of(world, 0)[1]
-        before = node.accept
+        def other(frame: Frame) -> Frame:
+            tensor = bytearray(frame.tensor)
+            tensor[70] ^= 0x40
+            return Frame(frame.kind, frame.body, frame.position, frame.dtype, frame.shape, bytes(tensor))
 
-        def accept(end: Any) -> None:
-            send = end.send
+        instead(copies_of(world, 0)[1], other)
 
-            async def other(frame: Frame) -> None:
-                if frame.kind is Kind.SKETCHES:
-                    tensor = bytearray(frame.tensor)
-                    tensor[70] ^= 0x40
-                    frame = Frame(frame.kind, frame.body, frame.position, frame.dtype, frame.shape, bytes(tensor))
-                await send(frame)
-
-            end.send = other
-            before(end)
-
-        node.accept = accept  # type: ignore[method-assign]
-
-    with pytest.raises(TallystickError):
+    with pytest.raises(NoRoute):
         play(models, tmp_path, answer, "audit", prepare=lie)
+
+
+def test_a_hop_that_does_not_answer_is_replaced(models: Models, tmp_path: Path, expected: list[int]) -> None:
+    def keep_silent(world: World) -> None:
+        of_one_operator(world)
+        instead(copies_of(world, 0)[1], lambda frame: None)
+
+    world, session, ids = play(models, tmp_path, answer, prepare=keep_silent, classes=3)
+    silent = copies_of(world, 0)[1].address
+    assert ids == expected and [lost for lost, _, _ in session.verdict.replaced] == [silent]
+    assert session.verdict.paid[silent] == 0 and session.verdict.accusations == []
+
+
+def test_a_class_with_two_operators_checks_itself_by_hashes_beside_sketched_spans(
+    models: Models, tmp_path: Path, expected: list[int]
+) -> None:
+    _, session, ids = play(models, tmp_path, answer, prepare=lambda world: copies_of(world, 1)[0].become("class"))
+    assert ids == expected and session.sketching.is_on and session.verdict.failed == 0
+    ways = {(check.span.start, check.how) for check in session.verdict.checks}
+    assert ways == {(0, "hash"), (1, "sketch"), (2, "sketch")}
+
+
+def test_a_second_challenge_to_one_receipt_is_refused(models: Models, tmp_path: Path) -> None:
+    async def ask_twice(world: World, session: Session) -> str:
+        await session.feed(PROMPT)
+        await session.finish()
+        hop = session.hops[1]
+        body = {"receipt": hop.standing.digests[0], "challenge": bytes(32)}
+        await hop.send(Frame(Kind.CHALLENGE, body))
+        while hop.failure is None:
+            await asyncio.sleep(0.01)
+        return hop.failure.code
+
+    _, _, code = play(models, tmp_path, ask_twice)
+    assert code == "bad_message"
+
+
+def test_rounded_wires_go_without_sketches_and_nodes_refuse_them_there(models: Models, tmp_path: Path) -> None:
+    async def rounded() -> tuple[bool, str]:
+        world = mixed(models, tmp_path)
+        session = await world.prepare("audit", 0.0, "bf16")
+        session.sketching.decide()
+        is_on, session.sketching.is_on = session.sketching.is_on, True
+        with pytest.raises(TallystickError) as raised:
+            await session.openings.connect(session.route[0], session.openings.opening(0))
+        await session.close()
+        return is_on, raised.value.code
+
+    assert fast(rounded) == (False, "bad_message")
+
+
+def test_where_only_one_other_class_is_left_and_cannot_say_the_answer_ends_without_blame(
+    models: Models, tmp_path: Path
+) -> None:
+    def drift(world: World) -> None:
+        copies_of(world, 0)[1].device.noise = 3e-5
+
+    with pytest.raises(TallystickError) as raised:
+        play(models, tmp_path, answer, prepare=drift)
+    assert raised.value.code in ("no_route", "no_auditor")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from tallystick.checks import check_input, check_output, check_terms
@@ -34,7 +35,7 @@ class Books:
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
         self._contradicted: dict[Remote, Address] = {}
-        self.undecided: dict[Remote, set[Address]] = {}
+        self.undecided: Counter[Remote] = Counter()
         self._session = session
 
     async def keep(self) -> None:
@@ -139,7 +140,7 @@ class Books:
             for check in audit.compare(hop):
                 session.verdict.note(check)
         except Undecided as undecided:
-            self._ask_another(audit, hop, undecided)
+            await self._ask_another(audit, hop, undecided)
         except Disagreement as disagreement:
             if audit.index not in self.disputes:
                 self.disputes[audit.index] = disagreement
@@ -154,14 +155,18 @@ class Books:
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
 
-    def _ask_another(self, audit: Audit, hop: Remote, undecided: Undecided) -> None:
-        """An auditor of another class could not say: another one is asked. After the second nobody is blamed, but the
-        hop is not kept."""
+    async def _ask_another(self, audit: Audit, hop: Remote, undecided: Undecided) -> None:
+        """An auditor of another class could not say: it is paid, and another one asked. After the second nobody is
+        blamed, but the hop is not kept."""
         session, found = self._session, undecided.found
         claim = hop.standing.receipts[undecided.window]
         log.info("%s can neither clear nor blame %s in window %d", audit.remote.node, hop.node, undecided.window)
-        self.undecided.setdefault(hop, set()).add(audit.remote.node)
-        if len(self.undecided[hop]) > 1:
+        self.undecided[hop] += 1
+        try:
+            await audit.remote.pay(audit.remote.rows_due, session.setting.purse)
+        except Unreachable as error:
+            log.info("the auditor %s is gone (%s)", audit.remote.node, error)
+        if self.undecided[hop] > 1:  # perhaps of the same one: there may be no other
             dispute = Disagreement(undecided.window, claim, audit.remote.standing.receipts[undecided.window])
             dispute.failure = NoAuditor(f"two auditors could not say whether layers {claim.span} are right")
             self.disputes.setdefault(audit.index, dispute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from tallystick.payments import Need, Purse
 from tallystick.prefixes import Form
@@ -22,6 +22,7 @@ from tallystick_protocol.wire import Wire
 
 Sketches = Literal["auto", "on", "off"]
 """Whether hops are asked for sketches: "auto" where an answer may be audited and only other classes can do it."""
+SKETCHES: tuple[Sketches, ...] = get_args(Sketches)
 
 
 @dataclass(frozen=True, slots=True)

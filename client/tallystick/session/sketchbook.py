@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from tallystick_protocol.errors import CorruptResult
@@ -40,6 +41,10 @@ class Sketchbook:
     def ask_again(self) -> None:
         """What was on its way is lost: everything without an answer is to be asked again, the same."""
         self._asked = {digest: asked for digest, asked in self._asked.items() if digest in self.answers}
+
+    def owes(self, digests: Iterable[Digest]) -> bool:
+        """Whether one of these receipts was challenged and the answer is still to come."""
+        return any(digest in self._asked and digest not in self.answers for digest in digests)
 
     def take(self, node: Address, frame: Frame) -> None:
         """Keep an answer. Raises CorruptResult for one that is none to what was asked."""

@@ -99,17 +99,28 @@ class Sketching:
                 except Unreachable:
                     return  # whoever mends that has it asked again
 
+    def late(self) -> int | None:
+        """The first hop that owes an answer, or its closing receipt."""
+        for index, hop in enumerate(self._session.hops):
+            book, digests = hop.sketchbook, hop.standing.digests
+            if book.owes(digests) or (self._is_complete(hop) and book.is_on and book.closed != digests[-1]):
+                return index
+        return None
+
+    def _is_complete(self, hop: Remote) -> bool:
+        """Whether the last rows there are were flushed and signed by a hop."""
+        return self._session.is_flushed and hop.standing.covered == len(self._session.ids) > 0
+
     def payable(self, hop: Remote) -> int:
         """The rows that a hop may be paid: of windows whose sketches are in, and of the last one when a closing receipt
         carries them."""
-        book, standing, session = hop.sketchbook, hop.standing, self._session
+        book, standing = hop.sketchbook, hop.standing
         if not book.is_on:
             return hop.rows_due
         given = next((at for at, digest in enumerate(standing.digests) if digest not in book.answers), None)
         if given is not None:
             return hop.due_to(given)
-        is_closing = session.is_flushed and standing.covered == len(session.ids)
-        if standing.digests and is_closing and book.closed != standing.digests[-1]:
+        if self._is_complete(hop) and book.closed != standing.digests[-1]:
             return hop.due_to(len(standing.digests) - 1)
         return hop.rows_due
 
@@ -185,7 +196,8 @@ class Sketching:
                 self._challenges[window] = Challenge(positions, secrets.token_bytes(CHALLENGE_BYTES))
 
     def _check_links(self) -> None:
-        """A link that does not hold is the pair's fault: both are replaced, neither is blamed."""
+        """A link that does not hold is the pair's fault: both are replaced and not used in this session again, neither
+        is blamed."""
         hops = self._session.hops
         for window in range(min(len(hop.standing.receipts) for hop in hops)):
             digests = tuple(hop.standing.digests[window] for hop in hops)
@@ -198,6 +210,7 @@ class Sketching:
             for at, (before, after) in enumerate(pairwise(ends)):
                 if before is not None and after is not None and not is_linked(*_shared(before, after)):
                     for hop in hops[at : at + 2]:
+                        self._session.avoid.add(hop.node)
                         hop.failure = hop.failure or _mismatch(hop, "sketched other rows than its neighbour")
                     return
             self._linked[window] = digests

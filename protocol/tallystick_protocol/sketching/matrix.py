@@ -27,7 +27,10 @@ def matrix(challenge: bytes, width: int) -> Any:
         raise ValueError(f"a challenge has {CHALLENGE_BYTES} bytes, not {len(challenge)}")
     drawn = hashlib.shake_128(challenge).digest(M * width // 8)
     bits = np.unpackbits(np.frombuffer(drawn, dtype=np.uint8), bitorder="little")
-    return (bits.astype(np.float64) - 0.5).reshape(M, width) * (2 / np.sqrt(M))
+    signs = bits.astype(np.float64)
+    signs -= 0.5
+    signs *= 2 / np.sqrt(M)
+    return signs.reshape(M, width)
 
 
 def project(rows: Any, s: Any) -> Any:

@@ -24,6 +24,8 @@ from tallystick_protocol.types import Digest, Positions
 
 VALUES = 2 * M + 1
 ROW_BYTES = 4 * VALUES
+BLOCK_VALUES = 1 << 14
+"""Sketched at a time: what is larger, the system gives and takes back each time, which takes longer than the sums."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,15 +80,18 @@ def sketch(
     entered: (n, width) float32. left: (n, width) float32, NaN in rows that nobody wanted; None where no hidden rows
     leave. scales: (n,), where none do. Computed in float64, rounded once.
     """
-    entered = np.asarray(entered, dtype=np.float64)
     s = matrix(challenge, entered.shape[1])
     rows = np.zeros((len(positions), VALUES))
-    rows[:, :M] = project(entered, s)
-    if left is not None:
-        added = np.asarray(left, dtype=np.float64) - entered
-        added[np.isnan(added).all(axis=1)] = 0.0
-        rows[:, M : 2 * M] = project(added, s)
-        rows[:, 2 * M] = np.sqrt(np.square(added).sum(axis=1))
-    elif scales is not None:
+    few = max(BLOCK_VALUES // entered.shape[1], 1)
+    for begin in range(0, len(positions), few):
+        part = slice(begin, begin + few)
+        came = entered[part].astype(np.float64)
+        rows[part, :M] = project(came, s)
+        if left is not None:
+            added = left[part].astype(np.float64) - came
+            added[np.isnan(added[:, 0])] = 0.0
+            rows[part, M : 2 * M] = project(added, s)
+            rows[part, 2 * M] = np.sqrt(np.einsum("ij,ij->i", added, added))
+    if left is None and scales is not None:
         rows[:, 2 * M] = scales
     return Sketches(challenge, positions, rows.astype(np.float32))
