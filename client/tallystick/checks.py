@@ -22,6 +22,21 @@ class Terms:
     span: Span
 
 
+class SignedOnce:
+    """What one hop has signed in one session: a window has one claim for each revision."""
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[int, int], Digest] = {}
+
+    def check(self, receipt: Receipt, its_digest: Digest) -> None:
+        """Raises CorruptResult for a second claim; the same receipt may come again."""
+        if self._digests.setdefault((receipt.first, receipt.revision), its_digest) != its_digest:
+            raise CorruptResult(
+                f"{receipt.node} signed two receipts for positions {receipt.positions}, revision {receipt.revision}",
+                hop=receipt.node,
+            )
+
+
 def check_terms(
     receipt: Receipt,
     terms: Terms,

@@ -16,9 +16,9 @@ from tallystick.session.auditing import Audit, Disagreement, arbitrate
 from tallystick.session.remote import Remote
 from tallystick.session.sketching import Undecided
 from tallystick.verdict import Check
-from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
+from tallystick_protocol.errors import CorruptResult, LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, ZERO32, Wei
+from tallystick_protocol.types import WINDOW, ZERO32, Address, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Books:
         self.pending: dict[Remote, dict[int, Receipt]] = {}
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
+        self._contradicted: dict[Remote, Address] = {}
         self.undecided: Counter[Remote] = Counter()
         self._session = session
 
@@ -49,6 +50,8 @@ class Books:
                 try:
                     self.check_hop(index, hop)
                     await self._pay_hop(index, hop)
+                except LinkMismatch as error:
+                    self._blame_one(index, error)
                 except TallystickError as error:
                     hop.failure = hop.failure or error
             await session.sketching.tend()
@@ -83,6 +86,20 @@ class Books:
             hop.owe(receipt, window)
             session.verdict.receipts += 1
             session.work.set()
+
+    def _blame_one(self, index: int, error: LinkMismatch) -> None:
+        """A hop signed other rows than the one before. The same of its stand-in: then it is that one which sends others
+        than it signs for, and what it has sent in this window is wrong everywhere behind it."""
+        hop = self._session.hops[index]
+        before = self._session.hops[index - 1] if index else None
+        if before is not None and self._contradicted.get(before, hop.node) != hop.node:
+            self._session.repair.wrong_from[before] = hop.standing.covered
+            lie = CorruptResult(f"{before.node} sends other rows than it signs for", hop=before.node)
+            before.failure = before.failure or lie
+            return
+        if before is not None:
+            self._contradicted[before] = hop.node
+        hop.failure = hop.failure or error
 
     def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
         """Raises CorruptResult unless the receipt says what was agreed for this window."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tallystick.checks import Terms
+from tallystick.checks import SignedOnce, Terms
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
 from tallystick.session.line import COMMAND_TIMEOUT_S, Comeback, Line
@@ -117,6 +117,7 @@ class Remote:
             candidate.span,
         )
         self.standing = Standing()
+        self._once = SignedOnce()
         self.sketchbook = Sketchbook(opening.sketches)
         self.failure: TallystickError | None = None
         self.rewinds = True
@@ -219,6 +220,7 @@ class Remote:
             receipt, signer = unseal(self._domain, Receipt, sealed_field(frame, "receipt"))
             if signer != self.candidate.signer:
                 raise CorruptResult(f"a receipt of {self.node} is signed by {signer}", hop=self.node)
+            self._once.check(receipt, digest(self._domain, receipt))
             if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
                 return  # signed before rows of it were taken back
             if self._closes(receipt):

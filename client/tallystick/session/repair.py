@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 SETTLE_TIMEOUT_S = 60.0
 INSIST_S = 0.3
 LEASE_S = 20.0
+COMPLAINTS = ("link_mismatch", "bad_tensor", "bad_position")
+"""What a hop says of rows or receipts of the one before."""
 
 
 class RolledBack(Exception):
@@ -49,6 +51,8 @@ class Repair:
         self._migration: Migration | None = None
         self._unmoved: set[int] = set()
         self._parted: set[tuple[str, str]] = set()
+        self._complaints: dict[Remote, str] = {}
+        self.wrong_from: dict[Remote, int] = {}
         self.unaudited: dict[int, float] = {}
         self._tried_at: dict[int, float] = {}
         self._pointed: dict[Remote, asyncio.Future[None]] = {}
@@ -79,7 +83,10 @@ class Repair:
                 named = next(
                     (i for i, other in enumerate(self._session.hops) if other.node == error.fields.get("hop")), None
                 )
-                if named is not None:  # else it has been replaced meanwhile
+                if named is not None and not self._is_believed(hop, error):
+                    hop.failure = hop.failure or CorruptResult(f"{hop.node} complains of everybody", hop=hop.node)
+                elif named is not None:  # else it has been replaced meanwhile
+                    self._note_wrong(self._session.hops[named], error)
                     self._session.hearsay.add(self._session.hops[named].node)
                     await self._lose(named, error)
                 return True
@@ -95,6 +102,20 @@ class Repair:
         await self._find_auditors()
         return await self._finish_migration()
 
+    def _is_believed(self, hop: Remote, error: TallystickError) -> bool:
+        """A hop says that another one sends or signs wrong rows: it is believed once. Who says the same of that one's
+        stand-in lies, or has computed on what the first one sent; either way it is itself replaced."""
+        if error.code not in COMPLAINTS:
+            return True
+        named = str(error.fields.get("hop"))
+        return self._complaints.setdefault(hop, named) == named
+
+    def _note_wrong(self, hop: Remote, error: TallystickError) -> None:
+        """What a hop has sent in a window that it signed otherwise is wrong everywhere behind it."""
+        first = error.fields.get("first")
+        if error.code == "link_mismatch" and type(first) is int and 0 <= first < len(self._session.ids):
+            self.wrong_from[hop] = first
+
     async def _mend(self, index: int, failure: TallystickError) -> None:
         """A hop failed: replace it, unless another one would fail alike."""
         if failure.code in ("insufficient_funds", "context_length_exceeded"):
@@ -106,7 +127,9 @@ class Repair:
         """A hop is gone. Whoever stands in for one without a class computes other bits: all begins anew then."""
         wrong = failure.fields.get("wrong_from")
         known = len(self._session.ids)
-        if type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # rows that the ring was fed with a false token
+        if (first := self.wrong_from.pop(self._session.hops[index], known)) < known:
+            await self._expel(index, 0 if self._session.one_shot else first // WINDOW * WINDOW, failure)
+        elif type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # the ring was fed with a false token
             self._session.hops[index].failure = None
             await self._expel(index, wrong // WINDOW * WINDOW, failure)
         elif has_class(self._session.hops[index].candidate):
