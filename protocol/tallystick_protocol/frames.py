@@ -66,6 +66,8 @@ class Kind(IntEnum):
     REGISTERED = 26
     CALL = 27
     RING = 28
+    FETCH = 33
+    KEPT = 34
 
 
 class DType(IntEnum):

@@ -47,6 +47,7 @@ class Disagreement(Exception):
         self.auditor = auditor
         self.ruling: Ruling | None = None
         self.failure: TallystickError | None = None
+        self.evidence = ""
 
 
 class Audit:

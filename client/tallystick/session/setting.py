@@ -50,7 +50,8 @@ class Setting:
     wire: how hidden rows travel between hops (`tallystick_protocol.wire`).
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
-    reputation: learns what its nodes deliver.
+    reputation: learns what its nodes deliver. keep_evidence: stores a bundle against a hop that was found wrong, and
+    returns its CID; None: none is gathered.
     """
 
     peers: Peers
@@ -70,6 +71,7 @@ class Setting:
     on_waiting: Callable[[NoRoute], None] = lambda _: None
     work: Workload = field(default_factory=lambda: Workload(0))
     reputation: Reputation = field(default_factory=Reputation)
+    keep_evidence: Callable[[bytes], str] | None = None
 
     @property
     def one_shot(self) -> bool:
