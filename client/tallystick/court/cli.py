@@ -80,7 +80,8 @@ def _about(evidence: Evidence, cid: Cid) -> dict[str, Any]:
     accused, bundle = evidence.accused, evidence.bundle
     return {
         "cid": str(cid), "node": accused.node, "model": "0x" + accused.model.hex(),
-        "layers": [accused.start, accused.end], "positions": [accused.first, accused.last], "class": accused.numeric_class.hex(), "signed_at": accused.at,
+        "layers": [accused.start, accused.end], "positions": [accused.first, accused.last],
+        "class": accused.numeric_class.hex(), "signed_at": accused.at,
         "receipt": "0x" + evidence.digest.hex(), "outputs": bundle.outputs is not None, "bytes": len(bundle.encode()),
     }  # fmt: skip
 
