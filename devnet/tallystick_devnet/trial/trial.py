@@ -1,4 +1,4 @@
-"""`scripts/trial`: nine nodes, of which one cheats and one is lazy, and a false accuser; all figures are the chain's."""
+"""`scripts/trial`: nine nodes, one of which cheats and one is lazy, a false accuser; all figures are the chain's."""
 
 from __future__ import annotations
 
