@@ -48,6 +48,11 @@ FORGET_BLOCKS = 10_000
 _MALFORMED = "unreadable"
 _UNABLE = "unable"
 _MISSING = "missing"
+_WAITING = "waiting"
+_PASSING = (_MISSING, _WAITING)
+"""Problems that may pass: the evidence, or what it takes to judge it, is not to be had at present."""
+
+RETRY_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,8 @@ class Juror:
         self._costs = Costs(config.jury_positions, config.jury_seconds)
         self._judging: dict[Digest, asyncio.Task[Finding]] = {}
         self._one_at_a_time = asyncio.Lock()
+        self._last: dict[Digest, Finding] = {}
+        self._pauses: dict[Digest, tuple[float, float]] = {}
         self._due_since: dict[tuple[Digest, str], float] = {}
 
     def close(self) -> None:
@@ -82,7 +89,7 @@ class Juror:
     async def run(self) -> None:
         """Serve until cancelled."""
         try:
-            self.holding.tidy([one.evidence for one in self._ledger.open_cases()])
+            self._tidy()
             while True:
                 await self.look()
                 await asyncio.sleep(self._config.jury_poll_s)
@@ -125,8 +132,11 @@ class Juror:
         elif duty is Duty.SETTLE:
             if await asyncio.to_thread(self._settle, opening, standing):
                 self._close(opening)
-        elif duty is not Duty.WAIT and (seats or self._ledger.rounds(opening.id)) and self._is_our_turn(opening, duty):
-            await asyncio.to_thread(self._serve, opening, standing, duty)
+        elif duty is not Duty.WAIT:
+            parties = (standing.accuser, standing.accused)
+            concerned = seats or self._node in parties or self._ledger.rounds(opening.id) or duty is Duty.RETARGET
+            if concerned and self._is_our_turn(opening, duty):
+                await asyncio.to_thread(self._serve, opening, standing, duty)
 
     def _look_at(self, opening: Opening) -> tuple[Standing, Duty, int, list[int]] | None:
         """How a case stands, what is due, and this node's seats in its round."""
@@ -158,7 +168,7 @@ class Juror:
         sworn = self._ledger.ballot(opening.id, standing.round)
         if sworn is None:
             finding = self._finding(opening)
-            if finding is None or finding.problem in (_MISSING, _UNABLE):
+            if finding is None or finding.problem in _PASSING:
                 if not is_late(standing, self._docket.times(), now):
                     return
                 finding = finding or Finding(_UNABLE, "not recomputed in time")
@@ -181,14 +191,27 @@ class Juror:
         if (known := self._ledger.finding(opening.id)) is not None:
             return known
         task = self._judging.get(opening.id)
-        if task is None or (task.done() and task.result().problem in (_MISSING, _UNABLE)):
-            before = None if task is None else task.result()
+        if task is None:
             self._judging[opening.id] = asyncio.create_task(self._examine(opening))
-            return before
-        if not task.done():
             return None
-        self._ledger.find(opening.id, task.result())
-        return task.result()
+        if not task.done():
+            return self._last.get(opening.id)
+        found = task.result()
+        if found.problem in _PASSING:
+            self._try_again(opening, found)
+        elif found.problem != _UNABLE:  # which other settings may change
+            self._ledger.find(opening.id, found)
+        return found
+
+    def _try_again(self, opening: Opening, found: Finding) -> None:
+        """After a pause that doubles each time."""
+        pause_s, since = self._pauses.get(opening.id, (self._config.jury_poll_s, time.monotonic()))
+        self._last[opening.id] = found
+        if time.monotonic() - since < pause_s:
+            self._pauses[opening.id] = pause_s, since
+            return
+        self._pauses[opening.id] = min(2 * pause_s, RETRY_S), time.monotonic()
+        self._judging[opening.id] = asyncio.create_task(self._examine(opening))
 
     async def _examine(self, opening: Opening) -> Finding:
         """Fetch, check, recompute; what fails is a finding, too. One case at a time."""
@@ -199,6 +222,8 @@ class Juror:
                 return Finding(_MALFORMED, error.message)
             except (BlockMissing, TimeoutError) as error:
                 return Finding(_MISSING, f"not to be had: {error}")
+            except (ChainError, ContentError) as error:
+                return Finding(_WAITING, error.message)
             except TallystickError as error:
                 return Finding(_UNABLE, error.message)
             except OSError as error:
@@ -226,7 +251,7 @@ class Juror:
             check_model(evidence, manifest)
             pieces = await self.holding.pieces(manifest, evidence.accused.span, sources)
         except (BlockMissing, TimeoutError) as error:
-            return Finding(_UNABLE, f"pieces are not to be had: {error}")
+            return Finding(_WAITING, f"pieces are not to be had: {error}")
         job = Job(
             str(path), opening.receipt.hex(), str(described), pieces, chain.book.chain_id,
             chain.book.staking_domain.contract, str(self._config.class_cache.expanduser()),
@@ -338,7 +363,13 @@ class Juror:
         self._ledger.close_case(opening.id)
         self._judging.pop(opening.id, None)
         if all(task.done() for task in self._judging.values()):
+            self._tidy()
+
+    def _tidy(self) -> None:
+        try:
             self.holding.tidy([one.evidence for one in self._ledger.open_cases()])
+        except ContentError as error:
+            log.warning("what was fetched for cases is not dropped: %s", error)
 
     @property
     def _court(self) -> Any:
