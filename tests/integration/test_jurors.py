@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tallystick_model.kept_classes import KeptClasses
 from tallystick_model.loader import load_span
 from tallystick_node.config import NodeConfig, process_environment
 from tallystick_node.jury.juror import Juror
+from tallystick_node.jury.recompute import examine
 from tallystick_node.session.rows import RowFormat
 from tallystick_protocol.chain.court import State, Verdict, Vote, case_id
 from tallystick_protocol.chain.docket import encode_sources, receipt_words
@@ -78,8 +80,8 @@ class Trial:
         self.bench.accuser.send("accusing", call, encode_sources([self.url] if sources is None else sources))
         return case_id(read_evidence(domain, bundle.encode()).digest, Digest(cid.digest))
 
-    def juror(self, number: int, **settings: Any) -> Juror:
-        """A new process's juror on what the last one left."""
+    def juror(self, number: int, process: bool = False, **settings: Any) -> Juror:
+        """A new process's juror on what the last one left. process: recompute in one, too, which loads torch anew."""
         config = NodeConfig(
             hot_key=self.folder / "none", state=self.folder / f"state{number}", jury_poll_s=0.1, threads=1,
             class_cache=self.folder / "classes", **settings,
@@ -87,7 +89,10 @@ class Trial:
         state = config.state
         own = LocalStore(state / "store")
         wallet = self.bench.jurors[number]
-        return Juror(config, wallet.address, wallet, own, lambda _: True, state)
+        juror = Juror(config, wallet.address, wallet, own, lambda _: True, state)
+        if not process:
+            juror._in_a_process = partial(asyncio.to_thread, examine)  # type: ignore[method-assign]
+        return juror
 
     async def until(self, jurors: list[Juror], what: str, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -162,7 +167,8 @@ async def test_a_cheater_is_convicted_by_jurors_that_are_stopped_at_every_step(t
     lazy = min(seats, key=lambda number: seats[number])
     for juror in jurors:
         juror.close()
-    jurors = [trial.juror(number) for number in seats if number != lazy]  # the lazy one never comes back
+    present = [number for number in seats if number != lazy]  # the lazy one never comes back
+    jurors = [trial.juror(number, process=number == present[0]) for number in present]
 
     # Each is stopped after its ballot was sworn and before the commitment was sent, then after it was sent.
     sent = [juror._wallet.send for juror in jurors]
@@ -263,8 +269,10 @@ async def test_evidence_that_cannot_be_read_is_called_so(trial: Trial, what: str
 
 async def test_what_costs_too_much_is_abstained_from(trial: Trial) -> None:
     case = trial.accuse(trial.bundle(1e-2))
-    limits: list[dict[str, Any]] = [{"jury_positions": 32}, {"jury_seconds": 1.0}, {"memory": 1}]
-    jurors = [trial.juror(number, **limits[number % 3]) for number in range(5)]
+    limits: list[dict[str, Any]] = [
+        {"jury_positions": 32}, {"jury_seconds": 1.0, "process": True}, {"memory": 1}, {"jury_disk": 1 << 20}
+    ]  # fmt: skip
+    jurors = [trial.juror(number, **limits[number % 4]) for number in range(5)]
     await trial.until(jurors, "drawing", lambda: trial.standing(case).state is State.DRAWN)
     trial.bench.wait(43_200 * 3 // 4)
     await trial.until(jurors, "committing", lambda: trial.committed(case))

@@ -22,7 +22,7 @@ def test_the_cheater_the_false_accuser_and_the_lazy_juror_pay_and_nobody_else() 
     assert (result["accuser"]["verdict"], result["accuser"]["bond_lost_wei"]) == ("clear", stake // 200)
     assert result["juror"]["penalty_wei"] > 0
     assert result["juror"]["penalty_wei"] % (ETHER // 2) == 0
-    assert result["client_gained_wei"] > 0
+    assert result["client_gained_wei"] == stake // 400
     assert result["honest_slashed"] == 0
     assert result["honest_whole"]
     assert result["conserved"]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tallystick.client import AsyncClient
-from tallystick.court.accusing import accuse, keep_evidence
+from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
 from tallystick.session.auditing import Disagreement
 from tallystick.session.evidence import gather
 from tallystick.session.session import Session
@@ -53,13 +53,15 @@ def run_trial(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         before = wealth(stage.docket.chain, people, nodes)
 
         say("\n1. a spot check with a public text, every span recomputed; who is found wrong is accused\n")
-        found = asyncio.run(_spot_check(net, honest_key))
-        stage.choose_lazy(found, {cheater})
+        case = asyncio.run(_spot_check(net, honest_key))
+        found = _told(stage, people, case)
+        stage.choose_lazy(found, {cheater, *_first_hops(net)})
         stage.try_case(found, KILLS)
         after_first = wealth(stage.docket.chain, people, nodes)
 
         say("\n2. somebody accuses a node that did nothing wrong\n")
-        false, victim = asyncio.run(_accuse_falsely(net, false_key))
+        case, victim = asyncio.run(_accuse_falsely(net, false_key))
+        false = _told(stage, people, case)
         stage.try_case(false, 0)
         after = wealth(stage.docket.chain, people, nodes)
 
@@ -86,8 +88,28 @@ def _set_up(net: LocalNet, model: ModelId, manifest: Manifest, say: Callable[[st
     return stage, cheating.name
 
 
-async def _spot_check(net: LocalNet, key: Key) -> Digest:
-    """An answer under `full`, with evidence kept in the store that jurors ask. The case it has led to."""
+def _first_hops(net: LocalNet) -> set[str]:
+    """One of these is accused later."""
+    return {node.name for node in net.nodes if node.span.start == 0}
+
+
+def _told(stage: Stage, people: dict[str, Address], case: Accused) -> Digest:
+    """Say who accuses whom of what, with which evidence; the case's id."""
+    names, standing = {address: name for name, address in people.items()}, stage.standing(case.id)
+    evidence, _ = load_evidence(
+        str(case.cid), LocalStore(stage.net.folder / "content"), stage.docket.chain.book.staking_domain
+    )
+    accused, outputs = evidence.accused, "with" if evidence.bundle.outputs is not None else "without"
+    stage.say(
+        f"  {names[standing.accuser]} accuses {names[standing.accused]} of positions {accused.positions} through layers"
+        f" {accused.span}, for a bond of {case.bond / 1e18:,.4f}; evidence {case.cid}, {len(evidence.receipts)} receipts,"
+        f" {len(evidence.bundle.encode())} bytes, {outputs} the rows that left"
+    )
+    return case.id
+
+
+async def _spot_check(net: LocalNet, key: Key) -> Accused:
+    """An answer under `full`, with evidence kept in the store that jurors ask. The case that it has led to."""
     settings = replace(
         net.settings(),
         evidence=net.folder / "content",
@@ -99,10 +121,10 @@ async def _spot_check(net: LocalNet, key: Key) -> Digest:
         cases = await client.accuse(answer.verdict)
     if len(cases) != 1:
         raise CorruptResult(f"{len(cases)} cases were opened where one node cheats: {answer.verdict.accusations}")
-    return cases[0].id
+    return cases[0]
 
 
-async def _accuse_falsely(net: LocalNet, key: Key) -> tuple[Digest, Address]:
+async def _accuse_falsely(net: LocalNet, key: Key) -> tuple[Accused, Address]:
     """An honest first hop's last receipt, with the ids that entered it."""
     settings = replace(net.settings(), cache=net.folder / "c2")
     async with AsyncClient(key, settings) as client:
@@ -118,7 +140,7 @@ async def _accuse_falsely(net: LocalNet, key: Key) -> tuple[Digest, Address]:
     cid = keep_evidence(LocalStore(net.folder / "content"), data)
     evidence = read_evidence(chain.book.staking_domain, data)
     opened = await asyncio.to_thread(accuse, Wallet(chain, key), evidence, cid, [net.source])
-    return opened.id, receipt.node
+    return opened, receipt.node
 
 
 def _result(
@@ -128,10 +150,9 @@ def _result(
     slashed = before.stake[cheater] - between.stake[cheater]
     lost = before.of("false accuser") - after.of("false accuser")
     honest = [name for name in before.stake if name not in (cheater, stage.lazy)]
-    fees = before.contracts["Escrow"] - after.contracts["Escrow"]
     return {
         "cheater": {"node": people[cheater], "verdict": _verdict(stage, cases[0]), "slashed_wei": slashed},
-        "accuser": {"verdict": _verdict(stage, cases[1]), "accused": victim, "bond_lost_wei": lost + min(fees, 0)},
+        "accuser": {"verdict": _verdict(stage, cases[1]), "accused": victim, "bond_lost_wei": lost},
         "juror": {"node": people[stage.lazy], "penalty_wei": before.stake[stage.lazy] - after.stake[stage.lazy]},
         "client_gained_wei": between.of("client") - before.of("client"),
         "honest_slashed": sum(max(before.stake[name] - after.stake[name], 0) for name in honest),
@@ -165,7 +186,7 @@ def _print(stage: Stage, people: dict[str, Address], cases: list[Digest], before
                 bound = "-" if found is None else f"{found.guilty:.3g}"
                 table.add_row(str(round_), name, str(count), vote, error, bound)
         console.print(table)
-    table = Table(title="where every token went")
+    table = Table(title="where every token went (what is in channels is its client's)")
     for column in ("who", "before", "after", "change"):
         table.add_column(column, justify="right" if column != "who" else "left")
     for name in after.hand:
@@ -173,7 +194,12 @@ def _print(stage: Stage, people: dict[str, Address], cases: list[Digest], before
             before.of(name), after.of(name), after.of(name) - before.of(name))))  # fmt: skip
     for name in after.contracts:
         old, new = before.contracts[name], after.contracts[name]
-        table.add_row(name, f"{old / 1e18:,.6f}", f"{new / 1e18:,.6f}", f"{(new - old) / 1e18:,.6f}")
+        table.add_row(
+            f"({name})" if name == "Escrow" else name,
+            f"{old / 1e18:,.6f}",
+            f"{new / 1e18:,.6f}",
+            f"{(new - old) / 1e18:,.6f}",
+        )
     burned = after.supply - before.supply
     table.add_row("in all", f"{before.supply / 1e18:,.6f}", f"{after.supply / 1e18:,.6f}", f"{burned / 1e18:,.6f}")
     console.print(table)
