@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from harness import checkpoints, samples
 from harness.bench_court import THOUSAND, CourtBench, key
 from harness.checkpoints import Published, published
 from harness.claims import claim
+from tallystick.cli import main
 from tallystick.publishing import serve_content
 from tallystick_devnet.localchain import start_chain
 from tallystick_model.kept_classes import KeptClasses
@@ -33,6 +35,7 @@ from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import ChainError
 from tallystick_protocol.evidence.bundle import Bundle
 from tallystick_protocol.evidence.checking import read_evidence
+from tallystick_protocol.keystore import create_keystore
 from tallystick_protocol.receipts import Context, Receipt
 from tallystick_protocol.signing import from_words, seal
 from tallystick_protocol.types import Digest, Span
@@ -280,6 +283,40 @@ async def test_what_costs_too_much_is_abstained_from(trial: Trial) -> None:
         for round_ in juror._ledger.rounds(case):
             assert juror._ledger.ballot(case, round_).vote is Vote.ABSTAIN  # type: ignore[union-attr]
         juror.close()
+
+
+async def test_a_person_accuses_on_the_command_line(
+    trial: Trial, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = create_keystore(tmp_path / "key.json", "password", fast=True)
+    (tmp_path / "password").write_text("password\n")
+    trial.bench.local.give(address, tokens=Wei(THOUSAND))
+    bundle = trial.bundle(1e-2)
+    (tmp_path / "bundle").write_bytes(bundle.encode())
+    (tmp_path / "broken").write_bytes(bundle.encode()[:-1])
+    store = ["--store", str(tmp_path / "content")]
+
+    async def tallystick(*arguments: str) -> tuple[int, str]:
+        first = ["--rpc", trial.bench.local.rpc, "--book", str(trial.bench.local.book)]
+        first += ["--key", str(tmp_path / "key.json"), "--password-file", str(tmp_path / "password")]
+        status = await asyncio.to_thread(main, [*first, *arguments])
+        return status, capsys.readouterr().out
+
+    status, told = await tallystick("evidence", str(tmp_path / "bundle"), *store, "--json")
+    about = json.loads(told)
+    assert (status, about["node"], about["positions"]) == (0, trial.bench.accused.address, [32, 40])
+    assert (await tallystick("accuse", str(tmp_path / "broken"), *store))[0] == 1
+    assert (await tallystick("accuse", about["cid"], *store, "--max-bond", str(THOUSAND // 20 - 1)))[0] == 1
+    assert trial.bench.docket.chain.balance(trial.bench.docket.chain.court.address) == 0
+    status, told = await tallystick("accuse", about["cid"], *store, "--at", trial.url, "--json")
+    opened = json.loads(told)
+    assert (status, opened["bond_wei"]) == (0, THOUSAND // 20)
+    status, told = await tallystick("case", opened["case"])
+    assert (status, json.loads(told)["state"], json.loads(told)["accuser"]) == (0, "open", address)
+    assert (await tallystick("case", "0x12"))[0] == 1
+    case = Digest(bytes.fromhex(opened["case"][2:]))
+    (seen,) = [one for one in trial.bench.docket.openings(0, trial.bench.docket.head()[0]) if one.id == case]
+    assert trial.bench.docket.sources(seen) == [trial.url]
 
 
 async def test_a_case_that_a_reorganisation_moves_is_attended_all_the_same(trial: Trial) -> None:

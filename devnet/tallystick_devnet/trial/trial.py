@@ -102,8 +102,8 @@ def _told(stage: Stage, people: dict[str, Address], case: Accused) -> Digest:
     accused, outputs = evidence.accused, "with" if evidence.bundle.outputs is not None else "without"
     stage.say(
         f"  {names[standing.accuser]} accuses {names[standing.accused]} of positions {accused.positions} through layers"
-        f" {accused.span}, for a bond of {case.bond / 1e18:,.4f}; evidence {case.cid}, {len(evidence.receipts)} receipts,"
-        f" {len(evidence.bundle.encode())} bytes, {outputs} the rows that left"
+        f" {accused.span}, for a bond of {case.bond / 1e18:,.4f}; evidence {case.cid}, {len(evidence.receipts)}"
+        f" receipts, {len(evidence.bundle.encode())} bytes, {outputs} the rows that left"
     )
     return case.id
 
