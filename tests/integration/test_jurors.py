@@ -38,7 +38,7 @@ from tallystick_protocol.evidence.checking import read_evidence
 from tallystick_protocol.keystore import create_keystore
 from tallystick_protocol.receipts import Context, Receipt
 from tallystick_protocol.signing import from_words, seal
-from tallystick_protocol.types import Digest, Span
+from tallystick_protocol.types import Digest, Span, Wei
 
 DEADLINE_S = 90.0
 
