@@ -23,13 +23,13 @@ def key(number: int) -> Key:
 
 @dataclass(slots=True)
 class CourtBench:
-    """An accused node, an accuser without stake, and jurors with 12,000 tokens each, an epoch after they staked."""
+    """An accused node, an accuser without stake, and jurors with 20,000 tokens each, an epoch after they staked."""
 
     local: LocalChain
     manifest: Digest
     weights: Digest
     layers: int
-    num_jurors: int = 5
+    num_jurors: int = 3
     model: ModelId = field(init=False)
     hot: Key = field(default_factory=lambda: key(900))
     accused: Wallet = field(init=False)
@@ -45,11 +45,11 @@ class CourtBench:
         self.accused, self.accuser = Wallet(chain, key(901)), Wallet(chain, key(902))
         self.jurors = [Wallet(chain, key(910 + number)) for number in range(self.num_jurors)]
         everybody = [self.accused, self.accuser, *self.jurors]
-        self.local.give(*(wallet.address for wallet in everybody), tokens=Wei(20 * THOUSAND))
+        self.local.give(*(wallet.address for wallet in everybody), tokens=Wei(25 * THOUSAND))
         add = chain.models.functions.add(self.manifest, self.weights, self.layers)
         self.model = ModelId(bytes(add.call({"from": self.accuser.address})))
         self.accuser.add_model(self.manifest, self.weights, self.layers)
-        for wallet, thousands in [(self.accused, 10), *((juror, 12) for juror in self.jurors)]:
+        for wallet, thousands in [(self.accused, 10), *((juror, 20) for juror in self.jurors)]:
             wallet.stake(wallet.address, Wei(thousands * THOUSAND))
             wallet.serve(self.model, Span(0, self.layers), Wei(1), Contact(wallet.address, ()), wallet.address)
         self.accused.bind(self.hot)
