@@ -18,6 +18,7 @@ from rich.table import Table
 
 from tallystick.channels import cli as channels
 from tallystick.client import AsyncClient, Settings
+from tallystick.court import cli as court
 from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
@@ -87,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
         "--admit-stock", action="store_true",
         help='with --verify off, use nodes of no numeric class for layers that nobody else serves; nothing is checked',
     )  # fmt: skip
+    parser.add_argument(
+        "--evidence", type=Path, metavar="FOLDER",
+        help="keep evidence against nodes that are found wrong; it holds the text, or what it can be told from",
+    )  # fmt: skip
+    parser.add_argument("--accuse", action="store_true", help="with --evidence: accuse them in Court, for a bond")
+    parser.add_argument(
+        "--evidence-source", action="append", default=[], metavar="URL", help="where jurors find it, http://NUMBER:PORT"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -114,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add(commands, _client)
 
     routing.add(commands, _client)
+
+    court.add(commands, _key)
 
     network = commands.add_parser("network", help="which nodes serve which layers")
     network.add_argument("--model", default="")
@@ -173,8 +184,8 @@ def _key(options: argparse.Namespace) -> Key:
 def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
         rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
-        wire=options.wire,
-        sketches=options.sketches,
+        wire=options.wire, sketches=options.sketches,
+        evidence=options.evidence, accuse=options.accuse, evidence_sources=options.evidence_source,
         notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
     )  # fmt: skip
     return AsyncClient(_key(options), settings)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tallystick.admission import find_route, note_stock
+from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Mode, Stream
 from tallystick.lanes import Workshop
@@ -36,7 +37,9 @@ from tallystick.tasks.features import pool, to_unit_length
 from tallystick.verdict import Policy, Verdict
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
-from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute
+from tallystick_protocol.chain.writes import Wallet
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute, TallystickError
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
@@ -86,6 +89,9 @@ class Settings:
     sketches: whether hops are asked for sketches, by which nodes of other classes can audit them: "auto" where nobody
     else could, "on" or "off". Only of rows that travel as "f32".
     wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
+    evidence: folder of a content store for evidence against nodes that were found wrong, which holds the session's text
+    or what it can be told from; None: none is kept. accuse: put it up in Court, with a bond of the key's own tokens;
+    evidence_sources: where jurors find it.
     """
 
     rpc: str = "http://127.0.0.1:8545"
@@ -100,6 +106,9 @@ class Settings:
     wire: Wire = "f32"
     sketches: Sketches = "auto"
     wait_s: float = 30.0
+    evidence: Path | None = None
+    accuse: bool = False
+    evidence_sources: list[str] = field(default_factory=list)
     notify: Callable[[str], None] = log.warning
 
 
@@ -446,7 +455,34 @@ class AsyncClient(Tasks):
             reputation=self.reputation,
             sketches=self.settings.sketches,
             numeric_class=self.settings.numeric_class,
+            keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
         )
+
+    def _keep_evidence(self, data: bytes) -> str:
+        assert self.settings.evidence is not None
+        return str(keep_evidence(LocalStore(self.settings.evidence.expanduser()), data))
+
+    async def go_to_court(self, verdict: Verdict) -> None:
+        """Accuse as the settings say; an answer does not fail by what fails here."""
+        if self.settings.accuse and verdict.accusations:
+            try:
+                for opened in await self.accuse(verdict):
+                    self.settings.notify(f"case 0x{opened.id.hex()} is opened with a bond of {opened.bond}")
+            except TallystickError as error:
+                self.settings.notify(f"nobody is accused: {error.message}")
+
+    async def accuse(self, verdict: Verdict) -> list[Accused]:
+        """Put what a verdict has evidence for up in Court. Raises ChainError, ConfigError."""
+        if self.settings.evidence is None:
+            raise ConfigError("there is no evidence: set `evidence` to a folder before the session")
+        store = LocalStore(self.settings.evidence.expanduser())
+        wallet, opened = Wallet(self.chain, self._key), []
+        for accusation in verdict.accusations:
+            if accusation.evidence:
+                evidence, cid = load_evidence(accusation.evidence, store, self.chain.book.staking_domain)
+                sources = self.settings.evidence_sources
+                opened.append(await asyncio.to_thread(accuse, wallet, evidence, cid, sources))
+        return opened
 
     async def _prepay(self, needs: list[Need]) -> None:
         """Fill the channels for several sessions in one transaction; what each of them sets aside is then there."""

@@ -30,12 +30,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Accusation:
-    """A node whose signed work two others contradict, alike."""
+    """A node whose signed work two others contradict, alike. evidence: the CID of what the Court needs, "" for none."""
 
     node: Address
     span: Span
     positions: Positions
     witnesses: tuple[Address, ...]
+    evidence: str = ""
 
 
 @dataclass(slots=True)

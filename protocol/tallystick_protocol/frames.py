@@ -68,6 +68,8 @@ class Kind(IntEnum):
     RING = 28
     CHALLENGE = 29
     SKETCHES = 30
+    FETCH = 33
+    KEPT = 34
 
 
 class DType(IntEnum):

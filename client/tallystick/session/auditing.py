@@ -52,6 +52,7 @@ class Disagreement(Exception):
         self.found = found
         self.ruling: Ruling | None = None
         self.failure: TallystickError | None = None
+        self.evidence = ""
 
 
 class Audit:

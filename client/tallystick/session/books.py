@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.session.auditing import Audit, Disagreement, arbitrate
+from tallystick.session.evidence import keep
 from tallystick.session.remote import Remote
 from tallystick.session.sketching import Undecided
 from tallystick.verdict import Check
@@ -183,7 +184,10 @@ class Books:
         """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
         session = self._session
         try:
-            disagreement.ruling = await arbitrate(session, audit, disagreement)
+            ruling = await arbitrate(session, audit, disagreement)
+            if ruling.liar == session.hops[audit.index].node:
+                disagreement.evidence = await keep(session, audit.index, disagreement)
+            disagreement.ruling = ruling
         except TallystickError as error:
             disagreement.failure = error
         session.wake()

@@ -132,6 +132,8 @@ class Remote:
         self.line = Line(candidate.node, channel)
         self._domain = domain
         self.arrivals: dict[Receipt, int] = {}
+        self.sealed: dict[Receipt, bytes] = {}
+        self._fetched: list[Frame] | None = None
         self._claims = 0
         self._flush: Frame | None = None
         self._voucher: Frame | None = None
@@ -226,11 +228,15 @@ class Remote:
             if self._closes(receipt):
                 return
             self.arrivals[receipt] = int(time.time())
+            self.sealed[receipt] = sealed_field(frame, "receipt")
             hearing.on_receipt(self, receipt)
         elif frame.kind in (Kind.RESULT, Kind.TENSOR):
             hearing.on_result(self, frame)
         elif frame.kind is Kind.SKETCHES:
             self.sketchbook.take(self.node, frame)
+        elif frame.kind is Kind.KEPT:
+            if self._fetched is not None:
+                self._fetched.append(frame)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
             if error.code == "payment_required" and "of" not in frame.body:
@@ -305,6 +311,23 @@ class Remote:
     ) -> None:
         """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
         await self.line.command(frame, timeout_s, on_done)
+
+    async def fetch_kept(self, first: int, last: int) -> list[bytes]:
+        """The outputs of [first, last) that the node has kept. Raises Unreachable, what it answers, and CorruptResult
+        for other rows than those."""
+        self._fetched = []
+        try:
+            await self.command(Frame(Kind.FETCH, {"first": first, "last": last}))
+            rows: list[bytes] = []
+            for frame in self._fetched:
+                if frame.position != first + len(rows):
+                    break
+                rows += frame.rows()
+        finally:
+            self._fetched = None
+        if len(rows) != last - first:
+            raise CorruptResult(f"{self.node} sent other rows than it was asked for", hop=self.node)
+        return rows
 
     async def drop(self, epoch: int, length: int, computed: int) -> None:
         """Have rows [length, computed) forgotten, in a new epoch, without waiting; they complete no window.

@@ -306,7 +306,9 @@ class Repair:
         )
         if ruling is not None:
             self._session.verdict.accusations.append(
-                Accusation(ruling.liar, hop.candidate.span, disagreement.hop.positions, ruling.witnesses)
+                Accusation(
+                    ruling.liar, hop.candidate.span, disagreement.hop.positions, ruling.witnesses, disagreement.evidence
+                )
             )
             self._session.avoid.add(ruling.liar)
         else:

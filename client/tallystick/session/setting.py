@@ -55,7 +55,8 @@ class Setting:
     wire: how hidden rows travel between hops (`tallystick_protocol.wire`).
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
-    reputation: learns what its nodes deliver. numeric_class: the only one that hops may be of.
+    reputation: learns what its nodes deliver. numeric_class: the only one that hops may be of. keep_evidence: stores a
+    bundle against a hop that was found wrong, and returns its CID; None: none is gathered.
     """
 
     peers: Peers
@@ -77,6 +78,7 @@ class Setting:
     reputation: Reputation = field(default_factory=Reputation)
     sketches: Sketches = "auto"
     numeric_class: Digest | None = None
+    keep_evidence: Callable[[bytes], str] | None = None
 
     @property
     def one_shot(self) -> bool:

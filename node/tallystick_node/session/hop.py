@@ -37,7 +37,7 @@ from tallystick_protocol.errors import (
     TallystickError,
     Unauthorized,
 )
-from tallystick_protocol.frames import Frame, Kind, take
+from tallystick_protocol.frames import Frame, Kind, rows_frame, rows_per_frame, take
 from tallystick_protocol.messages import SessionOpen
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import address_bytes, checksum_address
@@ -300,6 +300,7 @@ class Hop:
             Kind.FORWARD: self._passes.forward,
             Kind.BACKWARD: self._passes.backward,
             Kind.REPLAY: self._on_replay,
+            Kind.FETCH: self._on_fetch,
             Kind.RING: self._on_ring,
             Kind.CLOSE: self._on_close,
         }
@@ -360,6 +361,17 @@ class Hop:
         session = SessionId(take(frame.body, "session", bytes))
         self.record.outputs(positions)
         await self.downstream.replay(positions, _address(frame, "to"), session, self.signer.sealed)
+
+    async def _on_fetch(self, frame: Frame) -> None:
+        """Send kept outputs [first, last) to the client itself, which may need them as evidence."""
+        first, last = take(frame.body, "first", int), take(frame.body, "last", int)
+        if not 0 <= first < last or self.rows.is_last:
+            raise BadFrame(f"there are no rows of positions [{first}, {last}) that leave for another hop")
+        rows, _ = self.record.outputs(Positions(first, last))
+        step = rows_per_frame(len(rows[0]))
+        for begin in range(0, len(rows), step):
+            part = rows[begin : begin + step]
+            await self.control.send(rows_frame(Kind.KEPT, DTYPES[self.rows.wire], part, first + begin, {}))
 
     async def _on_ring(self, frame: Frame) -> None:
         """The client has the last hop choose tokens (`first`), and the first one take them from there (`from`)."""

@@ -62,8 +62,11 @@ class Wallet:
     def address(self) -> Address:
         return self.key.address
 
-    def send(self, what: str, call: Any) -> dict[str, Any]:
-        """Send a contract call and wait until it is mined. Raises ChainError saying why it would not work."""
+    def send(self, what: str, call: Any, appendix: bytes = b"") -> dict[str, Any]:
+        """Send a contract call and wait until it is mined. Raises ChainError saying why it would not work.
+
+        appendix: bytes behind the arguments, which the contract ignores.
+        """
         web3 = self.chain.web3
 
         def broadcast() -> Any:
@@ -71,6 +74,8 @@ class Wallet:
                 {"from": self.address, "nonce": web3.eth.get_transaction_count(self.address, "pending")}
             )
             transaction["gas"] = transaction["gas"] * 5 // 4  # storage that others touch in between may cost more
+            transaction["data"] += appendix.hex()
+            transaction["gas"] += 40 * len(appendix)  # EIP-7623's floor for a byte
             signed = Account.sign_transaction(transaction, self.key.secret)
             return web3.eth.send_raw_transaction(signed.raw_transaction)
 
