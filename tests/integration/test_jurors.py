@@ -314,7 +314,7 @@ async def test_a_person_accuses_on_the_command_line(
     status, told = await tallystick("evidence", str(tmp_path / "bundle"), *store, "--json")
     about = json.loads(told)
     assert (status, about["node"], about["positions"]) == (0, trial.bench.accused.address, [32, 40])
-    assert "length is not" in (await tallystick("accuse", str(tmp_path / "broken"), *store))[1]
+    assert "output rows" in (await tallystick("accuse", str(tmp_path / "broken"), *store))[1]
     assert "more than" in (await tallystick("accuse", about["cid"], *store, "--max-bond", str(THOUSAND // 20 - 1)))[1]
     assert trial.bench.docket.chain.balance(trial.bench.docket.chain.court.address) == 0
     status, told = await tallystick("accuse", about["cid"], *store, "--at", trial.url, "--json")
