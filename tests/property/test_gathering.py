@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import World, generate
 from tallystick.session.auditing import Disagreement
 from tallystick.session.evidence import gather, keep
@@ -25,12 +24,8 @@ TOKENS = 10
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 def about(session: Session, index: int, window: int = -1) -> Disagreement:

@@ -29,7 +29,7 @@ from tallystick_node.config import process_environment
 from tallystick_node.jury.judging import Finding, needs_spread
 from tallystick_node.jury.measuring import INFINITE, dense_error, logits_error, rows_error
 from tallystick_node.planning.measure import check_memory
-from tallystick_node.session.rows import RowFormat
+from tallystick_node.session.rows import RowFormat, embedded, needed_ids
 from tallystick_protocol.errors import BadEvidence, CorruptResult, ProtocolError, TallystickError
 from tallystick_protocol.evidence.bundle import Bundle
 from tallystick_protocol.evidence.checking import Evidence, check_model, read_evidence
@@ -176,14 +176,12 @@ class Work:
 
     def _entered(self) -> Any:
         """The hidden rows that entered the first layer at the accused window."""
-        window = slice(self._accused.first, self._accused.last)
+        window = self._accused.positions
         if not self._rows.is_first:
-            return decode(bytearray(b"".join(self._inputs[window])), self._bundle.wire, self._manifest.width)
-        cache, entered = self._new_cache(), np.zeros((0, self._manifest.width))
-        for first, last in self._chunks(CHUNKS[0]):
-            segment = self._rows.segment(cache, first, self._inputs[first:last], (), self._types)
-            entered = self._model.rows_between(segment)[0].numpy()
-        return entered
+            rows = b"".join(self._inputs[window.first : window.last])
+            return decode(bytearray(rows), self._bundle.wire, self._manifest.width)
+        at = needed_ids(self._model, window)
+        return embedded(self._model, self._inputs[at.first : at.last], at, self._types)[-len(window) :].numpy()
 
     def _chunks(self, size: int) -> Iterator[tuple[int, int]]:
         """The history in pieces, then the accused window alone."""
