@@ -217,6 +217,7 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "tokens_per_s": round(answer.tokens_per_s, 1),
         "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answer.route],
         "verify": verdict.policy,
+        "verdict": verdict.to_json(),
         "drafted": answer.drafted,
         "accepted": answer.accepted,
         "receipts": verdict.receipts,
@@ -236,7 +237,8 @@ def _told(summary: dict[str, Any]) -> str:
     return (
         f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops};"
         f" {summary['receipts']} receipts,"
-        f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens"
+        f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens,"
+        f" withheld {summary['verdict']['withheld']}"
         + ("" if not stock else f"; layers {stock} come from nodes of no numeric class: nothing of theirs was checked")
         + ("" if summary["exact"] else ", and one of them took another's place, so what follows may differ")
     )

@@ -16,7 +16,7 @@ from tallystick.checks import agree, same_work
 from tallystick.routing.candidates import Candidate
 from tallystick.session.remote import Hearing, Remote
 from tallystick.verdict import Check
-from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
+from tallystick_protocol.errors import LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import WINDOW, Address
@@ -96,7 +96,7 @@ class Audit:
         self._pending[self._session.window_index(receipt)] = receipt
 
     def compare(self, hop: Remote) -> list[Check]:
-        """Compare every window that both have signed. Raises Disagreement, CorruptResult (the auditor's)."""
+        """Compare every window that both have signed. Raises Disagreement, LinkMismatch, CorruptResult (the last two: its)."""
         self._take_receipts()
         if self._disputed:
             return []
@@ -113,7 +113,7 @@ class Audit:
                 self.approved = min(self.approved, window)
                 break
             if not same_work(claim, answer):
-                raise CorruptResult(f"the auditor {self.remote.node} worked on other rows", hop=self.remote.node)
+                raise LinkMismatch(f"the auditor {self.remote.node} worked on other rows", hop=self.remote.node)
             if not agree(claim, answer):
                 self._disputed = True
                 raise Disagreement(window, claim, answer)

@@ -13,6 +13,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
+from tallystick.attribution import Attribution, cause_of_difference, failed
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors
 from tallystick.session.auditing import Audit, Disagreement
@@ -20,7 +21,7 @@ from tallystick.session.migration import FILL_TIMEOUT_S, Migration
 from tallystick.session.openings import LOOK_OUT_S
 from tallystick.session.remote import Remote
 from tallystick.verdict import Accusation, Check
-from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, NoAuditor, TallystickError
+from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, NoAuditor, Overloaded, TallystickError
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
 
@@ -88,6 +89,7 @@ class Repair:
             draining = audit.remote.is_draining and self._session.openings.draw_auditors(audit.index)
             if audit.remote.failure is not None or draining:
                 self._session.lost.add(audit.remote.node)
+                self._note_failed(audit)
                 await self._change_auditor(audit)
                 return True
         for index, hop in enumerate(self._session.hops):
@@ -95,6 +97,15 @@ class Repair:
                 self.migrate(index, self._session.openings.stand_ins(index)[0], "draining")
         await self._find_auditors()
         return await self._finish_migration()
+
+    def _note_failed(self, audit: Audit) -> None:
+        """Put down why an auditor goes. Who was too busy is not gone for other sessions."""
+        failure, candidate = audit.remote.failure, audit.remote.candidate
+        if failure is None:
+            return
+        self._session.verdict.attributions.append(failed(failure, candidate.node, candidate.span))
+        if isinstance(failure, Overloaded):
+            self._session.busy.add(candidate.node)
 
     async def _mend(self, index: int, failure: TallystickError) -> None:
         """A hop failed: replace it, unless another one would fail alike."""
@@ -282,13 +293,22 @@ class Repair:
                 passed if liar != audit.remote.node else None,
             )
         )
+        span, positions = hop.candidate.span, disagreement.hop.positions
         if ruling is not None:
-            self._session.verdict.accusations.append(
-                Accusation(ruling.liar, hop.candidate.span, disagreement.hop.positions, ruling.witnesses)
+            self._session.verdict.accusations.append(Accusation(ruling.liar, span, positions, ruling.witnesses))
+        avoided = {hop.node, audit.remote.node} if liar is None else {liar}
+        self._session.avoid |= avoided
+        self._session.verdict.attributions.append(
+            Attribution(
+                cause_of_difference(hop.failure or audit.remote.failure, True, overruled=ruling is not None),
+                span,
+                "disagreement",
+                tuple(sorted(avoided)),
+                liar,
+                ruling.witnesses if ruling is not None else (),
+                positions,
             )
-            self._session.avoid.add(ruling.liar)
-        else:
-            self._session.avoid |= {hop.node, audit.remote.node}
+        )
         if liar != hop.node:
             await self._change_auditor(audit)
         if liar != audit.remote.node:

@@ -161,6 +161,8 @@ def merge(verdicts: list[Verdict]) -> Verdict:
         total.receipts += verdict.receipts
         total.checks += verdict.checks
         total.accusations += verdict.accusations
+        total.attributions += verdict.attributions
+        total.unverifiable += verdict.unverifiable
         total.replaced += verdict.replaced
         for node, paid in verdict.paid.items():
             total.paid[node] = type(paid)(total.paid.get(node, 0) + paid)
