@@ -24,6 +24,7 @@ from tallystick.publishing import check_can_register, cut, register, serve_conte
 from tallystick.routing import cli as routing
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
+from tallystick.verdict import POLICIES
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    generate.add_argument("--verify", choices=POLICIES, default="audit", help="agree=2: two routes, and so on")
     generate.add_argument(
         "--speculate", default="off", metavar="off|auto|lookup|FOLDER", help="draft ahead, with the model in FOLDER"
     )
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="a sentence's vector")
     embed.add_argument("text", nargs="+")
     embed.add_argument("--model", default="")
-    embed.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    embed.add_argument("--verify", choices=POLICIES, default="audit")
     embed.set_defaults(command=_embed)
 
     tasks.add(commands, _client)
@@ -216,6 +217,7 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "tokens": len(answer.ids),
         "tokens_per_s": round(answer.tokens_per_s, 1),
         "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answer.route],
+        "routes": [[hop.node for hop in route] for route in answer.routes],
         "verify": verdict.policy,
         "verdict": verdict.to_json(),
         "drafted": answer.drafted,

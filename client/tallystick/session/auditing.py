@@ -96,7 +96,7 @@ class Audit:
         self._pending[self._session.window_index(receipt)] = receipt
 
     def compare(self, hop: Remote) -> list[Check]:
-        """Compare every window that both have signed. Raises Disagreement, LinkMismatch, CorruptResult (the last two: its)."""
+        """Compare every window that both have signed. Raises Disagreement, and what else is wrong with the auditor."""
         self._take_receipts()
         if self._disputed:
             return []
@@ -202,7 +202,7 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
     hop = session.hops[audit.index]
     for candidate in session.openings.draw_auditors(audit.index, {audit.remote.node}):
         try:
-            answer = await _witness(session, audit.index, candidate, disagreement)
+            answer = await testify(session, audit.index, candidate, disagreement.hop)
         except TallystickError as error:
             log.info("%s cannot be a witness (%s)", candidate.node, error)
             continue
@@ -215,8 +215,12 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
     raise NoAuditor(f"no third node can say who is wrong about layers {hop.candidate.span}")
 
 
-async def _witness(session: Session, index: int, candidate: Candidate, disagreement: Disagreement) -> Receipt:
-    """The receipt of a third node for the disputed window; it is paid for its work."""
+async def testify(session: Session, index: int, candidate: Candidate, claim: Receipt) -> Receipt:
+    """The receipt of another node for the window that hop `index` claims; it is paid for its work.
+
+    Raises Unreachable, and what else goes wrong with that node or the hop before.
+    """
+    window = session.window_index(claim)
     remote = await session.openings.open_witness(candidate, index)
     heard: dict[int, Receipt] = {}
     changed = asyncio.Event()
@@ -227,11 +231,11 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
     )
     session.witnesses.add(remote)
     try:
-        await send_kept(session, index, remote, 0, disagreement.hop.last)
-        await remote.send(Frame(Kind.FLUSH, position=disagreement.hop.last))
+        await send_kept(session, index, remote, 0, claim.last)
+        await remote.send(Frame(Kind.FLUSH, position=claim.last))
         deadline = time.monotonic() + WITNESS_TIMEOUT_S
         checked = 0
-        while checked <= disagreement.window:
+        while checked <= window:
             if remote.failure is not None:
                 raise remote.failure
             receipt = heard.pop(checked, None)
@@ -250,7 +254,7 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
                     await changed.wait()
             except TimeoutError:
                 continue
-        return remote.standing.receipts[disagreement.window]
+        return remote.standing.receipts[window]
     finally:
         session.witnesses.discard(remote)
         session.books.note_payment(remote)

@@ -101,6 +101,8 @@ class Books:
         audit = next((audit for audit in session.audits if audit.index == index), None)
         if audit is not None:
             rows = hop.due_to(audit.approved)
+        elif session.clearance is not None:
+            rows = hop.due_to(session.clearance(index))
         elif index not in session.repair.unaudited:
             rows = hop.rows_due
         await hop.pay(rows, session.setting.purse)

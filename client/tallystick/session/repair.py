@@ -55,6 +55,11 @@ class Repair:
         self._tried_at: dict[int, float] = {}
         self._pointed: dict[Remote, asyncio.Future[None]] = {}
 
+    @property
+    def joining(self) -> list[Candidate]:
+        """Who is being filled to take a hop's place."""
+        return [] if self._migration is None else [self._migration.candidate]
+
     def has_stand_in(self, index: int) -> bool:
         """Whether another node could take hop `index`'s place at once."""
         return bool(self._session.openings.stand_ins(index))
@@ -120,11 +125,11 @@ class Repair:
         known = len(self._session.ids)
         if type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # rows that the ring was fed with a false token
             self._session.hops[index].failure = None
-            await self._expel(index, wrong // WINDOW * WINDOW, failure)
+            await self.expel(index, wrong // WINDOW * WINDOW, failure)
         elif has_class(self._session.hops[index].candidate):
             await self._replace(index, failure)
         else:
-            await self._expel(index, 0, failure)
+            await self.expel(index, 0, failure)
 
     async def _replace(self, index: int, failure: TallystickError) -> None:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
@@ -312,7 +317,7 @@ class Repair:
         if liar != hop.node:
             await self._change_auditor(audit)
         if liar != audit.remote.node:
-            await self._expel(index, 0 if self._session.one_shot else window * WINDOW)
+            await self.expel(index, 0 if self._session.one_shot else window * WINDOW)
 
     async def _change_auditor(self, audit: Audit) -> None:
         await audit.pause()
@@ -338,7 +343,7 @@ class Repair:
                 await self._session.openings.look_out()
                 self._tried_at[index] = time.monotonic()
 
-    async def _expel(self, index: int, position: int, why: TallystickError | None = None) -> None:
+    async def expel(self, index: int, position: int, why: TallystickError | None = None) -> None:
         """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""
         log.warning("%s is replaced; rolling back to position %d", self._session.hops[index].node, position)
         liar = self._session.hops[index]

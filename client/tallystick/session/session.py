@@ -45,7 +45,8 @@ class Session:
     """An open route. Use `open`, then `feed` and `result`, then `finish`; always `close`.
 
     avoid: nodes that lied or are banned; lost: those that failed; hearsay: those of them that failed by another node's
-    word alone; busy: that had no room for an audit.
+    word alone; busy: that had no room for an audit. apart: nodes that may not take part for another reason. clearance:
+    how many windows of a hop may be paid, where that depends on more than its auditor.
     """
 
     def __init__(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> None:
@@ -63,6 +64,8 @@ class Session:
         self.audits: list[Audit] = []
         self.repair = Repair(self)
         self.openings = Openings(self)
+        self.apart: Callable[[], set[Address]] = set
+        self.clearance: Callable[[int], int] | None = None
         self.attempt = 0
         self.epoch = 0
         self.witnesses: set[Remote] = set()
@@ -93,13 +96,18 @@ class Session:
 
     @property
     def unfit(self) -> set[Address]:
-        """Nodes that take no part: those that lied or are banned, and those that were lost."""
-        return self.avoid | self.lost
+        """Nodes that take no part: those that lied or are banned, those that were lost, and those to be kept apart."""
+        return self.avoid | self.lost | self.apart()
 
     @property
     def nodes(self) -> set[Address]:
         """Nodes that take part in the route."""
         return {candidate.node for candidate in self.route}
+
+    @property
+    def routes(self) -> list[list[Candidate]]:
+        """Its one route."""
+        return [list(self.route)]
 
     @property
     def rewinds(self) -> bool:
@@ -254,6 +262,11 @@ class Session:
         for outcome in await asyncio.gather(*partings, return_exceptions=True):
             if isinstance(outcome, TallystickError):
                 log.info("a session ended without a farewell (%s)", outcome)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every row is signed, judged and paid."""
+        return self._all_settled()
 
     def _all_settled(self) -> bool:
         length = len(self.ids)
