@@ -14,7 +14,7 @@ from harness.agreeing import agreement, corrupt
 from harness.small_models import Models, fast
 from harness.small_world import PRICE, Inline, Node, World, generate
 from tallystick.agreement.agreement import Agreement
-from tallystick.agreement.routes import owners
+from tallystick.routing.choice import owners
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick.verdict import Policy
 from tallystick_protocol.errors import NoRoute

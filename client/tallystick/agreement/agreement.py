@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from tallystick.agreement.comparison import Comparison, Conflict, compare
-from tallystick.agreement.routes import owners
 from tallystick.agreement.settling import Sentence, settle
 from tallystick.attribution import Attribution
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.choice import owners
 from tallystick.session.repair import SETTLE_TIMEOUT_S, RolledBack
 from tallystick.session.session import STEP_TIMEOUT_S, Session
 from tallystick.session.setting import Setting

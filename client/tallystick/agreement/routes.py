@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tallystick.admission import has_class
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.choice import owners
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Address, Digest, Span
 
@@ -17,11 +18,6 @@ Find = Callable[[list[Candidate]], Route]
 
 MAX_TRIES = 64
 """Routes that are looked for in all, before it is said that there are too few."""
-
-
-def owners(route: Sequence[Candidate]) -> set[Address]:
-    """Operators and payees of a route's nodes: who may work for no other route."""
-    return {owner for hop in route for owner in (hop.operator, hop.payee)}
 
 
 def apart(candidates: Sequence[Candidate], taken: set[Address]) -> list[Candidate]:

@@ -7,17 +7,18 @@ other routes that did the same work, and of nodes of yet other owners until two 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tallystick.agreement.comparison import Conflict
 from tallystick.attribution import Cause
 from tallystick.session.auditing import testify
+from tallystick.session.ballot import Ballot
 from tallystick.session.remote import Remote
 from tallystick.session.session import Session
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import Address, Digest, Span
+from tallystick_protocol.types import Address, Span
 
 log = logging.getLogger(__name__)
 
@@ -43,31 +44,6 @@ class Sentence:
     @property
     def cause(self) -> Cause:
         return "fraud" if self.witnesses else "numerics"
-
-
-@dataclass(slots=True)
-class Ballot:
-    """Outputs that were signed for the same work, and by whom."""
-
-    votes: dict[Digest, list[Address]] = field(default_factory=dict)
-
-    def cast(self, receipt: Receipt) -> None:
-        self.votes.setdefault(Digest(receipt.output), []).append(receipt.node)
-
-    @property
-    def won(self) -> Digest | None:
-        """What two at least have signed, and more than have signed anything else."""
-        return winner(self.votes)
-
-
-def winner(votes: Mapping[Digest, Collection[Address]]) -> Digest | None:
-    """The output of which two nodes at least say that it is right, and more than of any other."""
-    ranked = sorted(votes, key=lambda output: -len(votes[output]))
-    if not ranked or len(votes[ranked[0]]) < 2:
-        return None
-    if len(ranked) > 1 and len(votes[ranked[1]]) == len(votes[ranked[0]]):
-        return None
-    return ranked[0]
 
 
 async def settle(sessions: Sequence[Session], conflict: Conflict) -> list[Sentence]:

@@ -51,6 +51,11 @@ def auditors(
     ]
 
 
+def owners(nodes: Iterable[Candidate]) -> set[Address]:
+    """Operators and payees: who may have no part in what checks these nodes, or runs beside them."""
+    return {owner for node in nodes for owner in (node.operator, node.payee)}
+
+
 def checkable(candidates: list[Candidate], avoid: Collection[Address]) -> list[Candidate]:
     """Those that somebody else could check, over their whole span and with no regard to the hop before."""
     return [candidate for candidate in candidates if auditors(candidates, [candidate], 0, avoid)]

@@ -71,6 +71,8 @@ class Books:
             del pending[window]
             self.check_receipt(hop, receipt, window)
             check_input(receipt, upstream, session.input_rows(receipt.first, receipt.last))
+            if session.repair.succession.contradicts(index, hop, receipt, window):
+                return
             if index == len(session.hops) - 1:
                 check_output(receipt, self._result_rows(receipt))
             hop.owe(receipt, window)

@@ -20,8 +20,17 @@ from tallystick.session.auditing import Audit, Disagreement
 from tallystick.session.migration import FILL_TIMEOUT_S, Migration
 from tallystick.session.openings import LOOK_OUT_S
 from tallystick.session.remote import Remote
+from tallystick.session.succession import Succession
 from tallystick.verdict import Accusation, Check
-from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, NoAuditor, Overloaded, TallystickError
+from tallystick_protocol.errors import (
+    ChainError,
+    ConfigError,
+    CorruptResult,
+    LinkMismatch,
+    NoAuditor,
+    Overloaded,
+    TallystickError,
+)
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
 
@@ -48,6 +57,7 @@ class Repair:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.succession = Succession(session)
         self._migration: Migration | None = None
         self._unmoved: set[int] = set()
         self._parted: set[tuple[str, str]] = set()
@@ -77,6 +87,9 @@ class Repair:
             if disagreement.ruling is not None or disagreement.failure is not None:
                 await self._resolve(index, disagreement)
                 return True
+        if self.succession.contradiction is not None:
+            await self.succession.judge()
+            return True
         for index, hop in enumerate(self._session.hops):
             if hop.failure is not None:
                 await self._mend(index, hop.failure)
@@ -86,16 +99,20 @@ class Repair:
                 named = next(
                     (i for i, other in enumerate(self._session.hops) if other.node == error.fields.get("hop")), None
                 )
+                if named is not None and isinstance(error, LinkMismatch) and self.succession.is_open(named):
+                    return True  # it does not send what its predecessor did: receipts will say which of them lied
                 if named is not None:  # else it has been replaced meanwhile
                     self._session.hearsay.add(self._session.hops[named].node)
                     await self._lose(named, error)
                 return True
         for audit in list(self._session.audits):
+            if audit.remote.failure is None and await self._session.feeding.hear(audit):
+                return True
             draining = audit.remote.is_draining and self._session.openings.draw_auditors(audit.index)
             if audit.remote.failure is not None or draining:
                 self._session.lost.add(audit.remote.node)
                 self._note_failed(audit)
-                await self._change_auditor(audit)
+                await self.change_auditor(audit)
                 return True
         for index, hop in enumerate(self._session.hops):
             if hop.is_draining and index not in self._unmoved and self.has_stand_in(index):
@@ -140,6 +157,7 @@ class Repair:
             await asyncio.wait([self._migration.task], timeout=FILL_TIMEOUT_S)
             if await self._finish_migration():
                 return
+        self.succession.note(index, lost)
         session.farewells.drop(lost)
         await self.call_off()
         await session.openings.substitute(index, failure)
@@ -174,7 +192,7 @@ class Repair:
             if audit.remote.candidate not in auditors(
                 session.setting.candidates, session.route, audit.index, session.unfit
             ):
-                await self._change_auditor(audit)
+                await self.change_auditor(audit)
 
     # -- moving a hop while it serves
 
@@ -199,6 +217,7 @@ class Repair:
             return False
         session.route[index] = migration.candidate
         session.verdict.replaced.append((old.node, migration.candidate.node, migration.why))
+        self.succession.note(index, old)
         session.hops[index] = remote
         session.attach(remote)
         migration.hand_over()
@@ -220,6 +239,7 @@ class Repair:
 
     def forget(self, position: int) -> None:
         """Rows from `position` on were taken back, and whoever is being filled was told so."""
+        self.succession.forget(position)
         if self._migration is not None:
             self._migration.forget(position)
 
@@ -315,11 +335,12 @@ class Repair:
             )
         )
         if liar != hop.node:
-            await self._change_auditor(audit)
+            await self.change_auditor(audit)
         if liar != audit.remote.node:
             await self.expel(index, 0 if self._session.one_shot else window * WINDOW)
 
-    async def _change_auditor(self, audit: Audit) -> None:
+    async def change_auditor(self, audit: Audit) -> None:
+        """Another node audits from now on, from the beginning."""
         await audit.pause()
         self._session.audits.remove(audit)
         self._session.books.note_payment(audit.remote)
@@ -347,9 +368,26 @@ class Repair:
         """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""
         log.warning("%s is replaced; rolling back to position %d", self._session.hops[index].node, position)
         liar = self._session.hops[index]
+        await self._take_back(position, liar)
+        if liar in self._session.hops:
+            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
+            await self._replace(index, why or lie)
+        for audit in self._session.audits:
+            audit.start()
+        raise RolledBack(position)
+
+    async def roll_back(self, position: int) -> None:
+        """Have everybody forget the rows from `position` on: they came of a lie. Raises RolledBack."""
+        await self._take_back(position, None)
+        for audit in self._session.audits:
+            audit.start()
+        raise RolledBack(position)
+
+    async def _take_back(self, position: int, but: Remote | None) -> None:
+        """Crop everybody, but one hop that is going to be replaced, and what is known of rows from `position` on."""
 
         def others() -> list[Remote]:
-            return [hop for hop in self._session.hops if hop is not liar]  # any of them may be replaced meanwhile
+            return [hop for hop in self._session.hops if hop is not but]  # any of them may be replaced meanwhile
 
         await self._session.until(
             lambda: all(hop.standing.covered >= position for hop in others()), SETTLE_TIMEOUT_S, "receipts"
@@ -368,12 +406,6 @@ class Repair:
                 audit.remote.failure = audit.remote.failure or error
         self._session.books.disputes = {}
         self._session.forget(position)
-        if liar in self._session.hops:
-            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
-            await self._replace(index, why or lie)
-        for audit in self._session.audits:
-            audit.start()
-        raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
         epoch = self._session.epoch
@@ -383,6 +415,7 @@ class Repair:
         except TallystickError as error:  # it is replaced in its turn
             hop.failure = hop.failure or error
         hop.crop(position, computed)
+        hop.told = [error for error in hop.told if not isinstance(error, LinkMismatch)]  # about rows that are void now
         self._session.books.pending[hop] = {}
 
 

@@ -18,6 +18,7 @@ from tallystick.routing.monitor import Monitor
 from tallystick.session.auditing import Audit
 from tallystick.session.books import Books
 from tallystick.session.farewells import Farewells
+from tallystick.session.feeding import Feeding
 from tallystick.session.openings import Openings
 from tallystick.session.remote import Hearing, Remote
 from tallystick.session.repair import SETTLE_TIMEOUT_S, Repair
@@ -73,6 +74,7 @@ class Session:
         self.ring: Ring | None = None
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self.books = Books(self)
+        self.feeding = Feeding(self)
         self.rewinding = Rewinding(self)
         self._flushed = -1
         self.work = asyncio.Event()
@@ -219,11 +221,8 @@ class Session:
         )
 
     def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
-        """Rows for the auditor of hop `index` did not come: refusing to send them is failing, as the hop before."""
-        feeder = self.hops[index - 1] if index else None
-        at_fault = feeder if feeder is not None and error.fields.get("hop") == feeder.node else auditor
-        at_fault.failure = at_fault.failure or error
-        self.wake()
+        """Rows for the auditor of hop `index` did not come: `Feeding.blame`."""
+        self.feeding.blame(index, auditor, error)
 
     def input_rows(self, first: int, last: int) -> list[bytes]:
         """What the client sends for positions [first, last): u32 little-endian ids."""

@@ -16,6 +16,7 @@ from tallystick_protocol.errors import (
     BadFrame,
     BadPosition,
     ContextLengthExceeded,
+    LinkMismatch,
     TallystickError,
     Unauthorized,
 )
@@ -68,7 +69,7 @@ class Steps:
             if is_first and not by_ring:
                 hop.fed_by.confirm(hop.record, frame.position, rows)
                 hop.signer.wake()
-            known = hop.record.new_rows(frame.position, rows)
+            known = self._known(frame.position, rows, pushed=channel is not None and not by_ring)
             if known and not take(frame.body, "confirm", bool, False):
                 repeated = Positions(frame.position, frame.position + known)
                 _, before = hop.record.outputs(repeated)
@@ -79,6 +80,17 @@ class Steps:
             hop.fed_by.fed(frame.position)
         if known < len(rows):
             await self._compute(frame.position + known, rows[known:], want[known:], epoch)
+
+    def _known(self, position: int, rows: list[bytes], pushed: bool) -> int:
+        """How many of these rows are there already. Raises BadPosition; LinkMismatch where the previous hop now sends
+        other bytes than those that a row was computed on: one of its two stories is false."""
+        hop = self._hop
+        try:
+            return hop.record.new_rows(position, rows)
+        except BadPosition as error:
+            if not pushed or position > len(hop.record):
+                raise
+            raise LinkMismatch(error.message, hop=hop.previous) from None
 
     async def _take_at_once(self, frame: Frame, rows: list[bytes], want: list[bool], types: list[int]) -> None:
         """A bidirectional span takes the whole sequence at once, however many frames it came in."""
