@@ -3,7 +3,8 @@ pragma solidity 0.8.37;
 
 import {ECDSA} from "@openzeppelin/contracts/utils/cryptography/ECDSA.sol";
 import {EIP712} from "@openzeppelin/contracts/utils/cryptography/EIP712.sol";
-import {Channel, Deposit, Exit, IEscrow, Row} from "./interfaces/IEscrow.sol";
+import {Nonces} from "@openzeppelin/contracts/utils/Nonces.sol";
+import {Authorization, Channel, Deposit, Exit, IEscrow, Order, Row} from "./interfaces/IEscrow.sol";
 import {IStaking} from "./interfaces/IStaking.sol";
 import {IToken} from "./interfaces/IToken.sol";
 
@@ -16,8 +17,12 @@ import {IToken} from "./interfaces/IToken.sol";
 ///
 /// TOKEN is our own and calls nobody, so there is no reentrancy to guard against. There is no closed state: a channel
 /// without money is empty, an old voucher stays a debt.
-contract Escrow is IEscrow, EIP712 {
+contract Escrow is IEscrow, EIP712, Nonces {
     bytes32 private constant VOUCHER_TYPEHASH = keccak256("Voucher(address client,address node,uint256 total)");
+    bytes32 private constant EXIT_TYPEHASH =
+        keccak256("Exit(address client,address node,uint128 amount,uint256 nonce,uint256 deadline)");
+    bytes32 private constant SET_SIGNER_TYPEHASH =
+        keccak256("SetSigner(address client,address signer,bool on,uint256 nonce,uint256 deadline)");
     uint256 private constant BPS = 10_000;
 
     IToken public immutable TOKEN;
@@ -45,14 +50,18 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     function fund(address client, Deposit[] calldata deposits) external {
-        uint256 sum;
-        for (uint256 i = 0; i < deposits.length; i++) {
-            Deposit calldata deposit = deposits[i];
-            _channels[client][deposit.node].funded += deposit.amount;
-            sum += deposit.amount;
-            emit Funded(client, deposit.node, deposit.amount, msg.sender);
-        }
+        uint256 sum = _deposit(client, deposits, msg.sender);
         TOKEN.transferFrom(msg.sender, address(this), sum);
+    }
+
+    /// @inheritdoc IEscrow
+    function fundWithAuthorization(address client, Deposit[] calldata deposits, Authorization calldata authorization)
+        external
+    {
+        Authorization calldata a = authorization;
+        bytes32 nonce = keccak256(abi.encode(client, deposits, a.salt));
+        uint256 sum = _deposit(client, deposits, a.payer);
+        TOKEN.receiveWithAuthorization(a.payer, address(this), sum, 0, a.validBefore, nonce, a.v, a.r, a.s);
     }
 
     /// @inheritdoc IEscrow
@@ -76,24 +85,31 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     function exit(address node, uint128 amount) external {
-        uint256 unpaid = _unpaid(msg.sender, node);
-        require(amount <= unpaid, TooMuch(amount, unpaid));
-        uint64 readyAt = amount == 0 ? 0 : uint64(block.timestamp + EXIT_DELAY);
-        _exits[msg.sender][node] = Exit(amount, readyAt);
-        emit Exiting(msg.sender, node, amount, readyAt);
+        _exit(msg.sender, node, amount);
+    }
+
+    /// @inheritdoc IEscrow
+    function exitWithSig(address node, uint128 amount, Order calldata order) external {
+        _check(order, keccak256(abi.encode(EXIT_TYPEHASH, order.client, node, amount, order.nonce, order.deadline)));
+        _exit(order.client, node, amount);
     }
 
     /// @inheritdoc IEscrow
     function withdraw(address node) external {
-        Exit memory leaving = _exits[msg.sender][node];
-        require(leaving.amount != 0, NotExiting(msg.sender, node));
+        withdrawFor(msg.sender, node);
+    }
+
+    /// @inheritdoc IEscrow
+    function withdrawFor(address client, address node) public {
+        Exit memory leaving = _exits[client][node];
+        require(leaving.amount != 0, NotExiting(client, node));
         require(block.timestamp >= leaving.readyAt, NotReady(block.timestamp, leaving.readyAt));
-        uint256 unpaid = _unpaid(msg.sender, node);
+        uint256 unpaid = _unpaid(client, node);
         uint256 amount = leaving.amount < unpaid ? leaving.amount : unpaid;
-        delete _exits[msg.sender][node];
-        _channels[msg.sender][node].funded -= uint128(amount);
-        emit Withdrawn(msg.sender, node, amount);
-        TOKEN.transfer(msg.sender, amount);
+        delete _exits[client][node];
+        _channels[client][node].funded -= uint128(amount);
+        emit Withdrawn(client, node, amount);
+        TOKEN.transfer(client, amount);
     }
 
     /// @inheritdoc IEscrow
@@ -109,13 +125,13 @@ contract Escrow is IEscrow, EIP712 {
 
     /// @inheritdoc IEscrow
     function setSigner(address signer, bool on) external {
-        uint256 validUntil = signers[msg.sender][signer];
-        uint256 end = block.timestamp + EXIT_DELAY;
-        if (on) validUntil = type(uint256).max;
-        // A second revocation does not lengthen the first.
-        else if (validUntil > end) validUntil = end;
-        signers[msg.sender][signer] = validUntil;
-        emit SignerSet(msg.sender, signer, validUntil);
+        _setSigner(msg.sender, signer, on);
+    }
+
+    /// @inheritdoc IEscrow
+    function setSignerWithSig(address signer, bool on, Order calldata order) external {
+        _check(order, keccak256(abi.encode(SET_SIGNER_TYPEHASH, order.client, signer, on, order.nonce, order.deadline)));
+        _setSigner(order.client, signer, on);
     }
 
     // Views
@@ -135,6 +151,47 @@ contract Escrow is IEscrow, EIP712 {
         uint256 unpaid = _unpaid(client, node);
         uint256 leaving = _exits[client][node].amount;
         return unpaid > leaving ? unpaid - leaving : 0;
+    }
+
+    /// @inheritdoc IEscrow
+    function nonces(address client) public view override(IEscrow, Nonces) returns (uint256) {
+        return super.nonces(client);
+    }
+
+    function _deposit(address client, Deposit[] calldata deposits, address by) private returns (uint256 sum) {
+        for (uint256 i = 0; i < deposits.length; i++) {
+            Deposit calldata deposit = deposits[i];
+            _channels[client][deposit.node].funded += deposit.amount;
+            sum += deposit.amount;
+            emit Funded(client, deposit.node, deposit.amount, by);
+        }
+    }
+
+    function _exit(address client, address node, uint128 amount) private {
+        uint256 unpaid = _unpaid(client, node);
+        require(amount <= unpaid, TooMuch(amount, unpaid));
+        uint64 readyAt = amount == 0 ? 0 : uint64(block.timestamp + EXIT_DELAY);
+        _exits[client][node] = Exit(amount, readyAt);
+        emit Exiting(client, node, amount, readyAt);
+    }
+
+    function _setSigner(address client, address signer, bool on) private {
+        uint256 validUntil = signers[client][signer];
+        uint256 end = block.timestamp + EXIT_DELAY;
+        if (on) validUntil = type(uint256).max;
+        // A second revocation does not lengthen the first.
+        else if (validUntil > end) validUntil = end;
+        signers[client][signer] = validUntil;
+        emit SignerSet(client, signer, validUntil);
+    }
+
+    /// Uses up the order's nonce. Only the client itself signs orders: a session key may spend, and no more.
+    function _check(Order calldata order, bytes32 structHash) private {
+        require(block.timestamp <= order.deadline, Expired(block.timestamp, order.deadline));
+        _useCheckedNonce(order.client, order.nonce);
+        (address signer, ECDSA.RecoverError err,) =
+            ECDSA.tryRecover(_hashTypedDataV4(structHash), order.r, order.vs);
+        require(err == ECDSA.RecoverError.NoError && signer == order.client, NotSigned(order.client));
     }
 
     function _unpaid(address client, address node) private view returns (uint256) {

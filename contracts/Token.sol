@@ -8,7 +8,7 @@ import {ERC3009} from "@openzeppelin/contracts/token/ERC20/extensions/draft-ERC3
 import {IToken} from "./interfaces/IToken.sol";
 
 /// @dev Invariants: totalSupply == minted - burned; minted <= CAP; only MINTER raises `minted` after construction.
-contract Token is IToken, ERC20, ERC20Burnable, ERC20Permit, ERC3009 {
+contract Token is ERC20, ERC20Burnable, ERC20Permit, ERC3009, IToken {
     uint256 public constant CAP = 1e9 ether;
 
     address public immutable MINTER;

@@ -22,10 +22,34 @@ class Terms:
     span: Span
 
 
+class SignedOnce:
+    """What one hop has signed in one session: a window has one claim for each revision."""
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[int, int], Digest] = {}
+
+    def check(self, receipt: Receipt, its_digest: Digest) -> None:
+        """Raises CorruptResult for a second claim; the same receipt may come again."""
+        if self._digests.setdefault((receipt.first, receipt.revision), its_digest) != its_digest:
+            raise CorruptResult(
+                f"{receipt.node} signed two receipts for positions {receipt.positions}, revision {receipt.revision}",
+                hop=receipt.node,
+            )
+
+
 def check_terms(
-    receipt: Receipt, terms: Terms, previous: Digest, want: tuple[bool, ...], context: Context, now: int
+    receipt: Receipt,
+    terms: Terms,
+    previous: Digest,
+    want: tuple[bool, ...],
+    context: Context,
+    now: int,
+    answer: tuple[bytes, bytes] = (ZERO32, ZERO32),
 ) -> None:
-    """Raises CorruptResult naming the field of a signed receipt that is not what was agreed."""
+    """Raises CorruptResult naming the field of a signed receipt that is not what was agreed.
+
+    answer: the challenge to the receipt before, and the root over the sketches that the node gave; zeros without any.
+    """
     expected = {
         "node": terms.node,
         "model": terms.model,
@@ -35,8 +59,8 @@ def check_terms(
         "start": terms.span.start,
         "end": terms.span.end,
         "previous": previous,
-        "challenge": ZERO32,
-        "sketches": ZERO32,
+        "challenge": answer[0],
+        "sketches": answer[1],
         "context": context.digest(),
     }
     for field, value in expected.items():

@@ -1,4 +1,4 @@
-"""`tallystick`: ask, embed, look at the network, publish a model, fund a channel."""
+"""`tallystick`: ask, embed, look at the network, publish a model, move money in channels."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tallystick.channels import cli as channels
 from tallystick.client import AsyncClient, Settings
+from tallystick.court import cli as court
 from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
 from tallystick.progress import ProgressBar
 from tallystick.publishing import check_can_register, cut, register, serve_content
 from tallystick.routing import cli as routing
+from tallystick.session.setting import SKETCHES
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick.verdict import POLICIES
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
-from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.ipfs import DaemonStore
 from tallystick_protocol.content.store import LocalStore
-from tallystick_protocol.errors import BadMessage, ConfigError, TallystickError
+from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.keystore import open_keystore, read_password
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sampling import Sampling
-from tallystick_protocol.signing import Key, address_bytes, checksum_address
-from tallystick_protocol.types import Address, Wei
+from tallystick_protocol.signing import Key
 from tallystick_protocol.wire import WIRES
 
 ENVIRONMENT = {
@@ -75,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--password-file", type=Path, default=os.environ.get("TALLYSTICK_PASSWORD_FILE"))
     parser.add_argument("--source", action="append", default=[], help="a gateway to fetch content from")
     parser.add_argument(
+        "--sketches",
+        choices=SKETCHES,
+        default="auto",
+        help="have hops answer challenges by which other numeric classes can check them; auto: where no other can",
+    )
+    parser.add_argument(
         "--wire", choices=WIRES, default="f32",
         help="how hidden rows travel between nodes; bf16 and int8 save bytes and change answers a little",
     )  # fmt: skip
@@ -82,6 +89,14 @@ def _parser() -> argparse.ArgumentParser:
         "--admit-stock", action="store_true",
         help='with --verify off, use nodes of no numeric class for layers that nobody else serves; nothing is checked',
     )  # fmt: skip
+    parser.add_argument(
+        "--evidence", type=Path, metavar="FOLDER",
+        help="keep evidence against nodes that are found wrong; it holds the text, or what it can be told from",
+    )  # fmt: skip
+    parser.add_argument("--accuse", action="store_true", help="with --evidence: accuse them in Court, for a bond")
+    parser.add_argument(
+        "--evidence-source", action="append", default=[], metavar="URL", help="where jurors find it, http://NUMBER:PORT"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     generate = commands.add_parser("generate", help="continue a prompt")
@@ -109,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     tasks.add(commands, _client)
 
     routing.add(commands, _client)
+
+    court.add(commands, _key)
 
     network = commands.add_parser("network", help="which nodes serve which layers")
     network.add_argument("--model", default="")
@@ -155,10 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     content.add_argument("--port", type=int, default=8180)
     content.set_defaults(command=_content)
 
-    fund = commands.add_parser("fund", help="put tokens into the channel to a node")
-    fund.add_argument("--node", required=True)
-    fund.add_argument("--amount", type=int, required=True, help="token base units (1e-18)")
-    fund.set_defaults(command=_fund)
+    channels.add(commands, _key)
     return parser
 
 
@@ -171,7 +185,8 @@ def _key(options: argparse.Namespace) -> Key:
 def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
         rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
-        wire=options.wire,
+        wire=options.wire, sketches=options.sketches,
+        evidence=options.evidence, accuse=options.accuse, evidence_sources=options.evidence_source,
         notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
     )  # fmt: skip
     return AsyncClient(_key(options), settings)
@@ -360,21 +375,6 @@ async def _content(options: argparse.Namespace) -> int:
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()
-    return 0
-
-
-async def _fund(options: argparse.Namespace) -> int:
-    chain = Chain(options.rpc, load_book(Path(options.book)))
-    wallet = Wallet(chain, _key(options))
-    try:
-        node = checksum_address(address_bytes(Address(options.node)))
-    except BadMessage:
-        raise ConfigError(f"--node {options.node!r} is not an address (0x and 40 hex digits)") from None
-    if options.amount <= 0:
-        raise ConfigError(f"--amount {options.amount} is not a positive number of token base units")
-    await asyncio.to_thread(wallet.fund, wallet.address, [(node, Wei(options.amount))])
-    funds = await asyncio.to_thread(chain.funds, wallet.address, node)
-    print(f"the channel to {node} holds {funds.latest - funds.paid} not yet paid out")
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from tallystick.admission import find_route, note_stock
 from tallystick.agreement.agreement import Agreement
 from tallystick.agreement.routes import disjoint
+from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Mode, Stream
 from tallystick.lanes import Workshop
@@ -32,14 +33,16 @@ from tallystick.routing.route import Route, choose, route_over
 from tallystick.routing.survey import PER_LAYER
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
-from tallystick.session.setting import Setting, Sides
+from tallystick.session.setting import Setting, Sides, Sketches
 from tallystick.speculation.drafters import Drafter
 from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length
 from tallystick.verdict import POLICIES, Policy, Verdict, num_routes
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
-from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute
+from tallystick_protocol.chain.writes import Wallet
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute, TallystickError
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
@@ -86,7 +89,12 @@ class Settings:
 
     admit_stock: with verify="off", use nodes of no numeric class for layers that nobody else serves (`admission`).
     wire: how hidden rows travel between hops: "f32", or rounded to "bf16" or "int8", which changes answers a little.
+    sketches: whether hops are asked for sketches, by which nodes of other classes can audit them: "auto" where nobody
+    else could, "on" or "off". Only of rows that travel as "f32".
     wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
+    evidence: folder of a content store for evidence against nodes that were found wrong, which holds the session's text
+    or what it can be told from; None: none is kept. accuse: put it up in Court, with a bond of the key's own tokens;
+    evidence_sources: where jurors find it.
     """
 
     rpc: str = "http://127.0.0.1:8545"
@@ -99,7 +107,11 @@ class Settings:
     audit_probability: float = AUDIT_PROBABILITY
     weights: Weights = field(default_factory=Weights)
     wire: Wire = "f32"
+    sketches: Sketches = "auto"
     wait_s: float = 30.0
+    evidence: Path | None = None
+    accuse: bool = False
+    evidence_sources: list[str] = field(default_factory=list)
     notify: Callable[[str], None] = log.warning
 
 
@@ -326,7 +338,7 @@ class AsyncClient(Tasks):
         setting = self._setting(record, manifest, stack, survey, max_length)
         held, shared, route = self._held(setting, route, prompt, verdict.policy)
         session = await self._open(setting, route, verdict)
-        if held is not None and session.holds.hops == held.hops:
+        if held is not None and session.holds.hops == held.hops and not session.sketching.is_on:
             try:
                 taken = await session.rewinding.take_over(held, 0, shared)
             except BaseException:
@@ -388,7 +400,7 @@ class AsyncClient(Tasks):
         """An earlier session that began with the same ids, how many, and its nodes, if they are still good enough."""
         usable = [c for c in setting.candidates if c.node not in self.banned]
         if verify == "full":
-            usable = checkable(usable, self.banned)
+            usable = checkable(usable, self.banned, self._compares)
         if (wanted := self.settings.numeric_class) is not None:
             usable = [c for c in usable if c.offer.numeric_class == wanted]
         for held, shared in self.prefixes.find(setting.form, ids):
@@ -441,16 +453,22 @@ class AsyncClient(Tasks):
 
         def find(usable: list[Candidate]) -> list[Candidate]:
             if verify == "full":
-                try:
-                    return among(checkable(usable, self.banned))
-                except NoRoute:
-                    pass  # then opening says which span nobody else can recompute
+                for across in (False, True) if self._compares else (False,):
+                    try:
+                        return among(checkable(usable, self.banned, across))
+                    except NoRoute:
+                        continue  # then opening says which span nobody else can recompute
             return among(usable)
 
         def among(usable: list[Candidate]) -> list[Candidate]:
             return choose(usable, work, stack, avoid=self.banned, numeric_class=settings.numeric_class).hops
 
         return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)
+
+    @property
+    def _compares(self) -> bool:
+        """Whether nodes of other classes can be auditors."""
+        return self.settings.sketches != "off" and self.settings.wire == "f32"
 
     def ban(self, verdict: Verdict) -> None:
         """Never again use the nodes that a verdict accuses."""
@@ -490,7 +508,36 @@ class AsyncClient(Tasks):
             ),
             work=self._workload(manifest, 0, max_length),
             reputation=self.reputation,
+            sketches=self.settings.sketches,
+            numeric_class=self.settings.numeric_class,
+            keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
         )
+
+    def _keep_evidence(self, data: bytes) -> str:
+        assert self.settings.evidence is not None
+        return str(keep_evidence(LocalStore(self.settings.evidence.expanduser()), data))
+
+    async def go_to_court(self, verdict: Verdict) -> None:
+        """Accuse as the settings say; an answer does not fail by what fails here."""
+        if self.settings.accuse and verdict.accusations:
+            try:
+                for opened in await self.accuse(verdict):
+                    self.settings.notify(f"case 0x{opened.id.hex()} is opened with a bond of {opened.bond}")
+            except TallystickError as error:
+                self.settings.notify(f"nobody is accused: {error.message}")
+
+    async def accuse(self, verdict: Verdict) -> list[Accused]:
+        """Put what a verdict has evidence for up in Court. Raises ChainError, ConfigError."""
+        if self.settings.evidence is None:
+            raise ConfigError("there is no evidence: set `evidence` to a folder before the session")
+        store = LocalStore(self.settings.evidence.expanduser())
+        wallet, opened = Wallet(self.chain, self._key), []
+        for accusation in verdict.accusations:
+            if accusation.evidence:
+                evidence, cid = load_evidence(accusation.evidence, store, self.chain.book.staking_domain)
+                sources = self.settings.evidence_sources
+                opened.append(await asyncio.to_thread(accuse, wallet, evidence, cid, sources))
+        return opened
 
     async def _prepay(self, needs: list[Need]) -> None:
         """Fill the channels for several sessions in one transaction; what each of them sets aside is then there."""
@@ -520,7 +567,8 @@ class AsyncClient(Tasks):
                 await session.audit_at_end(coin.randrange(len(session.route)))
         await session.take_leave()
         setting = session.setting
-        if not session.one_shot and setting.top_k and setting.sides.memory is None:
+        is_plain = setting.top_k and setting.sides.memory is None and not session.sketching.is_on
+        if not session.one_shot and is_plain:
             self.prefixes.remember(session.holds)
 
     def _check_length(self, manifest: Manifest, prompt: int, new: int) -> None:

@@ -172,6 +172,7 @@ class Stream:
             await steps.close()
             await session.close()
             client.ban(verdict)
+        await client.go_to_court(verdict)
         if finished:
             self._answer = Answer(
                 text=state.stream.text,

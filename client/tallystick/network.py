@@ -76,12 +76,26 @@ class Network:
         models = await asyncio.to_thread(self.chain.all_models)
         wanted = text.lower().removeprefix("0x")
         found = [record for record in models if record.id.hex().startswith(wanted)] if wanted or models else []
+        unread: list[ModelRecord] = []
         if not found and text:
-            found = [record for record in models if (await self.manifest(record)).name == text]
+            found, unread = await self._named(text, models)
         if len(found) == 1:
             return found[0]
         known = ", ".join("0x" + record.id.hex()[:12] for record in models[:5]) or "none"
+        known += f"; of {len(unread)} the manifest cannot be read" if unread else ""
         raise UnknownModel(f"{len(found)} models match {text!r}; on chain: {known}; list them: tallystick models")
+
+    async def _named(self, name: str, models: Iterable[ModelRecord]) -> tuple[list[ModelRecord], list[ModelRecord]]:
+        """Models of that name, and those whose manifest nobody has or that is no manifest: anybody may register one."""
+        found, unread = [], []
+        for record in models:
+            try:
+                if (await self.manifest(record)).name == name:
+                    found.append(record)
+            except TallystickError as error:
+                log.info("model 0x%s: %s", record.id.hex(), error)
+                unread.append(record)
+        return found, unread
 
     async def manifest(self, record: ModelRecord) -> Manifest:
         """A model's manifest, verified against the chain. Raises BlockMissing, ManifestError."""

@@ -22,8 +22,10 @@ def num_routes(policy: str) -> int:
 class Check:
     """One window of one span that two have computed. passed: None when nobody could say who was wrong.
 
-    how: "hash"; "routes" where the second one carried another route of `agree=k`; in tuning "tolerance". Between routes
-    that are cut elsewhere the span is that between two boundaries that they share, and the nodes are those that end it.
+    how: "hash" within a class, "sketch" across classes, "routes" where the second one carried another route of
+    `agree=k`, "tolerance" in tuning. error: how far apart the two were, of `tolerance`, up to which it passes; 0 for
+    hashes. Between routes that are cut elsewhere the span is that between two boundaries that they share, and the nodes
+    are those that end it.
     """
 
     span: Span
@@ -32,23 +34,28 @@ class Check:
     auditor: Address
     passed: bool | None
     how: str = "hash"
+    error: float = 0.0
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Accusation:
-    """A node whose signed work two others contradict, alike."""
+    """A node whose signed work two others contradict, alike. evidence: the CID of what the Court needs, "" for none."""
 
     node: Address
     span: Span
     positions: Positions
     witnesses: tuple[Address, ...]
+    evidence: str = ""
 
 
 @dataclass(slots=True)
 class Verdict:
     """The verdict on one answer (docs/verification.md says what each field means).
 
-    worst_error and tolerance are 0: within a class, results are equal or wrong.
+    worst_error and tolerance: of the check across classes that came nearest to failing; 0 without any: within a class,
+    results are equal or wrong. moved: nodes that were replaced by one of another class, whose bits are others.
+
     attributions: one for each node that failed and each disagreement, in the order in which they were found.
     unverifiable: the hops that have no numeric class (setting `admit_stock`): nothing of what they did was checked.
     """
@@ -62,8 +69,15 @@ class Verdict:
     paid: dict[Address, Wei] = field(default_factory=dict)
     withheld: dict[Address, Wei] = field(default_factory=dict)
     unverifiable: list[tuple[Address, Span]] = field(default_factory=list)
+    moved: list[Address] = field(default_factory=list)
     worst_error: float = 0.0
     tolerance: float = 0.0
+
+    def note(self, check: Check) -> None:
+        """Add a check."""
+        self.checks.append(check)
+        if check.tolerance and check.error * self.tolerance >= self.worst_error * check.tolerance:
+            self.worst_error, self.tolerance = check.error, check.tolerance
 
     @property
     def checked(self) -> int:
@@ -90,9 +104,10 @@ class Verdict:
 
     @property
     def exact(self) -> bool:
-        """Whether failovers changed no bit: False when a node without a class was replaced by another one."""
+        """Whether failovers changed no bit: False when a node without a class was replaced by another one, or one by a
+        node of another class."""
         without_class = {node for node, _ in self.unverifiable}
-        return not any(lost in without_class for lost, _, _ in self.replaced)
+        return not self.moved and not any(lost in without_class for lost, _, _ in self.replaced)
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as plain values. Amounts are token base units, in all and (`*_by_node`) per node."""
@@ -114,6 +129,7 @@ class Verdict:
                 {
                     "node": one.node, "layers": _layers(one.span),
                     "positions": [one.positions.first, one.positions.last], "witnesses": list(one.witnesses),
+                    "evidence": one.evidence,
                 }
                 for one in self.accusations
             ],

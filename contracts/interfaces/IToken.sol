@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {IERC3009} from "@openzeppelin/contracts/interfaces/draft-IERC3009.sol";
 import {IERC20} from "@openzeppelin/contracts/token/ERC20/IERC20.sol";
 
 /// @title The token: what nodes stake, what clients pay with
 /// @notice ERC-20 with permit (ERC-2612), transfers by authorization (ERC-3009, random nonces) and burning. 18 decimals.
-interface IToken is IERC20 {
+interface IToken is IERC20, IERC3009 {
     error NotMinter(address caller, address minter);
     error CapExceeded(uint256 minted, uint256 cap);
 

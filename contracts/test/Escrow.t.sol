@@ -359,17 +359,34 @@ contract EscrowHandler is World {
 
     function exit(uint256 c, uint256 n, uint256 amount) external {
         (address from, address to) = (clientAt(c), nodeAt(n));
-        Channel memory channel = escrow.channels(from, to);
+        uint128 wanted = some(from, to, amount);
         vm.prank(from);
-        escrow.exit(to, uint128(within(amount, 0, channel.funded - channel.paid)));
+        escrow.exit(to, wanted);
         exitedAt[from][to] = block.timestamp;
     }
 
-    function withdraw(uint256 c, uint256 n) external {
+    function exitWithSig(uint256 c, uint256 n, uint256 amount) external {
+        (address from, address to) = (clientAt(c), nodeAt(n));
+        uint128 wanted = some(from, to, amount);
+        escrow.exitWithSig(
+            to, wanted, exitOrder(clientKey(c), from, to, wanted, escrow.nonces(from), block.timestamp)
+        );
+        exitedAt[from][to] = block.timestamp;
+    }
+
+    function some(address from, address to, uint256 amount) private view returns (uint128) {
+        Channel memory channel = escrow.channels(from, to);
+        return uint128(within(amount, 0, channel.funded - channel.paid));
+    }
+
+    /// By anybody: the money goes to the client.
+    function withdraw(uint256 c, uint256 n, address by) external {
         (address from, address to) = (clientAt(c), nodeAt(n));
         uint256 before = escrow.channels(from, to).funded;
-        vm.prank(from);
-        try escrow.withdraw(to) {
+        uint256 purse = token.balanceOf(from);
+        vm.prank(by);
+        try escrow.withdrawFor(from, to) {
+            assertEq(token.balanceOf(from) - purse, before - escrow.channels(from, to).funded);
             assertLe(exitedAt[from][to] + 3 days, block.timestamp, "E4: too early");
             outgoing += before - escrow.channels(from, to).funded;
         } catch {

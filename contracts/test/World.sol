@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
-import {Deposit, IEscrow, Row} from "../interfaces/IEscrow.sol";
+import {Deposit, IEscrow, Order, Row} from "../interfaces/IEscrow.sol";
 import {IModels} from "../interfaces/IModels.sol";
 import {IStaking} from "../interfaces/IStaking.sol";
 import {IToken} from "../interfaces/IToken.sol";
@@ -161,6 +161,26 @@ abstract contract World is Assertions {
     function rows(uint256 key, uint256 total) internal view returns (Row[] memory list) {
         list = new Row[](1);
         list[0] = row(key, client, node, total);
+    }
+
+    /// An order to leave a channel, signed by `key`.
+    function exitOrder(uint256 key, address who, address to, uint128 amount, uint256 nonce, uint256 deadline)
+        internal
+        view
+        returns (Order memory)
+    {
+        bytes32 kind = keccak256("Exit(address client,address node,uint128 amount,uint256 nonce,uint256 deadline)");
+        return orderOf(key, who, nonce, deadline, keccak256(abi.encode(kind, who, to, amount, nonce, deadline)));
+    }
+
+    function orderOf(uint256 key, address who, uint256 nonce, uint256 deadline, bytes32 structHash)
+        internal
+        view
+        returns (Order memory)
+    {
+        bytes32 digest = keccak256(abi.encodePacked("\x19\x01", separator("Tallystick Escrow", address(escrow)), structHash));
+        (uint8 v, bytes32 r, bytes32 s) = vm.sign(key, digest);
+        return Order(who, nonce, deadline, r, bytes32(uint256(s) | (uint256(v - 27) << 255)));
     }
 
     function bindDigest(address who, uint256 deadline) internal view returns (bytes32) {

@@ -43,6 +43,7 @@ const fieldsOf = (primary) => TYPES[primary].split(",").map((field) => field.spl
 function value(type, name, seed) {
   if (type === "address") return seed === "max" ? address("ff") : `0x${id(`${name} ${seed}`).slice(26)}`;
   if (type === "bytes32") return seed === "max" ? `0x${"ff".repeat(32)}` : seed === "zero" ? `0x${"00".repeat(32)}` : word(`${name} ${seed}`);
+  if (type === "bool") return true;
   const bits = BigInt(type.slice(4));
   const top = (1n << bits) - 1n;
   return String(seed === "max" ? top : seed === "zero" ? 0n : BigInt(id(`${name} ${seed}`)) & top);
@@ -130,15 +131,19 @@ const ids = weights.map(({ root }, i) => {
   return { manifest, weights: root, layers, id: keccak256(coder.encode(["bytes32", "bytes32", "uint16"], [manifest, root, layers])) };
 });
 
-// Messages that no contract reads: ethers says what Python has to compute.
+// Messages that no contract reads, and the orders to Escrow (Gasless.t.sol): ethers says what Python has to compute.
+const ORDERS = {
+  Exit: "address client,address node,uint128 amount,uint256 nonce,uint256 deadline",
+  SetSigner: "address client,address signer,bool on,uint256 nonce,uint256 deadline",
+};
 const OFFCHAIN = {
   PushOpen: "address node,bytes32 session,uint32 attempt,address previous,bytes32 spki,bytes32 nonce,uint64 issued",
   Resume: "address node,bytes32 session,uint32 number,bytes32 spki,uint64 issued",
   RelayRegister: "address relay,bytes32 spki,address node,bytes32 nonce,uint64 issued",
 };
-const offchain = Object.entries(OFFCHAIN).map(([primary, members]) => {
+const offchain = Object.entries({ ...OFFCHAIN, ...ORDERS }).map(([primary, members]) => {
   TYPES[primary] = members;
-  return struct(primary, "staking", message(primary, "one"));
+  return struct(primary, primary in ORDERS ? "escrow" : "staking", message(primary, "one"));
 });
 const REACH = {
   Reach: "address node,uint64 seq,uint64 expires,bytes32[] spki,Addr[] addrs",

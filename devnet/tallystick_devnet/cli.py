@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tallystick_devnet.demo import DemoOptions, default_model, run_demo
 from tallystick_devnet.localnet import LocalNet, spread
+from tallystick_devnet.trial.trial import run_trial
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.manifest import Manifest
 
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, default=DemoOptions().tokens)
     demo.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     demo.set_defaults(command=_demo)
+    trial = commands.add_parser("trial", help="a cheater, a false accuser, a lazy juror; the Court, with time moved")
+    trial.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    trial.set_defaults(command=_trial)
     up = commands.add_parser("up", help="stay up until Ctrl-C and print what to try")
     up.add_argument("--model", type=Path, help="a checkpoint folder or a .gguf file; default: the demo model")
     up.add_argument("--numerics", choices=["fp32", "bf16w"], default="fp32")
@@ -82,6 +86,14 @@ def _demo(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result))
     return 0 if result["matches_unsharded"] and result["cheater"]["caught"] else 1
+
+
+def _trial(options: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(prefix="tallystick-trial-") as folder:
+        result = run_trial(Path(folder), _say)
+    if options.json:
+        print(json.dumps(result))
+    return 0 if result["conserved"] and not result["honest_slashed"] else 1
 
 
 def _up(options: argparse.Namespace) -> int:

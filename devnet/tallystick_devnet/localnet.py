@@ -58,9 +58,11 @@ class LocalNet:
     """Use as a context manager: everything it has started is stopped at the end."""
 
     def __init__(
-        self, folder: Path, say: Callable[[str], None] = lambda _: None, rpc_port: int = 0, tls: bool = False
+        self, folder: Path, say: Callable[[str], None] = lambda _: None, rpc_port: int = 0, tls: bool = False,
+        stake: Wei = STAKE,
     ) -> None:
-        """tls: nodes speak TLS as they would beyond this machine."""
+        """tls: nodes speak TLS as they would beyond this machine. stake: of each node."""
+        self._stake = stake
         self.folder = folder
         self._say = say
         self._rpc_port = rpc_port
@@ -125,7 +127,7 @@ class LocalNet:
             cold = create_keystore(folder / "cold.json", PASSWORD, fast=True)
             create_keystore(folder / "hot.json", PASSWORD, fast=True)
             fresh.append((folder, cold))
-        self.chain.give(*(cold for _, cold in fresh), tokens=STAKE)
+        self.chain.give(*(cold for _, cold in fresh), tokens=self._stake)
         self._prepared += fresh
 
     def add_node(
@@ -173,7 +175,7 @@ class LocalNet:
             "--rpc", self.chain.rpc, "--book", str(self.chain.book), "--state", str(node.folder / "state"),
             "--model", "0x" + model.hex(), "--span", f"{node.span.start}:{node.span.end}", "--sources", self.source,
             "--hot-key", str(node.folder / "hot.json"), "--cold-key", str(node.folder / "cold.json"),
-            "--password-file", str(node.folder / "password"), "--stake", str(STAKE), "--redeem-after-s", "3600",
+            "--password-file", str(node.folder / "password"), "--stake", str(self._stake), "--redeem-after-s", "3600",
             "--lease-s", LEASE_S, "--threads", "1", *(["--tls", "on"] if self._tls else []), *settings,
         ]  # fmt: skip
 

@@ -31,7 +31,7 @@ class Passage:
     batch, num_rows: of the rows that travel. received: the streams that enter the span (None where ids do).
     stop: leave after the last layer of the stack; other spans leave anyway.
     entered: the streams that entered the span's first layer. placement: where the layers are.
-    span: the layers that this forward computes, of those that are here.
+    span: the layers that this forward computes, of those that are here. peeks: leave with what enters its first layer.
     """
 
     def __init__(self, placement: Placement, anatomy: Anatomy, span: Span) -> None:
@@ -44,6 +44,7 @@ class Passage:
         self.num_rows = 0
         self.received: list[torch.Tensor] | None = None
         self.stop = True
+        self.peeks = False
         self.entered: list[torch.Tensor] = []
         self._turn = 0
         self._leaving: dict[int, torch.Tensor] = {}
@@ -135,6 +136,8 @@ class _Turn:
         if first:
             own = passage.received
             passage.entered = own if own is not None else [self._layers[index].hidden.get(args, kwargs)]
+            if passage.peeks:
+                raise Leave(passage.entered)
         return args, kwargs
 
     def _take_leave(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -209,6 +209,33 @@ class SpanModel:
             leaving = self._run([segment], output=None, stop=True, entered=entered)[0]
         return torch.cat(entered) + 0.0, leaving
 
+    def entering(self, ids: torch.Tensor, first: int = 0, token_types: torch.Tensor | None = None) -> torch.Tensor:
+        """The embedding's output for token ids from position `first` on, (n, width) fp32, as it enters the first layer.
+
+        Of spans that take ids. No session's cache is touched. Unless sessions share calls (`packs`), first is 0.
+        """
+        segment, spliced = Segment(None, first, ids, token_types=token_types), self._spliced
+        parts = [Part(0, 0, len(ids))]
+        rules, passage, anatomy = spliced.rules, spliced.passage, spliced.anatomy
+        with flushing_denormals(), torch.inference_mode():
+            inputs, num_rows = self._inputs([segment], parts)
+            if self._stack_number > 0:  # the encoder's states are for the layers
+                blank = torch.zeros(1, 1, anatomy.memory_width, dtype=anatomy.ends[0].dtype)
+                inputs["encoder_outputs"] = anatomy.memory_type(last_hidden_state=blank)
+            if rules is not None and rules.packs:
+                rules.batch.begin(place([segment], parts))
+                rules.selection[:] = []
+            passage.peeks = True
+            try:
+                with spliced.operators or nullcontext():
+                    self.run_model(inputs, num_rows)
+            except Leave as leave:
+                rows = pack_rows(self._entering[:1], moved(leave.streams, CPU), self.manifest.width)
+                return rows[: len(ids)] + 0.0
+            finally:
+                passage.peeks = False
+        raise BadPosition(f"layers {self.span} were never entered")
+
     def _check(self, segment: Segment) -> None:
         rows, manifest = segment.rows, self.manifest
         if self.is_first:

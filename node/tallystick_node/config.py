@@ -91,6 +91,12 @@ class NodeConfig(BaseSettings):
     look_around_s: float = Field(900.0, ge=1, description="how often a node with span = auto looks for a better place")
     dwell_s: float = Field(7200.0, ge=0, description="how long such a node stays before it moves for more throughput")
     redeem_after_s: float = Field(24 * 3600.0, ge=0.5, description="age at which vouchers are redeemed")
+    jury: Literal["on", "off"] = Field("on", description="off: the node leaves its seats in Court, and is fined for it")
+    jury_bytes: int = Field(64 << 20, ge=1 << 20, le=64 << 20, description="evidence of one case at most")
+    jury_positions: int = Field(4096, ge=32, le=4096, description="positions that are recomputed for a case at most")
+    jury_seconds: float = Field(3600.0, ge=1, description="time that recomputing a case may take")
+    jury_disk: int = Field(8 << 30, ge=1 << 20, description="evidence and pieces of spans not served here, at most")
+    jury_poll_s: float = Field(15.0, ge=0.1, le=600, description="how often the Court is looked at")
     offer_lifetime_s: int = Field(3600, ge=60, le=86400, description="how long an offer holds")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="what is logged")
 

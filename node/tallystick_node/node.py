@@ -15,6 +15,7 @@ from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.alone import alone, set_threads
 from tallystick_node.config import NodeConfig
 from tallystick_node.journal import Journal
+from tallystick_node.jury.juror import Juror
 from tallystick_node.listener import Listener, bind
 from tallystick_node.loading import Loading, self_check, write_plans
 from tallystick_node.locks import lock_state
@@ -176,10 +177,15 @@ class Node:
             self._rows_per_s = loading.rate(span)
             self._offers.clear()
             self._renew_offer(shop, manifest)
-            blocks = _block_answers(loading.store)
+            wallet = Wallet(chain, self.keys.cold or self.keys.hot)
+            juror = None
+            if config.jury == "on":
+                juror = Juror(config, self.keys.node, wallet, loading.store, presence.may_dial, state)
+                stack.callback(juror.close)
+            blocks = _block_answers(loading.store, *([juror.holding.store] if juror else []))
             app = create_app(sessions, lambda: self._info(sessions, shop), lambda: self._ready, blocks, presence.desk)
             listener = Listener(app, presence.keys)
-            redeemer = Redeemer(Wallet(chain, self.keys.cold or self.keys.hot), self.keys.node, till)
+            redeemer = Redeemer(wallet, self.keys.node, till)
             check = self_check(loading, loaded)
             beside = [
                 write_plans(engine),
@@ -189,6 +195,8 @@ class Node:
                     engine, sessions, check, loaded.numeric_class, span, config.check_class_s, loaded.class_age_s
                 ),
             ]
+            if juror is not None:
+                beside.append(juror.run())
             if isinstance(loaded.model, ParallelSpan):
                 beside.append(watch_ranks(loaded.model))
             if config.layers is None:
@@ -333,6 +341,15 @@ class Node:
         }
 
 
-def _block_answers(store: LocalStore) -> Callable[[BlockRequest], Reply]:
-    pinned = PinnedBlocks(store)
-    return lambda request: answer(store, request, pinned)
+def _block_answers(*stores: LocalStore) -> Callable[[BlockRequest], Reply]:
+    """From the first store that has pinned what is asked for."""
+    pinned = [(store, PinnedBlocks(store)) for store in stores]
+
+    def reply(request: BlockRequest) -> Reply:
+        for store, allowed in pinned:
+            found = answer(store, request, allowed)
+            if found.status not in (404, 412):
+                break
+        return found
+
+    return reply

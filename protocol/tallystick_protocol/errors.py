@@ -21,6 +21,7 @@ TallystickError                      code, message, fields; never a stack trace 
 ├── ConfigError                      a setting, a key or a file of the user's own
 ├── ManifestError                    a model that is malformed, unsupported or not what it says
 ├── ContentError                     BadCid  BadBlock  BlockMissing  ContentTooLarge  SourceFailed
+├── BadEvidence                      a bundle for the Court that does not hang together: unreadable
 └── InternalError                    a bug on the other side
 """
 
@@ -223,6 +224,12 @@ class SourceFailed(ContentError):
     """One source did not answer as it should; another may."""
 
     code = "source_failed"
+
+
+class BadEvidence(TallystickError):
+    """Evidence whose parts do not fit each other, or the model: a juror votes unreadable."""
+
+    code = "bad_evidence"
 
 
 class InternalError(TallystickError):

@@ -66,6 +66,10 @@ class Kind(IntEnum):
     REGISTERED = 26
     CALL = 27
     RING = 28
+    CHALLENGE = 29
+    SKETCHES = 30
+    FETCH = 33
+    KEPT = 34
 
 
 class DType(IntEnum):

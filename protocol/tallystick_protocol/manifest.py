@@ -29,6 +29,8 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
     canary        {ids, rows: [cid per boundary 0..layers], output: cid}: raw blocks of fp32 rows to be reproduced.
                   Of an encoder-decoder, boundary encoder_layers is the encoder's result (after its last norm, what the
                   decoder gets as memory), in norms and rows alike; the decoder's canary runs on the same ids over it
+    clear         only where the publisher has measured it: the largest error across classes that is nothing but noise,
+                  if that is less than the protocol's (`sketching.thresholds`)
 """
 
 from __future__ import annotations
@@ -143,6 +145,7 @@ class Manifest:
     pooling: Pooling | None
     norms: tuple[tuple[float, float], ...]
     canary: Canary
+    clear: float | None = None
 
     def stack_of(self, span: Span) -> Span:
         """The layers of the stack that a span belongs to. Raises ManifestError for one that crosses stacks."""
@@ -298,6 +301,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "rows": [_link(cid) for cid in manifest.canary.rows],
             "output": _link(manifest.canary.output),
         },
+        **({} if manifest.clear is None else {"clear": manifest.clear}),
     }
 
 
@@ -306,11 +310,12 @@ def _from_json(value: Any) -> Manifest:
         if value["format"] != FORMAT:
             raise ManifestError(f"manifest format {str(value['format'])[:40]!r}; this version reads {FORMAT!r}")
         keys = {*Manifest.__slots__, "format"}
-        if set(value) != keys:
+        if set(value) | {"clear"} != keys:
             raise ManifestError(f"manifest fields differ: {sorted(set(value) ^ keys)[:5]}")
         return Manifest(
             **{
-                **{key: value[key] for key in keys - {"format"}},
+                **{key: value[key] for key in keys - {"format", "clear"}},
+                "clear": value.get("clear"),
                 "labels": tuple(value["labels"]),
                 "quantization": None if value["quantization"] is None else Quantization(**value["quantization"]),
                 "pieces": tuple(_piece(piece) for piece in value["pieces"]),

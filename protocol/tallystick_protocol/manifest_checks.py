@@ -64,6 +64,8 @@ def check(manifest: Manifest) -> None:
         raise ManifestError("canary: some ids and one block of rows for each of the layers + 1 boundaries")
     for token in manifest.canary.ids:
         _bounded("canary id", token, 0, manifest.vocab - 1)
+    if manifest.clear is not None and not (type(manifest.clear) is float and 0 < manifest.clear < 1):
+        raise ManifestError("clear is a number between 0 and 1, or missing")
     for name, ref in manifest.tokenizer.items():
         unsafe = name != name.strip() or not name.isprintable() or any(part in name for part in ("/", "\\", ".."))
         if unsafe or not 0 < len(name) <= 100:

@@ -1,8 +1,8 @@
 """EIP-712 structs, domains and signatures: one strict form, the one that the contracts accept.
 
 A struct is a frozen dataclass with a class variable TYPE, its EIP-712 type string; its fields are the type's members in
-order (snake_case here). Every member is one word, so a struct travels as its words, and the very bytes that travel are
-hashed:
+order (snake_case here, `from_` for from). Every member is one word, so a struct travels as its words, and the very
+bytes that travel are hashed:
 
     bytes            what
     32 x members     the members as EIP-712 words (big-endian, padded to the left)
@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 from functools import cache
+from keyword import iskeyword
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from coincurve import PrivateKey, PublicKey
@@ -78,8 +79,13 @@ def staking_domain(chain_id: int, staking: Address) -> Domain:
 
 
 def escrow_domain(chain_id: int, escrow: Address) -> Domain:
-    """The domain of vouchers and exits."""
+    """The domain of vouchers, exits and signers."""
     return Domain("Tallystick Escrow", "1", chain_id, escrow)
+
+
+def token_domain(chain_id: int, token: Address) -> Domain:
+    """The token's own domain (ERC-2612, ERC-3009)."""
+    return Domain("Tallystick", "1", chain_id, token)
 
 
 @cache
@@ -88,6 +94,7 @@ def _members(cls: type[Struct]) -> tuple[tuple[str, str], ...]:
     inner = cls.TYPE[cls.TYPE.index("(") + 1 : -1]
     pairs = [member.split(" ") for member in inner.split(",")]
     names = [re.sub(r"[A-Z]", lambda m: "_" + m.group().lower(), name) for _, name in pairs]
+    names = [name + "_" if iskeyword(name) else name for name in names]
     assert names == [field.name for field in fields(cls)], (cls, names)  # type: ignore[arg-type]
     return tuple((kind, name) for (kind, _), name in zip(pairs, names, strict=True))
 
@@ -182,6 +189,8 @@ def _word(kind: str, name: str, value: Any) -> bytes:
         if not isinstance(value, bytes) or len(value) != 32:
             raise BadMessage(f"{name} is 32 bytes")
         return value
+    if kind == "bool":
+        kind, value = "uint1", int(value) if type(value) is bool else -1
     bits = int(kind.removeprefix("uint"))
     if type(value) is not int or not 0 <= value < 1 << bits:
         raise BadMessage(f"{name} does not fit {kind}")
@@ -192,7 +201,9 @@ def _value(kind: str, name: str, word: bytes) -> Any:
     if kind == "bytes32":
         return word
     number = int.from_bytes(word, "big")
-    bits = 160 if kind == "address" else int(kind.removeprefix("uint"))
+    bits = {"address": 160, "bool": 1}.get(kind) or int(kind.removeprefix("uint"))
     if number >> bits:
         raise BadMessage(f"{name} does not fit {kind}")
-    return checksum_address(word[12:]) if kind == "address" else number
+    if kind == "address":
+        return checksum_address(word[12:])
+    return bool(number) if kind == "bool" else number

@@ -31,15 +31,26 @@ class InMemory:
 
     def __init__(self, cls: Any, config: Any, numerics: Numerics = "fp32") -> None:
         torch.manual_seed(0)
-        self._values = checkpoint_config(config.to_dict())
-        self._architecture = cls.__name__
-        self.whole = cls(copy.deepcopy(config)).eval()
+        whole = cls(copy.deepcopy(config)).eval()
         with torch.no_grad():
-            for parameter in self.whole.parameters():
+            for parameter in whole.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(2.0)
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
+        self._take(whole, config, numerics)
+
+    @classmethod
+    def of(cls, whole: Any, numerics: Numerics = "fp32") -> InMemory:
+        """Spans of a model that was loaded, in fp32."""
+        found = cls.__new__(cls)
+        found._take(whole.eval(), whole.config, numerics)
+        return found
+
+    def _take(self, whole: Any, config: Any, numerics: Numerics) -> None:
+        self._values = checkpoint_config(config.to_dict())
+        self._architecture = type(whole).__name__
+        self.whole = whole
         self._weights = {name: tensor.detach() for name, tensor in named_weights(self.whole).items()}
         skeleton = self._skeleton()
         self.anatomy = dissect(skeleton)

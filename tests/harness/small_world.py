@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from harness import samples
 from harness.in_memory import InMemory
@@ -21,7 +24,7 @@ from tallystick.routing.candidates import Candidate
 from tallystick.session.repair import RolledBack
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
-from tallystick.session.setting import Setting
+from tallystick.session.setting import Setting, Sketches
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick.verdict import Policy, Verdict
 from tallystick_model.segments import Segment
@@ -67,13 +70,14 @@ class Inline(Engine):
 class Device:
     """What one node has of an engine that the nodes of a span share. It may be slow, or stop while its node answers.
 
-    row_s: what a row takes besides.
+    row_s: what a row takes besides. noise: how far off its results are, relative to what the span adds (of logits: to
+    their standard deviation); a function of the row, as another class's rounding is, or a cheater's weights.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.stands = False
-        self.row_s = 0.0
+        self.row_s = self.noise = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -82,7 +86,18 @@ class Device:
         await asyncio.sleep(len(segment) * self.row_s)
         while self.stands:
             await asyncio.sleep(0.05)
-        return await self._engine.forward(segment, *rest, **options)
+        result = await self._engine.forward(segment, *rest, **options)
+        return self._off(segment, result) if self.noise else result
+
+    def _off(self, segment: Segment, result: torch.Tensor) -> torch.Tensor:
+        rows = result.clone()
+        for at, row in enumerate(rows):
+            drawn = torch.Generator().manual_seed(zlib.crc32(row.numpy().tobytes()))
+            entered = segment.rows[at] if segment.rows.ndim == 2 and len(segment.rows[at]) == len(row) else 0.0
+            is_hidden = len(row) == self._engine.model.manifest.width
+            size = (row - entered).norm() / len(row) ** 0.5 if is_hidden else row.std()
+            row += self.noise * size * torch.randn(len(row), generator=drawn)
+        return rows
 
 
 class Chain:
@@ -121,13 +136,14 @@ class Node:
         self.delay_s = WIRE_S
         self.sessions: Sessions | None = None
         self.starts = self._opened = 0
+        self.numeric_class = samples.digest("class")
         self.start()
 
     def start(self) -> None:
         model = self.engine.model
         self.starts += 1
         offer = Offer(
-            node=self.address, model=model.manifest.model_id, numeric_class=samples.digest("class"),
+            node=self.address, model=model.manifest.model_id, numeric_class=self.numeric_class,
             start=model.span.start, end=model.span.end, price=PRICE, credit=self.credit, max_length=MAX_LENGTH,
             seq=self.starts, expires=2_000_000_000,
         )  # fmt: skip
@@ -149,6 +165,11 @@ class Node:
 
     async def _find(self, node: Address) -> Any:
         return node
+
+    def become(self, name: str, noise: float = 0.0) -> None:
+        """Serve as a node of another class, whose results are so far off."""
+        self.numeric_class, self.device.noise = samples.digest(name), noise
+        self.start()
 
     def accept(self, end: End) -> None:
         sessions = self.sessions
@@ -208,6 +229,7 @@ class World:
         self.key = samples.key("client")
         self.purse = Purse(self.chain, self.key, Wei(10**24))  # type: ignore[arg-type]
         self.waited: list[str] = []
+        self.sketches: Sketches = "auto"
         self.client_ends: set[End] = set()
 
     async def connect(self, node: Address, by: Node | None = None) -> End:
@@ -254,7 +276,7 @@ class World:
             peers=peers, key=self.key, domain=STAKING, purse=self.purse, manifest=self.manifest,
             stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16, wire=wire,
             on_replaced=lambda: None, wait_s=wait_s, look_again=self.look,
-            on_waiting=lambda error: self.waited.append(error.message),
+            on_waiting=lambda error: self.waited.append(error.message), sketches=self.sketches,
         )  # fmt: skip
         route = [next(c for c in candidates if c.offer.span == span) for span in self.spans]
         return Session(setting, route, Verdict(policy))

@@ -17,6 +17,7 @@ from harness.small_models import Models, fast
 from harness.small_world import PRICE, World, audited, generate
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
+from tallystick.session.setting import Sketches
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick_protocol.errors import NoAuditor, NoRoute, TallystickError
 from tallystick_protocol.receipts import leaf, merkle_root
@@ -80,8 +81,9 @@ def decider(session: Session, schedule: Schedule) -> Steps | Ring:
     return Steps(session, sampling, speculation, last, session.setting.manifest.vocab)
 
 
-async def one_run(models: Models, schedule: Schedule, folder: Path) -> Run:
+async def one_run(models: Models, schedule: Schedule, folder: Path, sketches: Sketches = "auto") -> Run:
     world = models.world(folder, 3 if schedule.policy == "full" else 2, schedule.numerics)
+    world.sketches = sketches
     moments, run = Moments(), Run()
     faults = [asyncio.create_task(suffer(world, moments, fault)) for fault in schedule.faults]
     session = await open_session(world, schedule, moments)
@@ -93,7 +95,7 @@ async def one_run(models: Models, schedule: Schedule, folder: Path) -> Run:
 
     try:
         run.ids = await generate(session, PROMPT, TOKENS, steps=steps, on_token=on_token)
-        run.wrong += linked(session)
+        run.wrong += [*linked(session), *answered(session)]
         await session.take_leave()
     except BaseException:
         for fault in faults:
@@ -128,6 +130,16 @@ def linked(session: Session) -> list[str]:
             at, previous = receipt.last, hop.standing.digests[window]
         if at != len(session.ids):
             wrong.append(f"hop {index} has signed {at} of {len(session.ids)} rows")
+    return wrong
+
+
+def answered(session: Session) -> list[str]:
+    """Where sketches are in use, every hop has answered for every window, and closed."""
+    wrong = []
+    for index, hop in enumerate(session.hops if session.sketching.is_on else []):
+        book, digests = hop.sketchbook, hop.standing.digests
+        if not set(digests) <= set(book.answers) or book.closed != digests[-1]:
+            wrong.append(f"hop {index} owes an answer")
     return wrong
 
 
@@ -174,7 +186,9 @@ def longest_gap_s(schedule: Schedule) -> float:
     return 1.0 + sum(fault.for_s + NOTICED_S.get(fault.kind, 3.0) for fault in schedule.faults)
 
 
-def check(models: Models, truths: dict[Schedule, list[int]], seeds: Iterator[int], root: Path) -> None:
+def check(
+    models: Models, truths: dict[Schedule, list[int]], seeds: Iterator[int], root: Path, sketches: Sketches = "auto"
+) -> None:
     for seed in seeds:
         schedule = draw(seed, TOKENS)
         truth = schedule.truth
@@ -183,7 +197,7 @@ def check(models: Models, truths: dict[Schedule, list[int]], seeds: Iterator[int
             assert not undisturbed.wrong
             truths[truth] = undisturbed.ids
         try:
-            run = fast(lambda: one_run(models, schedule, root / f"{seed}"))  # noqa: B023
+            run = fast(lambda: one_run(models, schedule, root / f"{seed}", sketches))  # noqa: B023
         except TallystickError as error:
             raise AssertionError(f"seed {seed}, {schedule}: {error!r}") from error
         assert run.ids == truths[truth], f"seed {seed}, {schedule}"
@@ -200,6 +214,15 @@ def test_schedules_that_were_lost_once(models: Models, tmp_path: Path) -> None:
     check(models, {}, iter((1253, 1266, 5008, 5096, 5154)), tmp_path)
 
 
+def test_with_sketches_in_use_it_is_no_different(models: Models, tmp_path: Path) -> None:
+    check(models, {}, iter(range(100, 108)), tmp_path, "on")
+
+
 @pytest.mark.nightly
 def test_whatever_fails_for_long(models: Models, tmp_path: Path) -> None:
     check(models, {}, itertools.islice(itertools.count(1000), 2000), tmp_path)
+
+
+@pytest.mark.nightly
+def test_with_sketches_in_use_for_long(models: Models, tmp_path: Path) -> None:
+    check(models, {}, itertools.islice(itertools.count(5000), 500), tmp_path, "on")

@@ -27,7 +27,7 @@ from tallystick_devnet.bench.asking import Timed, longest_stall, rate_together
 from tallystick_devnet.bench.cli import HEADLINES, measure
 from tallystick_devnet.bench.figures import Measured, first_repeat, ratios, spread
 from tallystick_devnet.bench.llamacpp import LlamaCpp, decode_rate, start_llamacpp, together_rate
-from tallystick_devnet.bench.network import equal_spans, no_vouchers_over_nothing
+from tallystick_devnet.bench.network import equal_spans, no_vouchers_over_nothing, wait_for_rest
 from tallystick_devnet.bench.plan import QUICK, Bench
 from tallystick_devnet.bench.sampled_node import Accountant
 from tallystick_devnet.bench.sections import SECTIONS, Section
@@ -66,6 +66,10 @@ def test_measurements_keep_their_order_and_what_failed_is_none() -> None:
 def test_spans_of_the_bench_cover_all_layers() -> None:
     assert equal_spans(6, 4) == [Span(0, 2), Span(2, 3), Span(3, 4), Span(4, 6)]
     assert equal_spans(12, 1) == [Span(0, 12)]
+
+
+def test_a_section_without_nodes_waits_for_none() -> None:
+    wait_for_rest([], timeout_s=30)  # raises ProcessFailed otherwise
 
 
 def test_a_rate_leaves_the_first_token_out_and_a_settled_one_counts_to_the_end() -> None:

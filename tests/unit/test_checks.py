@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from harness import samples
-from tallystick.checks import Terms, agree, check_input, check_output, check_terms, same_work
+from tallystick.checks import SignedOnce, Terms, agree, check_input, check_output, check_terms, same_work
 from tallystick_protocol.errors import CorruptResult, LinkMismatch
 from tallystick_protocol.messages import CLOCK_SKEW_S
 from tallystick_protocol.receipts import Context, Receipt, leaf, merkle_root
+from tallystick_protocol.signing import digest
 from tallystick_protocol.types import ZERO32, Digest, SessionId, Span
 
 WANT = (False,) * 31 + (True,)
@@ -76,6 +77,16 @@ def test_the_last_hop_signed_the_very_rows_that_it_returned() -> None:
     check_output(receipt, rows)
     with pytest.raises(CorruptResult, match="other results"):
         check_output(receipt, [b"row", b""])
+
+
+def test_a_window_is_signed_once_for_each_revision() -> None:
+    once = SignedOnce()
+    for receipt in (GOOD, GOOD, replace(GOOD, revision=1, output=samples.digest("grown"))):
+        once.check(receipt, digest(samples.STAKING, receipt))
+    other = replace(GOOD, output=samples.digest("lie"))
+    with pytest.raises(CorruptResult, match="two receipts") as raised:
+        once.check(other, digest(samples.STAKING, other))
+    assert raised.value.fields == {"hop": GOOD.node}
 
 
 def test_two_nodes_agree_when_the_same_work_has_the_same_output() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from harness import samples
 from tallystick.routing.candidates import Candidate, Expected, Weights
-from tallystick.routing.choice import auditors, checkable, draw, stand_ins
+from tallystick.routing.choice import auditors, checkable, draw, foreign_auditors, stand_ins
 from tallystick.routing.cost import Workload, route_s
 from tallystick.routing.planner import plan
 from tallystick.routing.route import SPREAD, choose, standbys, successors
@@ -333,3 +333,16 @@ def test_who_could_be_checked_has_a_like_node_of_another_operator() -> None:
     assert checkable([*pair, *twins], ()) == pair
     assert checkable([whole, *pair, *twins], ()) == [*pair, *twins], "the twins by the whole node, and nobody by them"
     assert checkable([whole, *pair, *twins], {pair[0].node, whole.node}) == pair[:1]
+
+
+def test_auditors_of_other_classes_are_of_other_operators_too_and_stock_nodes_are_none() -> None:
+    def one(name: str, numeric_class: str, operator: str = "") -> Candidate:
+        found = Digest(bytes(32)) if numeric_class == "stock" else samples.digest(numeric_class)
+        return samples.candidate(name, 0, 2, operator=operator, numeric_class=found)
+
+    hop = one("hop", "a")
+    offered = [hop, one("twin", "a", "hop"), one("other", "b"), one("its own", "b", "hop"), one("stock", "stock")]
+    assert nodes(foreign_auditors(offered, [hop], 0, ())) == ["other"]
+    assert foreign_auditors(offered, [one("stock", "stock")], 0, ()) == []
+    assert checkable(offered, ()) == [] or hop not in checkable(offered, ())
+    assert hop in checkable(offered, (), across=True) and one("stock", "stock") not in checkable(offered, (), True)

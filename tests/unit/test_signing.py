@@ -30,11 +30,11 @@ from tallystick_protocol.signing import (
     unseal,
 )
 from tallystick_protocol.types import Address, Digest
-from tallystick_protocol.vouchers import Bind, Voucher
+from tallystick_protocol.vouchers import Bind, Exit, SetSigner, Voucher
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "eip712.json").read_text())
 ON_CHAIN = (Voucher, Bind, Receipt, Offer, SessionOpen, Opened)
-CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (*ON_CHAIN, PushOpen, Resume, RelayRegister)}
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (*ON_CHAIN, PushOpen, Resume, RelayRegister, Exit, SetSigner)}
 STRUCTS = [*VECTORS["structs"], *VECTORS["offchain"]]
 DOMAINS = {
     name: Domain(d["name"], d["version"], int(d["chainId"]), Address(d["verifyingContract"]))
@@ -50,6 +50,8 @@ def snake(name: str) -> str:
 
 
 def member_value(kind: str, text: str) -> Any:
+    if kind == "bool":
+        return bool(text)
     if kind == "address":
         return Address(text)
     return bytes.fromhex(text[2:]) if kind == "bytes32" else int(text)
@@ -105,7 +107,7 @@ def test_digests_are_those_of_the_vectors(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", samples.structs(), ids=lambda value: type(value).__name__)
 def test_eth_account_computes_the_same_digest_and_recovers_the_same_signer(value: Any) -> None:
-    domain = samples.ESCROW if isinstance(value, Voucher) else samples.STAKING
+    domain = samples.ESCROW if isinstance(value, Voucher | Exit | SetSigner) else samples.STAKING
     theirs = encode_typed_data(full_message=typed_data(domain, value))
     assert keccak(b"\x19" + theirs.version + theirs.header + theirs.body) == digest(domain, value)
     signature = KEY.sign_struct(domain, value)

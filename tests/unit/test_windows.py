@@ -6,11 +6,11 @@ import pytest
 
 from harness import samples
 from tallystick_node.session.record import Record
-from tallystick_node.session.windows import Terms, Windows
+from tallystick_node.session.windows import Answer, Terms, Windows
 from tallystick_protocol.errors import LinkMismatch
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest
-from tallystick_protocol.types import ZERO_ADDRESS, Address, SessionId, Span
+from tallystick_protocol.types import ZERO32, ZERO_ADDRESS, Address, SessionId, Span
 
 UPSTREAM = samples.address("upstream")
 
@@ -134,3 +134,63 @@ def test_rows_that_come_between_asking_and_signing_are_signed_for_next() -> None
     compute(record, 27)  # while the journal writes
     windows.signed(receipt, 0, digest(samples.STAKING, receipt))
     assert [(r.first, r.last, r.revision) for r in sign(windows)] == [(0, 32, 1)]
+
+
+# -- sketches
+
+
+def sketching() -> tuple[Record, Windows]:
+    record, windows = hop()
+    return record, Windows(windows.terms, record, sketches=True)
+
+
+def answer(windows: Windows, receipt: Receipt, name: str) -> Answer:
+    assert windows.answers is not None
+    found = windows.answers[digest(samples.STAKING, receipt)] = Answer(samples.digest(name), samples.digest("root"))
+    return found
+
+
+def test_a_window_waits_for_the_answer_about_the_one_before_and_carries_it() -> None:
+    record, windows = sketching()
+    compute(record, 96)
+    first = sign(windows)
+    assert [r.first for r in first] == [0] and first[0].challenge == first[0].sketches == ZERO32
+    given = answer(windows, first[0], "one")
+    second = sign(windows)
+    assert [(r.first, r.challenge, r.sketches) for r in second] == [(32, given.challenge, given.sketches)]
+    assert windows.next_unsigned(0) is None
+
+
+def test_the_last_window_is_closed_once_it_is_flushed_and_answered_and_only_once() -> None:
+    record, windows = sketching()
+    compute(record, 40)
+    (first,) = sign(windows)
+    answer(windows, first, "one")
+    windows.flush(40)
+    (last,) = sign(windows)
+    assert (last.first, last.last) == (32, 40)
+    given = answer(windows, last, "two")
+    (closing,) = sign(windows)
+    assert closing.previous == digest(samples.STAKING, last) and closing.revision == last.revision + 1
+    assert (closing.challenge, closing.sketches, closing.output) == (given.challenge, given.sketches, last.output)
+    assert windows.next_unsigned(0) is None
+    compute(record, 24)
+    (grown,) = sign(windows)
+    assert (grown.first, grown.last) == (32, 64) and grown.revision == closing.revision + 1
+    assert grown.previous == digest(samples.STAKING, first), "nobody's window before is a closing receipt"
+
+
+def test_a_crop_forgets_what_was_answered_about_rows_that_went() -> None:
+    record, windows = sketching()
+    compute(record, 64)
+    (first,) = sign(windows)
+    kept = answer(windows, first, "one")
+    (second,) = sign(windows)
+    answer(windows, second, "two")
+    record.crop(40)
+    windows.crop(40)
+    assert windows.answers == {digest(samples.STAKING, first): kept}
+    compute(record, 24)
+    (again,) = sign(windows)
+    assert again.challenge == kept.challenge and again.revision == 1
+    assert windows.next_unsigned(0) is None, "its own challenge is to come"

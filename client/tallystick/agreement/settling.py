@@ -98,7 +98,7 @@ async def _hear_others(group: Sequence[Place], ballot: Ballot) -> None:
     for place in group:
         for candidate in place.session.openings.draw_auditors(place.index, heard):
             try:
-                answer = await testify(place.session, place.index, candidate, place.claim)
+                answer = (await testify(place.session, place.index, candidate, place.claim)).receipt
             except TallystickError as error:
                 log.info("%s cannot be a witness (%s)", candidate.node, error)
                 if place.index and error.fields.get("hop") == place.session.hops[place.index - 1].node:
@@ -106,7 +106,7 @@ async def _hear_others(group: Sequence[Place], ballot: Ballot) -> None:
                 heard.add(candidate.node)
                 continue
             heard.add(candidate.node)
-            if answer.input == place.claim.input:
+            if (answer.input, answer.numeric_class) == (place.claim.input, place.claim.numeric_class):
                 ballot.cast(answer)
             if ballot.won is not None:
                 return

@@ -20,12 +20,22 @@ def stand_ins(
 
     Nodes of another operator come before others of the same: what made the hop fail may be its operator's.
     """
-    same = [
-        c.over(hop.span)
-        for c in candidates
-        if c.node not in avoid and c.offer.numeric_class == hop.offer.numeric_class and c.covers(hop.span)
-    ]
-    return sorted(same, key=lambda c: (c.operator == hop.operator, hop_s(c, work) + bounded(c.rtt_s), c.node))
+    same = [c for c in candidates if c.offer.numeric_class == hop.offer.numeric_class]
+    return _ranked(same, hop, avoid, work)
+
+
+def of_other_classes(
+    candidates: Iterable[Candidate], hop: Candidate, avoid: Collection[Address], work: Workload = NO_WORK
+) -> list[Candidate]:
+    """As `stand_ins`, of other classes than the hop's: they compute other bits. None for a hop without a class."""
+    own = hop.offer.numeric_class
+    others = [c for c in candidates if any(own) and any(c.offer.numeric_class) and c.offer.numeric_class != own]
+    return _ranked(others, hop, avoid, work)
+
+
+def _ranked(candidates: list[Candidate], hop: Candidate, avoid: Collection[Address], work: Workload) -> list[Candidate]:
+    usable = [c.over(hop.span) for c in candidates if c.node not in avoid and c.covers(hop.span)]
+    return sorted(usable, key=lambda c: (c.operator == hop.operator, hop_s(c, work) + bounded(c.rtt_s), c.node))
 
 
 def draw(candidates: list[Candidate], coins: Iterable[float], dearest: int) -> list[Candidate]:
@@ -42,20 +52,34 @@ def auditors(
     candidates: Iterable[Candidate], route: list[Candidate], index: int, avoid: Collection[Address]
 ) -> list[Candidate]:
     """Nodes that may check hop `index`: its span and class, other operators and payees than it and the hop before."""
-    judged = route[max(0, index - 1) : index + 1]
-    operators = {c.operator for c in judged} | {c.payee for c in judged}
+    return _independent(stand_ins(candidates, route[index], avoid), route, index)
+
+
+def foreign_auditors(
+    candidates: Iterable[Candidate], route: list[Candidate], index: int, avoid: Collection[Address]
+) -> list[Candidate]:
+    """As `auditors`, but of other classes than the hop's: what they compute is compared by sketches."""
+    return _independent(of_other_classes(candidates, route[index], avoid), route, index)
+
+
+def _independent(found: list[Candidate], route: list[Candidate], index: int) -> list[Candidate]:
+    judged = owners(route[max(0, index - 1) : index + 1])
+    return [c for c in found if c.operator not in judged and c.payee not in judged]
+
+
+def checkable(candidates: list[Candidate], avoid: Collection[Address], across: bool = False) -> list[Candidate]:
+    """Those that somebody else could check, over their whole span and with no regard to the hop before.
+
+    across: also by nodes of other classes.
+    """
     return [
-        c
-        for c in stand_ins(candidates, route[index], avoid)
-        if c.operator not in operators and c.payee not in operators
+        candidate
+        for candidate in candidates
+        if auditors(candidates, [candidate], 0, avoid)
+        or (across and any(candidate.offer.numeric_class) and foreign_auditors(candidates, [candidate], 0, avoid))
     ]
 
 
 def owners(nodes: Iterable[Candidate]) -> set[Address]:
     """Operators and payees: who may have no part in what checks these nodes, or runs beside them."""
     return {owner for node in nodes for owner in (node.operator, node.payee)}
-
-
-def checkable(candidates: list[Candidate], avoid: Collection[Address]) -> list[Candidate]:
-    """Those that somebody else could check, over their whole span and with no regard to the hop before."""
-    return [candidate for candidate in candidates if auditors(candidates, [candidate], 0, avoid)]

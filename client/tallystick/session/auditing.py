@@ -10,15 +10,19 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tallystick.checks import agree, same_work
+from tallystick.comparing import Found, Work, is_alike
 from tallystick.routing.candidates import Candidate
 from tallystick.session.remote import Hearing, Remote
+from tallystick.session.results import Results
+from tallystick.session.sketching import Undecided
 from tallystick.verdict import Check
 from tallystick_protocol.errors import LinkMismatch, NoAuditor, TallystickError, Unreachable
-from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
+from tallystick_protocol.sketching.thresholds import Zone
 from tallystick_protocol.types import WINDOW, Address
 
 if TYPE_CHECKING:
@@ -38,25 +42,32 @@ class Ruling:
 
 
 class Disagreement(Exception):
-    """Two nodes signed different outputs for the same work."""
+    """Two nodes signed different outputs for the same work. found: how far apart they are, in other classes."""
 
-    def __init__(self, window: int, hop: Receipt, auditor: Receipt) -> None:
+    def __init__(self, window: int, hop: Receipt, auditor: Receipt, found: Found | None = None) -> None:
         super().__init__(window)
         self.window = window
         self.hop = hop
         self.auditor = auditor
+        self.found = found
         self.ruling: Ruling | None = None
         self.failure: TallystickError | None = None
+        self.evidence = ""
 
 
 class Audit:
-    """The auditor of one hop, fed window by window as the hop signs them."""
+    """The auditor of one hop, fed window by window as the hop signs them.
+
+    Of another class: results, the rows that it returned; squares, by window, how far what it added is from the hop's.
+    """
 
     def __init__(self, session: Session, index: int, remote: Remote) -> None:
         self.index = index
         self.remote = remote
         self.approved = 0
         self.task: asyncio.Task[None] | None = None
+        self.results = Results(session.setting)
+        self.squares: dict[int, Any] = {}
         self._session = session
         self._pending: dict[int, Receipt] = {}
         self._fed = 0
@@ -95,6 +106,11 @@ class Audit:
     def on_receipt(self, remote: Remote, receipt: Receipt) -> None:
         self._pending[self._session.window_index(receipt)] = receipt
 
+    def on_result(self, remote: Remote, frame: Frame) -> None:
+        """Results are compared where nodes of other classes end the model."""
+        kept = min(remote.kept_of(take(frame.body, "epoch", int, 0)), len(self._session.ids))
+        self.results.take(remote.node, frame, lambda at: at < kept)
+
     def compare(self, hop: Remote) -> list[Check]:
         """Compare every window that both have signed. Raises Disagreement, and what else is wrong with the auditor."""
         self._take_receipts()
@@ -114,13 +130,37 @@ class Audit:
                 break
             if not same_work(claim, answer):
                 raise LinkMismatch(f"the auditor {self.remote.node} worked on other rows", hop=self.remote.node)
-            if not agree(claim, answer):
-                self._disputed = True
-                raise Disagreement(window, claim, answer)
+            found = None
+            if claim.numeric_class == answer.numeric_class:
+                if not agree(claim, answer):
+                    self._disputed = True
+                    raise Disagreement(window, claim, answer)
+            elif (found := self._judge_across(window, min(len(theirs), len(ours)))) is None:
+                self.approved = min(self.approved, window)
+                break
             self._judged[window] = state
             self.approved = window + 1
-            checks.append(Check(hop.candidate.span, claim.positions, hop.node, self.remote.node, True))
+            how = ("hash", 0.0, 0.0) if found is None else ("sketch", found.error, found.tolerance)
+            checks.append(Check(hop.candidate.span, claim.positions, hop.node, self.remote.node, True, *how))
         return checks
+
+    def _judge_across(self, window: int, both: int) -> Found | None:
+        """A window that is clear by sketches; None where that cannot be said yet. Raises Disagreement, Undecided."""
+        sketching = self._session.sketching
+        found = bad = sketching.judge(self, window)
+        if found is None or found.zone is Zone.CLEAR:
+            return found
+        if found.zone is Zone.BETWEEN:
+            try:
+                bad = sketching.look_further(self, window, found, both)
+            except Undecided:
+                self._disputed = True
+                raise
+        if bad is None:
+            return None
+        self._disputed = True
+        hop = self._session.hops[self.index]
+        raise Disagreement(window, hop.standing.receipts[window], self.remote.standing.receipts[window], bad)
 
     async def crop(self, position: int) -> None:
         """Roll the auditor back with everybody else."""
@@ -133,6 +173,8 @@ class Audit:
         self._flushed = 0
         self.approved = min(self.approved, position // WINDOW)
         self._judged = {window: state for window, state in self._judged.items() if window < self.approved}
+        self.squares = {window: found for window, found in self.squares.items() if window < position // WINDOW}
+        self.results.forget(position)
         self._disputed = False
 
     def _take_receipts(self) -> None:
@@ -145,6 +187,9 @@ class Audit:
                     return
                 window, receipt = window - 1, self._pending.pop(window - 1)
             if receipt is None:
+                return
+            if self.remote.sketchbook.fields(standing.previous(window)) is None:
+                self._pending[window] = receipt  # the answer that it carries is still to come
                 return
             self._session.books.check_receipt(self.remote, receipt, window)
             self.remote.owe(receipt, window)
@@ -180,6 +225,10 @@ class Audit:
             if target == self._fed and target % WINDOW and self._flushed != target:
                 self._flushed = target
                 await self.remote.send(Frame(Kind.FLUSH, position=target))
+        except asyncio.CancelledError:
+            if self.index:  # the hop before has its order, and the auditor will charge for the rows
+                self._fed = max(self._fed, target)
+            raise
         except TallystickError as error:
             log.info("feeding the auditor %s failed: %s", self.remote.node, error)
             self._session.blame_feeding(self.index, self.remote, error)
@@ -199,24 +248,25 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
 
     Raises NoAuditor when there is no third node, or all three differ.
     """
-    hop = session.hops[audit.index]
+    hop, window = session.hops[audit.index], disagreement.window
+    claims = (
+        (hop.node, audit.remote, session.sketching.work(audit.remote, window, audit.results.rows)),
+        (audit.remote.node, hop, session.sketching.work(hop, window, session.results.rows)),
+    )
     for candidate in session.openings.draw_auditors(audit.index, {audit.remote.node}):
         try:
             answer = await testify(session, audit.index, candidate, disagreement.hop)
         except TallystickError as error:
             log.info("%s cannot be a witness (%s)", candidate.node, error)
             continue
-        for accused, other, theirs in (
-            (hop.node, audit.remote.node, disagreement.auditor),
-            (audit.remote.node, hop.node, disagreement.hop),
-        ):
-            if agree(answer, theirs):
-                return Ruling(accused, (other, candidate.node))
+        for accused, other, claim in claims:
+            if claim is not None and is_alike(claim, answer, session.setting.manifest, session.setting.top_k):
+                return Ruling(accused, (other.node, candidate.node))
     raise NoAuditor(f"no third node can say who is wrong about layers {hop.candidate.span}")
 
 
-async def testify(session: Session, index: int, candidate: Candidate, claim: Receipt) -> Receipt:
-    """The receipt of another node for the window that hop `index` claims; it is paid for its work.
+async def testify(session: Session, index: int, candidate: Candidate, claim: Receipt) -> Work:
+    """What another node answers for the window that hop `index` claims; it is paid for its work.
 
     Raises Unreachable, and what else goes wrong with that node or the hop before.
     """
@@ -224,9 +274,12 @@ async def testify(session: Session, index: int, candidate: Candidate, claim: Rec
     remote = await session.openings.open_witness(candidate, index)
     heard: dict[int, Receipt] = {}
     changed = asyncio.Event()
+    results = Results(session.setting)
     remote.listen(
         Hearing(
-            lambda _, receipt: heard.__setitem__(session.window_index(receipt), receipt), lambda *_: None, changed.set
+            lambda _, receipt: heard.__setitem__(session.window_index(receipt), receipt),
+            lambda node, frame: results.take(node.node, frame, lambda at: at < claim.last),
+            changed.set,
         )
     )
     session.witnesses.add(remote)
@@ -235,14 +288,19 @@ async def testify(session: Session, index: int, candidate: Candidate, claim: Rec
         await remote.send(Frame(Kind.FLUSH, position=claim.last))
         deadline = time.monotonic() + WITNESS_TIMEOUT_S
         checked = 0
-        while checked <= window:
+        while True:
             if remote.failure is not None:
                 raise remote.failure
+            if checked > window:
+                work = session.sketching.work(remote, window, results.rows)
+                if work is not None:
+                    return work
             receipt = heard.pop(checked, None)
             if receipt is not None:
                 session.books.check_receipt(remote, receipt, checked)
                 remote.owe(receipt, checked)
                 checked += 1
+                await session.sketching.ask(remote)
             await remote.pay(remote.rows_due, session.setting.purse)
             if receipt is not None:
                 continue
@@ -254,7 +312,6 @@ async def testify(session: Session, index: int, candidate: Candidate, claim: Rec
                     await changed.wait()
             except TimeoutError:
                 continue
-        return remote.standing.receipts[window]
     finally:
         session.witnesses.discard(remote)
         session.books.note_payment(remote)

@@ -8,14 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from tallystick.checks import check_input, check_output, check_terms
 from tallystick.session.auditing import Audit, Disagreement, arbitrate
+from tallystick.session.evidence import keep
 from tallystick.session.remote import Remote
-from tallystick_protocol.errors import CorruptResult, TallystickError, Unreachable
+from tallystick.session.sketching import Undecided
+from tallystick.verdict import Check
+from tallystick_protocol.errors import CorruptResult, LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import WINDOW, Wei
+from tallystick_protocol.types import WINDOW, ZERO32, Address, Wei
 from tallystick_protocol.vouchers import charge
 
 if TYPE_CHECKING:
@@ -31,6 +35,8 @@ class Books:
         self.pending: dict[Remote, dict[int, Receipt]] = {}
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
+        self._contradicted: dict[Remote, Address] = {}
+        self.undecided: Counter[Remote] = Counter()
         self._session = session
 
     async def keep(self) -> None:
@@ -45,8 +51,11 @@ class Books:
                 try:
                     self.check_hop(index, hop)
                     await self._pay_hop(index, hop)
+                except LinkMismatch as error:
+                    self._blame_one(index, error)
                 except TallystickError as error:
                     hop.failure = hop.failure or error
+            await session.sketching.tend()
             for audit in list(session.audits):
                 audit.wake()
                 await self._tend_audit(audit)
@@ -60,6 +69,8 @@ class Books:
             receipt := _extension(hop, pending)
         ) is not None:
             window = session.window_index(receipt)
+            if hop.sketchbook.fields(hop.standing.previous(window)) is None:
+                return  # the answer that it carries was lost, and is being asked for again
             upstream = None
             if index:
                 above = session.hops[index - 1].standing.receipts
@@ -79,6 +90,20 @@ class Books:
             session.verdict.receipts += 1
             session.work.set()
 
+    def _blame_one(self, index: int, error: LinkMismatch) -> None:
+        """A hop signed other rows than the one before. The same of its stand-in: then it is that one which sends others
+        than it signs for, and what it has sent in this window is wrong everywhere behind it."""
+        hop = self._session.hops[index]
+        before = self._session.hops[index - 1] if index else None
+        if before is not None and self._contradicted.get(before, hop.node) != hop.node:
+            self._session.repair.wrong_from[before] = hop.standing.covered
+            lie = CorruptResult(f"{before.node} sends other rows than it signs for", hop=before.node)
+            before.failure = before.failure or lie
+            return
+        if before is not None:
+            self._contradicted[before] = hop.node
+        hop.failure = hop.failure or error
+
     def check_receipt(self, remote: Remote, receipt: Receipt, window: int) -> None:
         """Raises CorruptResult unless the receipt says what was agreed for this window."""
         session = self._session
@@ -88,7 +113,9 @@ class Books:
         want = tuple(session.want[receipt.first : receipt.last])
         context = session.setting.context(remote.candidate.span, want)
         arrived = remote.arrivals.pop(receipt, int(time.time()))
-        check_terms(receipt, remote.terms, remote.standing.previous(window), want, context, arrived)
+        previous = remote.standing.previous(window)
+        answer = remote.sketchbook.fields(previous) or (ZERO32, ZERO32)
+        check_terms(receipt, remote.terms, previous, want, context, arrived, answer)
 
     def _result_rows(self, receipt: Receipt) -> list[bytes]:
         session = self._session
@@ -102,11 +129,11 @@ class Books:
         session, rows = self._session, 0
         audit = next((audit for audit in session.audits if audit.index == index), None)
         if audit is not None:
-            rows = hop.due_to(audit.approved)
+            rows = min(hop.due_to(audit.approved), session.sketching.payable(hop))
         elif session.clearance is not None:
-            rows = hop.due_to(session.clearance(index))
+            rows = min(hop.due_to(session.clearance(index)), session.sketching.payable(hop))
         elif index not in session.repair.unaudited:
-            rows = hop.rows_due
+            rows = session.sketching.payable(hop)
         await hop.pay(rows, session.setting.purse)
 
     # -- audits
@@ -116,7 +143,9 @@ class Books:
         hop = session.hops[audit.index]
         try:
             for check in audit.compare(hop):
-                session.verdict.checks.append(check)
+                session.verdict.note(check)
+        except Undecided as undecided:
+            await self._ask_another(audit, hop, undecided)
         except Disagreement as disagreement:
             if audit.index not in self.disputes:
                 self.disputes[audit.index] = disagreement
@@ -131,11 +160,38 @@ class Books:
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
 
+    async def _ask_another(self, audit: Audit, hop: Remote, undecided: Undecided) -> None:
+        """An auditor of another class could not say: it is paid, and another one asked. After the second nobody is
+        blamed, but the hop is not kept."""
+        session, found = self._session, undecided.found
+        claim = hop.standing.receipts[undecided.window]
+        log.info("%s can neither clear nor blame %s in window %d", audit.remote.node, hop.node, undecided.window)
+        self.undecided[hop] += 1
+        try:
+            await audit.remote.pay(audit.remote.rows_due, session.setting.purse)
+        except Unreachable as error:
+            log.info("the auditor %s is gone (%s)", audit.remote.node, error)
+        if self.undecided[hop] > 1:  # perhaps of the same one: there may be no other
+            dispute = Disagreement(undecided.window, claim, audit.remote.standing.receipts[undecided.window])
+            dispute.failure = NoAuditor(f"two auditors could not say whether layers {claim.span} are right")
+            self.disputes.setdefault(audit.index, dispute)
+            return
+        session.verdict.note(
+            Check(
+                claim.span, claim.positions, hop.node, audit.remote.node, None, "sketch", found.error, found.tolerance
+            )
+        )
+        session.busy.add(audit.remote.node)
+        audit.remote.failure = audit.remote.failure or Unreachable("another auditor is asked", hop=audit.remote.node)
+
     async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
         """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
         session = self._session
         try:
-            disagreement.ruling = await arbitrate(session, audit, disagreement)
+            ruling = await arbitrate(session, audit, disagreement)
+            if ruling.liar == session.hops[audit.index].node:
+                disagreement.evidence = await keep(session, audit.index, disagreement)
+            disagreement.ruling = ruling
         except TallystickError as error:
             disagreement.failure = error
         session.wake()

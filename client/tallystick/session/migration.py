@@ -144,4 +144,5 @@ class Migration:
             session.books.check_receipt(remote, receipt, window)
             check_input(receipt, upstream, session.input_rows(receipt.first, receipt.last))
             remote.owe(receipt, window)
-        await remote.pay(remote.rows_due, session.setting.purse)
+        await session.sketching.ask(remote)
+        await remote.pay(session.sketching.payable(remote), session.setting.purse)

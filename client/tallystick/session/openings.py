@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from tallystick.attribution import failed
 from tallystick.payments import Need
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import auditors, draw
+from tallystick.routing.choice import auditors, draw, foreign_auditors, of_other_classes
 from tallystick.routing.route import successors
 from tallystick.session.auditing import Audit
 from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
@@ -49,6 +49,7 @@ class Openings:
         self._reserved: list[Need] = []
         self._give_up_at: dict[int, float] = {}
         self._opened: set[Address] = set()
+        self._any_class: set[int] = set()
 
     async def open_hop(self, index: int) -> None:
         """Open hop `index` on the candidate that the route names, or on one that can stand in for it."""
@@ -72,7 +73,21 @@ class Openings:
         session = self._session
         setting, hop = session.setting, session.route[index]
         taken = session.nodes - {hop.node} if itself else session.nodes
-        return successors(setting.candidates, session.route, index, setting.work, {*session.unfit, *taken})
+        avoid = {*session.unfit, *taken}
+        found = successors(setting.candidates, session.route, index, setting.work, avoid)
+        if found or index not in self._any_class:
+            return found
+        return of_other_classes(setting.candidates, hop, avoid, setting.work)
+
+    def admit_other_classes(self, index: int) -> bool:
+        """Let a node of another class take hop `index`'s place, where sketches are in use and there is one: its rows
+        are other bits, so that everything is computed anew."""
+        session = self._session
+        avoid = {*session.unfit, *session.nodes}
+        found = of_other_classes(session.setting.candidates, session.route[index], avoid)
+        if session.sketching.is_on and session.setting.numeric_class is None and found:
+            self._any_class.add(index)
+        return index in self._any_class
 
     async def substitute(self, index: int, error: TallystickError) -> None:
         """Put another node of the span into the route; wait for one as long as the setting says. Raises NoRoute."""
@@ -85,6 +100,9 @@ class Openings:
             await self._look_again(lost)
         spare = self.stand_ins(index) or await self._await_node(index, error)
         session.route[index] = spare[0]
+        if spare[0].offer.numeric_class != lost.offer.numeric_class:
+            session.verdict.moved.append(lost.node)
+            self._any_class.discard(index)
         session.verdict.replaced.append((lost.node, spare[0].node, error.code))
         session.setting.on_replaced()
         log.info("%s takes the place of %s (%s)", spare[0].node, lost.node, error)
@@ -147,6 +165,7 @@ class Openings:
             top_k=session.setting.top_k,
             epoch=session.epoch,
             wire=session.setting.wire,
+            sketches=session.sketching.is_on,
         )
 
     async def connect(self, candidate: Candidate, opening: Opening) -> Remote:
@@ -193,12 +212,23 @@ class Openings:
             self._reserved += needs
 
     def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
-        """Who may check hop `index`, drawn at random by stake; not at many times the usual price."""
+        """Who may check hop `index`, drawn at random by stake; not at many times the usual price. Its own class comes
+        first, others only where sketches are in use."""
+        drawn: list[Candidate] = []
+        for possible in self._auditors(index, avoid):
+            coins = [1.0 - _COINS.random() for _ in possible]
+            usual = statistics.median(c.offer.price for c in possible) if possible else 0
+            drawn += draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
+        return drawn
+
+    def may_audit(self, candidate: Candidate, index: int) -> bool:
+        """Whether a node may still check hop `index`."""
+        return any(candidate in possible for possible in self._auditors(index))
+
+    def _auditors(self, index: int, avoid: Collection[Address] = ()) -> list[list[Candidate]]:
         session = self._session
-        possible = auditors(session.setting.candidates, session.route, index, {*session.unfit, *avoid})
-        coins = [1.0 - _COINS.random() for _ in possible]
-        usual = statistics.median(c.offer.price for c in possible) if possible else 0
-        return draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
+        asked = session.setting.candidates, session.route, index, {*session.unfit, *avoid}
+        return [auditors(*asked), *([foreign_auditors(*asked)] if session.sketching.is_on else [])]
 
     async def open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
         """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
@@ -219,13 +249,14 @@ class Openings:
             self._session.audits.append(audit)
             insist_s = partial(self._session.repair.insist_s, remote)
             remote.listen(
-                Hearing(audit.on_receipt, lambda *_: None, self._session.wake, audit.rejoin, insist_s=insist_s)
+                Hearing(audit.on_receipt, audit.on_result, self._session.wake, audit.rejoin, insist_s=insist_s)
             )
             audit.start()
             return
         span = self._session.route[index].span
+        others = '"audit" or "off"' if self._session.verdict.policy == "full" else '"off"'
         raise NoAuditor(
-            f'nobody of another operator and the same class can recompute layers {span}; use verify="audit" or "off"',
+            f"nobody of another operator and the same class can recompute layers {span}; use verify={others}",
             start=span.start,
             end=span.end,
         )

@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from tallystick.checks import Terms
+from tallystick.checks import SignedOnce, Terms
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
 from tallystick.session.line import COMMAND_TIMEOUT_S, Comeback, Line
+from tallystick.session.sketchbook import Sketchbook
 from tallystick_protocol.errors import (
     BadFrame,
     CorruptResult,
@@ -54,6 +55,7 @@ class Opening:
     top_k: int
     epoch: int = 0
     wire: Wire = "f32"
+    sketches: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,8 @@ class Remote:
             candidate.span,
         )
         self.standing = Standing()
+        self._once = SignedOnce()
+        self.sketchbook = Sketchbook(opening.sketches)
         self.failure: TallystickError | None = None
         self.rewinds = True
         self.told: list[TallystickError] = []
@@ -128,6 +132,8 @@ class Remote:
         self.line = Line(candidate.node, channel)
         self._domain = domain
         self.arrivals: dict[Receipt, int] = {}
+        self.sealed: dict[Receipt, bytes] = {}
+        self._fetched: list[Frame] | None = None
         self._claims = 0
         self._flush: Frame | None = None
         self._voucher: Frame | None = None
@@ -170,6 +176,7 @@ class Remote:
                 expires=now + OPEN_LIFETIME_S,
             )
             body = {"open": seal(domain, asked, key), "epoch": opening.epoch, "wire": opening.wire}
+            body |= {"sketches": True} if opening.sketches else {}
             await channel.send(Frame(Kind.OPEN, body))
             answer = await expect(channel, Kind.OPENED, OPEN_TIMEOUT_S)
             opened, signer = unseal(domain, Opened, sealed_field(answer, "opened"))
@@ -177,6 +184,8 @@ class Remote:
                 raise Rejected(f"{candidate.node} did not sign this opening", hop=candidate.node)
             if opened.credit < candidate.offer.credit:
                 raise Rejected(f"{candidate.node} gives less credit than it offered", hop=candidate.node)
+            if opening.sketches and not take(answer.body, "sketches", bool, False):
+                raise Rejected(f"{candidate.node} gives no sketches", hop=candidate.node)
             remote = cls(candidate, opening, channel, domain, key.address)
             owed = Wei(int(take(answer.body, "owed", str)[:78]))
             voucher = take(answer.body, "voucher", bytes)
@@ -213,12 +222,21 @@ class Remote:
             receipt, signer = unseal(self._domain, Receipt, sealed_field(frame, "receipt"))
             if signer != self.candidate.signer:
                 raise CorruptResult(f"a receipt of {self.node} is signed by {signer}", hop=self.node)
+            self._once.check(receipt, digest(self._domain, receipt))
             if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
                 return  # signed before rows of it were taken back
+            if self._closes(receipt):
+                return
             self.arrivals[receipt] = int(time.time())
+            self.sealed[receipt] = sealed_field(frame, "receipt")
             hearing.on_receipt(self, receipt)
         elif frame.kind in (Kind.RESULT, Kind.TENSOR):
             hearing.on_result(self, frame)
+        elif frame.kind is Kind.SKETCHES:
+            self.sketchbook.take(self.node, frame)
+        elif frame.kind is Kind.KEPT:
+            if self._fetched is not None:
+                self._fetched.append(frame)
         elif frame.kind is Kind.ERROR:
             error = from_wire(frame.body)
             if error.code == "payment_required" and "of" not in frame.body:
@@ -239,6 +257,15 @@ class Remote:
             self.told.append(error)
         else:
             raise BadFrame(f"{self.node} sent {frame.kind.name}")
+
+    def _closes(self, receipt: Receipt) -> bool:
+        """Whether a receipt closes the last window, over the sketches that were given of it. Raises CorruptResult."""
+        standing = self.standing
+        is_last = bool(standing.digests) and receipt.previous == standing.digests[-1]
+        if not is_last or not self.sketchbook.is_on or receipt.first != standing.receipts[-1].first:
+            return False
+        self.sketchbook.close(standing.receipts[-1], receipt, standing.digests[-1], int(time.time()))
+        return True
 
     def _is_overtaken(self, error: TallystickError) -> bool:
         """Whether a voucher was refused because a higher one of ours, from a session beside this, had arrived."""
@@ -285,6 +312,23 @@ class Remote:
         """Send a command and wait until the node has done it. Raises Unreachable, or what the node answers."""
         await self.line.command(frame, timeout_s, on_done)
 
+    async def fetch_kept(self, first: int, last: int) -> list[bytes]:
+        """The outputs of [first, last) that the node has kept. Raises Unreachable, what it answers, and CorruptResult
+        for other rows than those."""
+        self._fetched = []
+        try:
+            await self.command(Frame(Kind.FETCH, {"first": first, "last": last}))
+            rows: list[bytes] = []
+            for frame in self._fetched:
+                if frame.position != first + len(rows):
+                    break
+                rows += frame.rows()
+        finally:
+            self._fetched = None
+        if len(rows) != last - first:
+            raise CorruptResult(f"{self.node} sent other rows than it was asked for", hop=self.node)
+        return rows
+
     async def drop(self, epoch: int, length: int, computed: int) -> None:
         """Have rows [length, computed) forgotten, in a new epoch, without waiting; they complete no window.
 
@@ -323,6 +367,7 @@ class Remote:
     async def _rejoin(self, resumed: Frame) -> None:
         """The node lacks what was on its way: the last voucher, rows, a flush."""
         position, epoch = take(resumed.body, "position", int), take(resumed.body, "epoch", int)
+        self.sketchbook.ask_again()
         for frame in (self._voucher, self._flush):
             if frame is not None:
                 await self.line.send(frame)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from tallystick.admission import has_class
 from tallystick.attribution import Attribution, cause_of_difference, failed
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import auditors
 from tallystick.session.auditing import Audit, Disagreement
 from tallystick.session.migration import FILL_TIMEOUT_S, Migration
 from tallystick.session.openings import LOOK_OUT_S
@@ -42,6 +41,8 @@ log = logging.getLogger(__name__)
 SETTLE_TIMEOUT_S = 60.0
 INSIST_S = 0.3
 LEASE_S = 20.0
+COMPLAINTS = ("link_mismatch", "bad_tensor", "bad_position")
+"""What a hop says of rows or receipts of the one before."""
 
 
 class RolledBack(Exception):
@@ -61,6 +62,8 @@ class Repair:
         self._migration: Migration | None = None
         self._unmoved: set[int] = set()
         self._parted: set[tuple[str, str]] = set()
+        self._complaints: dict[Remote, str] = {}
+        self.wrong_from: dict[Remote, int] = {}
         self.unaudited: dict[int, float] = {}
         self._tried_at: dict[int, float] = {}
         self._pointed: dict[Remote, asyncio.Future[None]] = {}
@@ -101,7 +104,10 @@ class Repair:
                 )
                 if named is not None and isinstance(error, LinkMismatch) and self.succession.is_open(named):
                     return True  # it does not send what its predecessor did: receipts will say which of them lied
-                if named is not None:  # else it has been replaced meanwhile
+                if named is not None and not self._is_believed(hop, error):
+                    hop.failure = hop.failure or CorruptResult(f"{hop.node} complains of everybody", hop=hop.node)
+                elif named is not None:  # else it has been replaced meanwhile
+                    self._note_wrong(self._session.hops[named], error)
                     self._session.hearsay.add(self._session.hops[named].node)
                     await self._lose(named, error)
                 return True
@@ -129,6 +135,20 @@ class Repair:
         if isinstance(failure, Overloaded):
             self._session.busy.add(candidate.node)
 
+    def _is_believed(self, hop: Remote, error: TallystickError) -> bool:
+        """A hop says that another one sends or signs wrong rows: it is believed once. Who says the same of that one's
+        stand-in lies, or has computed on what the first one sent; either way it is itself replaced."""
+        if error.code not in COMPLAINTS:
+            return True
+        named = str(error.fields.get("hop"))
+        return self._complaints.setdefault(hop, named) == named
+
+    def _note_wrong(self, hop: Remote, error: TallystickError) -> None:
+        """What a hop has sent in a window that it signed otherwise is wrong everywhere behind it."""
+        first = error.fields.get("first")
+        if error.code == "link_mismatch" and type(first) is int and 0 <= first < len(self._session.ids):
+            self.wrong_from[hop] = first
+
     async def _mend(self, index: int, failure: TallystickError) -> None:
         """A hop failed: replace it, unless another one would fail alike."""
         if failure.code in ("insufficient_funds", "context_length_exceeded"):
@@ -140,7 +160,9 @@ class Repair:
         """A hop is gone. Whoever stands in for one without a class computes other bits: all begins anew then."""
         wrong = failure.fields.get("wrong_from")
         known = len(self._session.ids)
-        if type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # rows that the ring was fed with a false token
+        if (first := self.wrong_from.pop(self._session.hops[index], known)) < known:
+            await self.expel(index, 0 if self._session.one_shot else first // WINDOW * WINDOW, failure)
+        elif type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # the ring was fed with a false token
             self._session.hops[index].failure = None
             await self.expel(index, wrong // WINDOW * WINDOW, failure)
         elif has_class(self._session.hops[index].candidate):
@@ -189,9 +211,7 @@ class Repair:
         """Auditors that have become neighbours of what they judge, or the hop itself, are changed."""
         session = self._session
         for audit in list(session.audits):
-            if audit.remote.candidate not in auditors(
-                session.setting.candidates, session.route, audit.index, session.unfit
-            ):
+            if not session.openings.may_audit(audit.remote.candidate, audit.index):
                 await self.change_auditor(audit)
 
     # -- moving a hop while it serves
@@ -309,18 +329,22 @@ class Repair:
         window = disagreement.window
         liar = ruling.liar if ruling is not None else None
         passed = False if liar is not None else None
-        self._session.verdict.checks.append(
+        found = disagreement.found
+        self._session.verdict.note(
             Check(
                 hop.candidate.span,
                 disagreement.hop.positions,
                 hop.node,
                 audit.remote.node,
                 passed if liar != audit.remote.node else None,
+                *(("hash",) if found is None else ("sketch", found.error, found.tolerance)),
             )
         )
         span, positions = hop.candidate.span, disagreement.hop.positions
         if ruling is not None:
-            self._session.verdict.accusations.append(Accusation(ruling.liar, span, positions, ruling.witnesses))
+            self._session.verdict.accusations.append(
+                Accusation(ruling.liar, span, positions, ruling.witnesses, disagreement.evidence)
+            )
         avoided = {hop.node, audit.remote.node} if liar is None else {liar}
         self._session.avoid |= avoided
         self._session.verdict.attributions.append(
@@ -337,7 +361,8 @@ class Repair:
         if liar != hop.node:
             await self.change_auditor(audit)
         if liar != audit.remote.node:
-            await self.expel(index, 0 if self._session.one_shot else window * WINDOW)
+            moves = not self.has_stand_in(index) and self._session.openings.admit_other_classes(index)
+            await self.expel(index, 0 if self._session.one_shot or moves else window * WINDOW)
 
     async def change_auditor(self, audit: Audit) -> None:
         """Another node audits from now on, from the beginning."""

@@ -61,7 +61,7 @@ class Rewinding:
         session = self._session
         held = other.holds
         await self._settle_windows(shared)
-        if session.holds.hops != held.hops:
+        if session.holds.hops != held.hops or session.sketching.is_on:
             await self.crop(shared)
         elif await self.take_over(held, shared, len(held.ids)):
             return

@@ -26,6 +26,7 @@ from tallystick.session.results import Results
 from tallystick.session.rewinding import Rewinding
 from tallystick.session.ring import Ring
 from tallystick.session.setting import Setting
+from tallystick.session.sketching import Sketching
 from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import (
@@ -76,6 +77,7 @@ class Session:
         self.books = Books(self)
         self.feeding = Feeding(self)
         self.rewinding = Rewinding(self)
+        self.sketching = Sketching(self)
         self._flushed = -1
         self.work = asyncio.Event()
         self.news = asyncio.Event()
@@ -117,6 +119,11 @@ class Session:
         return all(hop.rewinds and has_class(hop.candidate) for hop in self.hops)
 
     @property
+    def is_flushed(self) -> bool:
+        """Whether every hop was told to sign for all rows that there are."""
+        return self._flushed == len(self.ids)
+
+    @property
     def has_audits(self) -> bool:
         return bool(self.audits or self.repair.unaudited)
 
@@ -124,6 +131,7 @@ class Session:
 
     async def open(self, audited: list[int]) -> None:
         """Open every hop, the last one first, and an auditor for each hop in `audited`. Raises NoAuditor…"""
+        self.sketching.decide()
         drawn = {index: self.openings.draw_auditors(index) for index in audited}
         needed = [*self.route, *(c for possible in drawn.values() for c in possible[:1])]
         await self.openings.reserve_with_standbys(needed)
@@ -162,6 +170,7 @@ class Session:
         self.results.forget(position)
         self.watch.forget(position)
         self.repair.forget(position)
+        self.sketching.forget(position)
 
     # -- rows
 
@@ -243,7 +252,7 @@ class Session:
 
     async def flush_again(self, remote: Remote) -> None:
         """A hop that joins late is told what all others were told: to sign the last window as it is."""
-        if self._flushed == len(self.ids):
+        if self.is_flushed:
             await remote.send(Frame(Kind.FLUSH, position=len(self.ids)))
 
     async def flush(self) -> None:

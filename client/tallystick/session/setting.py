@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from tallystick.payments import Need, Purse
 from tallystick.prefixes import Form
@@ -18,6 +19,10 @@ from tallystick_protocol.signing import Domain, Key
 from tallystick_protocol.types import Digest, Span, Wei
 from tallystick_protocol.vouchers import charge
 from tallystick_protocol.wire import Wire
+
+Sketches = Literal["auto", "on", "off"]
+"""Whether hops are asked for sketches: "auto" where an answer may be audited and only other classes can do it."""
+SKETCHES: tuple[Sketches, ...] = get_args(Sketches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ class Setting:
     wire: how hidden rows travel between hops (`tallystick_protocol.wire`).
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
-    reputation: learns what its nodes deliver.
+    reputation: learns what its nodes deliver. numeric_class: the only one that hops may be of. keep_evidence: stores a
+    bundle against a hop that was found wrong, and returns its CID; None: none is gathered.
     """
 
     peers: Peers
@@ -70,6 +76,9 @@ class Setting:
     on_waiting: Callable[[NoRoute], None] = lambda _: None
     work: Workload = field(default_factory=lambda: Workload(0))
     reputation: Reputation = field(default_factory=Reputation)
+    sketches: Sketches = "auto"
+    numeric_class: Digest | None = None
+    keep_evidence: Callable[[bytes], str] | None = None
 
     @property
     def one_shot(self) -> bool:

@@ -70,6 +70,8 @@ class Succession:
         if window >= len(claims):
             return False
         claim = claims[window]
+        if claim.numeric_class != receipt.numeric_class:
+            return False  # other bits; what it has signed is not what a successor of another class signs
         if (claim.positions, claim.input) != (receipt.positions, receipt.input) or claim.output == receipt.output:
             return False
         if self.contradiction is None:
@@ -104,11 +106,11 @@ class Succession:
             if candidate.operator in taken or candidate.payee in taken:
                 continue
             try:
-                answer = await testify(session, found.index, candidate, found.after)
+                answer = (await testify(session, found.index, candidate, found.after)).receipt
             except TallystickError as error:
                 log.info("%s cannot be a witness (%s)", candidate.node, error)
                 continue
-            if answer.input == found.after.input:
+            if (answer.input, answer.numeric_class) == (found.after.input, found.after.numeric_class):
                 ballot.cast(answer)
             if (right := ballot.won) is not None:
                 liar = found.after if found.before.output == right else found.before

@@ -137,6 +137,8 @@ class Watch:
             late = [len(session.hops) - 1]
         if late:
             return self._fail(late[0], why)
+        if not behind and (owing := session.sketching.late()) is not None:
+            return self._fail(owing, why)
         for audit in session.audits:
             if audit.judged_to() < session.hops[audit.index].standing.covered:
                 return self._fail_auditor(audit.remote, audit.index, why)

@@ -166,7 +166,7 @@ def wait_for_rest(pids: Sequence[int], timeout_s: float = 180.0) -> None:
     while resting < 3 and time.monotonic() < deadline:
         time.sleep(1)
         now = _cpu_s(pids)
-        resting = resting + 1 if now - before < REST_S * len(pids) else 0
+        resting = resting + 1 if now - before <= REST_S * len(pids) else 0
         before = now
     if resting < 3:
         raise ProcessFailed(f"the nodes do not come to rest within {timeout_s:g} s")

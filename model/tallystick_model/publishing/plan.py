@@ -94,7 +94,9 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What of the checkpoint is not published: what nothing that is served depends on, and what nothing reads."""
-        shapes, unused, others = self.skeleton.weights(), self.anatomy.unused, self.weights.left_out
+        shapes, others = self.skeleton.weights(), self.weights.left_out
+        served = {self._first(name) for name in shapes.keys() - set(self.anatomy.unused)}
+        unused = [name for name in self.anatomy.unused if self._first(name) not in served]  # tied: its other name is
         notes = []
         if unused:
             values = f"{len(unused)} weights ({sum(shapes[name].numel() for name in unused):,} values)"
@@ -105,6 +107,12 @@ class Plan:
         if self.unread:
             notes.append(f"config keys that nothing in transformers reads are left out: {', '.join(self.unread)[:600]}")
         return notes
+
+    def _first(self, name: str) -> str:
+        """The first of the names that a tied weight has."""
+        while name in self.skeleton.ties:
+            name = self.skeleton.ties[name]
+        return name
 
     def draft(self, pieces: list[Piece], tokenizer: dict[str, FileRef]) -> Manifest:
         """The manifest without its canary and norms."""

@@ -84,4 +84,4 @@ def why_of(ranked: Sequence[Candidate], choice: Candidate | None, manifest: Mani
         )
     if choice.fills:
         return f"it fills {choice.fills} layers that nobody serves, the most that fit"
-    return f"it lifts the network's bottleneck most, by {choice.gain:.2f} rows/s of {choice.rate:.1f} that it offers"
+    return f"it lifts the network's soft bottleneck most: {choice.gain:.2f}, of {choice.rate:.1f} rows/s that it offers"

@@ -49,8 +49,8 @@ class Presence:
         inward = bool(self._relays) and not config.announce and is_loopback(config.host)
         self._direct = () if inward else direct_addrs(listening, config.announce)
         places = [*self._direct, *(addr for relay in self._relays for addr in relay.addrs)]
-        self._may_dial = dial_policy(config.host, places)
-        self.peers = Peers(self._may_dial)
+        self.may_dial = dial_policy(config.host, places)
+        self.peers = Peers(self.may_dial)
         domain = chain.book.staking_domain
         self.directory = Directory(self.peers, domain, chain.node_of, chain.locate)
         self.keys: TlsKeys | None = None
@@ -85,7 +85,7 @@ class Presence:
                 self.directory,
                 purse,
                 Wei(self._config.relay_max_price),
-                self._may_dial,
+                self.may_dial,
             )
             running.append(agent.run(_attach_to(listener), self._relayed()))
         return running

@@ -17,6 +17,7 @@ from tallystick_model.canonical.tiles import R
 from tallystick_model.devices import CPU
 from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import Overloaded
+from tallystick_protocol.sketching.rows import ROW_BYTES
 from tallystick_protocol.types import Address, SessionId
 
 PAYER_SHARE = 0.75
@@ -24,6 +25,10 @@ PAYER_SHARE = 0.75
 
 RECORD_BYTES = 200
 """Of a kept row, besides its values: two digests of 32 bytes, three objects' heads, four places in lists."""
+
+
+SKETCH_BYTES = 100
+"""Of a position where sketches are in use, besides its values: an object's head, a number, two places in lists."""
 
 
 class Admission:
@@ -122,6 +127,12 @@ def session_bytes(model: SpanModel, max_length: int) -> Counter[torch.device]:
         for layer in range(model.span.start, model.span.end):
             needed[model.placement.of_layer(layer)] += rows * _layer_row_bytes(model, layer)
     return needed
+
+
+def sketch_bytes(model: SpanModel, max_length: int) -> int:
+    """What a session of so many positions keeps besides where sketches are in use: what came in, and the answers."""
+    entered = 4 if model.is_first else 4 * model.manifest.width
+    return max_length * (entered + ROW_BYTES + SKETCH_BYTES)
 
 
 def row_bytes(model: SpanModel) -> int:

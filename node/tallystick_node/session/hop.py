@@ -27,6 +27,7 @@ from tallystick_node.session.ring import Order, Receiver, Sender
 from tallystick_node.session.rows import RowFormat
 from tallystick_node.session.shop import Shop
 from tallystick_node.session.signer import Signer
+from tallystick_node.session.sketcher import Sketcher
 from tallystick_node.session.steps import Steps
 from tallystick_node.session.windows import Terms, Windows
 from tallystick_protocol.errors import (
@@ -36,7 +37,7 @@ from tallystick_protocol.errors import (
     TallystickError,
     Unauthorized,
 )
-from tallystick_protocol.frames import Frame, Kind, take
+from tallystick_protocol.frames import Frame, Kind, rows_frame, rows_per_frame, take
 from tallystick_protocol.messages import SessionOpen
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import address_bytes, checksum_address
@@ -73,10 +74,11 @@ class Hop:
         wire: Wire,
         find: Callable[[SessionId], Source | None],
         reserve: Callable[[int], None],
+        sketches: bool = False,
     ) -> None:
         """epoch: the one that the session is in where it is open already. find: what another session holds or held.
 
-        reserve: takes so many more bytes, or raises Overloaded.
+        reserve: takes so many more bytes, or raises Overloaded. sketches: whether the client is going to challenge.
         """
         model = self.model = shop.engine.part(opened.span)
         manifest = model.manifest
@@ -107,7 +109,7 @@ class Hop:
         self._passes = Passes(
             shop.engine, opened.span, self.client, shop.price, opened.max_length, self.billing, control.send, reserve
         )
-        self.record = Record(self.one_shot)
+        self.record = Record(self.one_shot, sketches)
         terms = Terms(
             shop.node,
             shop.model,
@@ -120,7 +122,7 @@ class Hop:
             manifest.numerics,
             wire,
         )
-        self.windows = Windows(terms, self.record)
+        self.windows = Windows(terms, self.record, sketches)
         self.inbox = Inbox(opened.max_length, lambda: self.position, epoch)
         self.commands = Commands(control, QUEUED_COMMANDS)
         self.moving = asyncio.Lock()  # held while rows are computed and sent, cropped, or their way is changed
@@ -130,6 +132,7 @@ class Hop:
         )  # fmt: skip
         self._dialling = asyncio.Lock()
         self.steps, self.signer, self.rewinding = Steps(self), Signer(self), Rewinding(self)
+        self.sketcher = Sketcher(self, sketches)
         self.ring, self.fed_by = Sender(shop.dialler, session, opened.attempt), Receiver()
         self._claims = 0
 
@@ -186,6 +189,7 @@ class Hop:
             asyncio.create_task(self._hear()),
             asyncio.create_task(self._obey()),
             asyncio.create_task(self.signer.run()),
+            asyncio.create_task(self.sketcher.run()),
             asyncio.create_task(self._watch()),
         ]
         self.downstream.keep_linked()
@@ -212,8 +216,7 @@ class Hop:
         async with self.moving, self.signer.lock:
             state = {"position": self.fed_by.confirmed(self.position), "epoch": self.inbox.epoch}
             hello = [Frame(Kind.RESUMED, state)]
-            sealed = self.signer.sealed
-            hello += [self.signer.frame(sealed[at]) for at in sorted(sealed) if at >= num_receipts]
+            hello += self.signer.missing(num_receipts)
             if self.rows.is_last and first_result < self.position:
                 hello += self.steps.results(Positions(first_result, self.position))
             pump = await self.control.attach(channel, hello)
@@ -245,11 +248,11 @@ class Hop:
                 now = int(self.shop.clock())
                 await self.report(self.billing.take_voucher(sealed_field(frame, "voucher"), now))
             elif frame.kind is Kind.PING:
-                await self.control.send(
-                    Frame(Kind.PONG, {"at": self.position, "unpaid": self.billing.is_waiting})
-                )
+                await self.control.send(Frame(Kind.PONG, {"at": self.position, "unpaid": self.billing.is_waiting}))
             elif frame.kind is Kind.TENSOR:
                 await self.report(self._passes.take(frame))
+            elif frame.kind is Kind.CHALLENGE:
+                await self.sketcher.put(frame)
             elif frame.kind is Kind.STEP:
                 try:
                     self.inbox.put(frame)
@@ -297,6 +300,7 @@ class Hop:
             Kind.FORWARD: self._passes.forward,
             Kind.BACKWARD: self._passes.backward,
             Kind.REPLAY: self._on_replay,
+            Kind.FETCH: self._on_fetch,
             Kind.RING: self._on_ring,
             Kind.CLOSE: self._on_close,
         }
@@ -357,6 +361,17 @@ class Hop:
         session = SessionId(take(frame.body, "session", bytes))
         self.record.outputs(positions)
         await self.downstream.replay(positions, _address(frame, "to"), session, self.signer.sealed)
+
+    async def _on_fetch(self, frame: Frame) -> None:
+        """Send kept outputs [first, last) to the client itself, which may need them as evidence."""
+        first, last = take(frame.body, "first", int), take(frame.body, "last", int)
+        if not 0 <= first < last or self.rows.is_last:
+            raise BadFrame(f"there are no rows of positions [{first}, {last}) that leave for another hop")
+        rows, _ = self.record.outputs(Positions(first, last))
+        step = rows_per_frame(len(rows[0]))
+        for begin in range(0, len(rows), step):
+            part = rows[begin : begin + step]
+            await self.control.send(rows_frame(Kind.KEPT, DTYPES[self.rows.wire], part, first + begin, {}))
 
     async def _on_ring(self, frame: Frame) -> None:
         """The client has the last hop choose tokens (`first`), and the first one take them from there (`from`)."""

@@ -25,10 +25,12 @@ class Record:
     """Rows in order of position: hashes of what came in, the bytes of what left, and what was wanted of each.
 
     one_shot: the session is a single window, whatever its length (bidirectional models).
+    keeps_inputs: the bytes of what came in, too, and the scales of results: for sketches.
     """
 
-    def __init__(self, one_shot: bool) -> None:
+    def __init__(self, one_shot: bool, keeps_inputs: bool = False) -> None:
         self._one_shot = one_shot
+        self._kept: tuple[list[bytes], list[float]] | None = ([], []) if keeps_inputs else None
         self._inputs: list[Digest] = []
         self._outputs: list[bytes] = []
         self._leaves: list[Digest] = []
@@ -62,8 +64,13 @@ class Record:
         """The hash of the row that came in at a position."""
         return self._inputs[position]
 
-    def append(self, inputs: Sequence[bytes], outputs: Sequence[bytes], want: Sequence[bool]) -> None:
-        """Rows that were computed; an output nobody wanted is empty."""
+    def append(
+        self, inputs: Sequence[bytes], outputs: Sequence[bytes], want: Sequence[bool], scales: Sequence[float] = ()
+    ) -> None:
+        """Rows that were computed; an output nobody wanted is empty. scales: of results (`logits`), if any."""
+        if self._kept is not None:
+            self._kept[0].extend(inputs)
+            self._kept[1].extend(scales or [0.0] * len(inputs))
         self._inputs += [leaf(row) for row in inputs]
         self._outputs += outputs
         self._leaves += [leaf(row) for row in outputs]
@@ -76,7 +83,7 @@ class Record:
 
     def take(self, other: Record, first: int, last: int) -> None:
         """Append rows [first, last) of another session, which they would have been here, too."""
-        for rows, theirs in zip(self._parts(), other._parts(), strict=True):
+        for rows, theirs in zip(self._parts(), other._parts(), strict=False):  # who keeps inputs takes no rows
             rows.extend(theirs[first:last])
         self.size_bytes += other.bytes_of(first, last)
 
@@ -97,6 +104,16 @@ class Record:
         if positions.last > len(self):
             raise BadPosition(f"positions {positions} are not computed yet; {len(self)} are", expected=len(self))
         return self._outputs[positions.first : positions.last], self._want[positions.first : positions.last]
+
+    def inputs(self, positions: Positions) -> tuple[list[bytes], list[float]]:
+        """The kept input rows, and the scales of the results.
+
+        Raises BadPosition beyond what was computed, or where none are kept.
+        """
+        if self._kept is None or positions.last > len(self):
+            raise BadPosition(f"what entered at positions {positions} is not kept", expected=len(self))
+        rows, scales = self._kept
+        return rows[positions.first : positions.last], scales[positions.first : positions.last]
 
     def window(self, index: int) -> Positions:
         """The positions of a window as far as they are computed."""
@@ -125,4 +142,4 @@ class Record:
         )
 
     def _parts(self) -> tuple[list[Any], ...]:
-        return self._inputs, self._outputs, self._leaves, self._want
+        return self._inputs, self._outputs, self._leaves, self._want, *(self._kept or ())

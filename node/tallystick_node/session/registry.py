@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tallystick_node.scheduling.load import Load, Meter
-from tallystick_node.session.admission import Admission
+from tallystick_node.session.admission import Admission, sketch_bytes
 from tallystick_node.session.control import Control
 from tallystick_node.session.hop import Hop
 from tallystick_node.session.inbox import MAX_EPOCH
@@ -41,6 +41,7 @@ from tallystick_protocol.messages import (
 )
 from tallystick_protocol.peer import Channel, sealed_field
 from tallystick_protocol.signing import Key, digest, seal, unseal
+from tallystick_protocol.sketching.rows import ROW_BYTES as SKETCH_ROW
 from tallystick_protocol.types import WINDOW, Digest, ModelId, SessionId, Wei
 from tallystick_protocol.vouchers import charge
 from tallystick_protocol.wire import Wire, wire_of
@@ -117,9 +118,12 @@ class Sessions:
         epoch = take(first.body, "epoch", int, 0)
         if not 0 <= epoch < MAX_EPOCH:
             raise BadMessage("the epoch is out of range")
+        wire, sketches = wire_of(first.body.get("wire", "f32")), take(first.body, "sketches", bool, False)
+        if sketches:
+            self._check_sketches(opened, wire)
         await self._supersede(session, opened.attempt)
         control = Control(self._limits.lease_s)
-        hop = self._admit(opened, session, control, epoch, wire_of(first.body.get("wire", "f32")))
+        hop = self._admit(opened, session, control, epoch, wire, sketches)
         try:
             if not await asyncio.to_thread(
                 self._shop.journal.admit, session, opened.attempt, opened.expires + NONCE_MEMORY_S, int(self._now())
@@ -134,6 +138,7 @@ class Sessions:
                 "voucher": account.sealed,
                 "lease_s": self._limits.lease_s,
                 "rewinds": hop.rewinds,
+                "sketches": hop.sketcher.is_on,
             }
             await control.attach(channel, [Frame(Kind.OPENED, body)])
             self.counters.opened += 1
@@ -152,7 +157,8 @@ class Sessions:
 
     def _part_with(self, hop: Hop) -> None:
         """A session has ended: keep what it holds for the client's next ones, or free what it took."""
-        if not hop.has_parted or self.draining or not self._kept.keep(hop.source):
+        keeps = hop.has_parted and not self.draining and not hop.sketcher.is_on
+        if not keeps or not self._kept.keep(hop.source):
             self._admission.close(hop.id)
             return
         self._admission.spare(hop.id)
@@ -250,6 +256,14 @@ class Sessions:
         session = session_id(shop.domain.chain_id, opened.client, opened.nonce, ModelId(opened.model))
         return opened, session, digest(shop.domain, opened)
 
+    def _check_sketches(self, opened: SessionOpen, wire: Wire) -> None:
+        """Raises BadMessage where sketches would say nothing, or would not fit."""
+        model = self._shop.engine.part(opened.span)
+        if wire != "f32" or not any(self._shop.numeric_class):
+            raise BadMessage("sketches are of rows that travel whole (f32), of nodes that have a class")
+        if not model.causal and opened.max_length * SKETCH_ROW > MAX_TENSOR:
+            raise BadMessage(f"a window of {opened.max_length} positions is too long for sketches")
+
     def _check_money(self, opened: SessionOpen) -> None:
         """A place and a cache are for who can pay a first window, earlier debt included. Raises InsufficientFunds."""
         shop, model = self._shop, self._shop.engine.model
@@ -257,7 +271,9 @@ class Sessions:
         owed = Wei(shop.till.account(opened.client).owed + first)
         shop.till.check_funds(opened.client, first, shop.lookups.funds(opened.client, owed))
 
-    def _admit(self, opened: SessionOpen, session: SessionId, control: Control, epoch: int, wire: Wire) -> Hop:
+    def _admit(
+        self, opened: SessionOpen, session: SessionId, control: Control, epoch: int, wire: Wire, sketches: bool
+    ) -> Hop:
         """Take a place and cache bytes for a session, or raise Overloaded, SessionExists."""
         if session in self._hops:
             raise SessionExists("this session is open here already")
@@ -267,14 +283,24 @@ class Sessions:
         try:
             part = self._shop.engine.part(opened.span)
             self._admission.open(session, opened.client, opened.max_length, len(self._hops), part)
+            if sketches:
+                self._take_more(session, sketch_bytes(part, opened.max_length))
         except Overloaded:
             self.counters.refused += 1
             raise
         reserve = partial(self._admission.take_more, session)
-        hop = Hop(self._shop, opened, session, control, epoch, wire, self._find, reserve)
+        hop = Hop(self._shop, opened, session, control, epoch, wire, self._find, reserve, sketches)
         self._hops[session] = hop
         self._shop.sessions[opened.client] += 1
         return hop
+
+    def _take_more(self, session: SessionId, num_bytes: int) -> None:
+        """More for a session that is being opened. Raises Overloaded, and then nothing is taken for it."""
+        try:
+            self._admission.take_more(session, num_bytes)
+        except Overloaded:
+            self._admission.close(session)
+            raise
 
     def _now(self) -> float:
         return self._shop.clock()

@@ -49,6 +49,8 @@ class Rewinding:
             hop.record.crop(length)
             hop.windows.crop(frame.position)
             hop.signer.sealed = {k: v for k, v in hop.signer.sealed.items() if k < hop.record.num_complete}
+            hop.signer.closing = None
+            hop.sketcher.crop()
             hop.steps.drop_held()
             hop.ring.disarm()
             hop.fed_by.crop(length)
@@ -83,7 +85,7 @@ class Rewinding:
         if source.is_spent or self._forks >= FREE_FORKS + FORKS_PER_ROW * hop.steps.computed:
             raise Rejected("more forks than this session has computed rows for: each is signed, none is paid")
         same = source.side == hop.windows.side and source.form == hop.rows.form
-        same = same and source.span == hop.model.span
+        same = same and source.span == hop.model.span and not hop.sketcher.is_on  # their inputs are not kept there
         if hop.one_shot or hop.cache is None or source.cache is None or not same:
             raise BadPosition("these sessions do not hold rows that one could go on from in the other")
         early, late = sorted((hop.source, source), key=lambda one: one.id)

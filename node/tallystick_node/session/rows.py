@@ -13,6 +13,7 @@ from tallystick_model.segments import Segment
 from tallystick_protocol.errors import BadTensor, CorruptResult
 from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.sketching.logits import scales_of
 from tallystick_protocol.types import Span
 from tallystick_protocol.wire import DTYPES, Wire, decode, encode, values_per_row
 
@@ -109,6 +110,21 @@ class RowFormat:
         lines = iter(self._results(result))
         return [next(lines) if asked else b"" for asked in want]
 
+    def scales(self, result: Any, want: Sequence[bool]) -> list[float]:
+        """By what differences of results are measured across classes; none for hidden rows, 0 where none was wanted."""
+        if self._output == "hidden":
+            return []
+        lines = iter(scales_of(result.numpy(), self._output == "logits").tolist() if any(want) else ())
+        return [next(lines) if asked else 0.0 for asked in want]
+
+    def hidden(self, outputs: Sequence[bytes]) -> Any:
+        """Output rows as they left, (n, width) float32, NaN where nobody wanted them; None where results leave."""
+        if self._output != "hidden":
+            return None
+        unwanted = np.full(self._manifest.width, np.nan, dtype="<f4").tobytes()
+        data = b"".join(row or unwanted for row in outputs)
+        return decode(data, "f32" if self.is_last else self.wire, self._manifest.width)
+
     def _results(self, result: Any) -> list[bytes]:
         """The rows of the model's end: (wanted rows, values) float32 as they are, or their k largest."""
         if self.result_dtype is DType.F32:
@@ -124,9 +140,7 @@ class RowFormat:
         return [pair.tobytes() for pair in pairs]
 
 
-def check_rows(
-    rows: Any, manifest: Manifest, boundary: int, error: type[BadTensor] | type[CorruptResult]
-) -> None:
+def check_rows(rows: Any, manifest: Manifest, boundary: int, error: type[BadTensor] | type[CorruptResult]) -> None:
     """Rows (n, width) float32: finite, no denormals, norms within the manifest's range for this layer boundary."""
     low, high = manifest.norms[boundary]
     squares = np.square(rows, dtype=np.float64).sum(axis=-1)  # no square of an fp32 is beyond fp64

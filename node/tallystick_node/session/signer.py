@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 
 class Signer:
-    """Signs windows. lock: held while it does, and while what it signs is changed. sealed: what stands, by window."""
+    """Signs windows. lock: held while it does, and while what it signs is changed. sealed: what stands, by window.
+
+    closing: the receipt that carries the last window's sketches, once it is signed.
+    """
 
     def __init__(self, hop: Hop) -> None:
         self.lock = asyncio.Lock()
         self.sealed: dict[int, bytes] = {}
+        self.closing: bytes | None = None
         self._due = asyncio.Event()
         self._hop = hop
 
@@ -65,16 +69,25 @@ class Signer:
             index = 0 if hop.one_shot else window_of(receipt.first)
             sealed = await asyncio.to_thread(shop.journal.sign, receipt)
             standing, _ = unseal(shop.domain, Receipt, sealed)  # the journal may have had it, with its old time
+            closes = hop.windows.is_closing(standing)
             hop.windows.signed(standing, index, shop.journal.digest_of(standing))
-            self.sealed[index] = sealed
+            self.closing = sealed if closes else None
+            if not closes:
+                self.sealed[index] = sealed
             await asyncio.to_thread(shop.till.settle, hop.client, int(shop.clock()))
             await hop.control.send(self.frame(sealed))
-            await hop.downstream.pass_receipt(sealed)
+            if not closes:  # the next hop has heard of these rows
+                await hop.downstream.pass_receipt(sealed)
 
     def frame(self, sealed: bytes) -> Frame:
         """A receipt for the client."""
         hop = self._hop
         return Frame(Kind.RECEIPT, {"receipt": sealed, "epoch": hop.inbox.epoch})
+
+    def missing(self, num_windows: int) -> list[Frame]:
+        """What a client lacks that has the receipts of so many windows."""
+        due = [self.sealed[at] for at in sorted(self.sealed) if at >= num_windows]
+        return [self.frame(sealed) for sealed in (*due, *([self.closing] if self.closing is not None else []))]
 
     async def flush(self, frame: Frame) -> None:
         """FLUSH."""

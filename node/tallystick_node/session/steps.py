@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from tallystick_node.session.downstream import result_frames
 from tallystick_protocol.errors import (
     BadFrame,
     BadPosition,
+    BadTensor,
     ContextLengthExceeded,
     LinkMismatch,
     TallystickError,
@@ -54,11 +55,12 @@ class Steps:
             raise Unauthorized("rows come from the hop that the session names as the previous one")
         if by_ring and not hop.fed_by.admits(frame, hop.position):
             return
-        rows = hop.rows.parse(frame)
+        with self._of_whom(channel):
+            rows = hop.rows.parse(frame)
         want = self._flags(frame)
         types = hop.rows.token_types(frame)
         if hop.one_shot:
-            await self._take_at_once(frame, rows, want, types)
+            await self._take_at_once(frame, rows, want, types, channel)
             return
         await self._await_memory()
         async with hop.moving:
@@ -69,7 +71,8 @@ class Steps:
             if is_first and not by_ring:
                 hop.fed_by.confirm(hop.record, frame.position, rows)
                 hop.signer.wake()
-            known = self._known(frame.position, rows, pushed=channel is not None and not by_ring)
+            with self._of_whom(channel):
+                known = self._known(frame.position, rows, pushed=channel is not None and not by_ring)
             if known and not take(frame.body, "confirm", bool, False):
                 repeated = Positions(frame.position, frame.position + known)
                 _, before = hop.record.outputs(repeated)
@@ -92,13 +95,27 @@ class Steps:
                 raise
             raise LinkMismatch(error.message, hop=hop.previous) from None
 
-    async def _take_at_once(self, frame: Frame, rows: list[bytes], want: list[bool], types: list[int]) -> None:
+    @contextmanager
+    def _of_whom(self, channel: Channel | None) -> Iterator[None]:
+        """Rows that must not be, or come in no order, are told of as the hop's before, where it has sent them."""
+        hop = self._hop
+        try:
+            yield
+        except (BadTensor, BadPosition) as error:
+            if hop.inbox.is_push(channel) and hop.previous != ZERO_ADDRESS:
+                error.fields.setdefault("hop", hop.previous)
+            raise
+
+    async def _take_at_once(
+        self, frame: Frame, rows: list[bytes], want: list[bool], types: list[int], channel: Channel | None
+    ) -> None:
         """A bidirectional span takes the whole sequence at once, however many frames it came in."""
         hop = self._hop
         if len(hop.record):
             raise BadPosition("this model is bidirectional: a session takes one step", expected=len(hop.record))
-        if frame.position != len(self._held):
-            raise BadPosition(f"rows go on at position {len(self._held)}", expected=len(self._held))
+        with self._of_whom(channel):
+            if frame.position != len(self._held):
+                raise BadPosition(f"rows go on at position {len(self._held)}", expected=len(self._held))
         self.check_length(len(self._held) + len(rows))
         if self._held and bool(types) != bool(self._held_types):
             raise BadFrame("token types come with every row of a session or with none")
@@ -109,6 +126,7 @@ class Steps:
         if not more:
             rows, want, types = self._held, self._held_want, self._held_types
             self.drop_held()
+            hop.sketcher.types = types
             root = rows_root(bytes([kind]) for kind in types) if types else None
             hop.windows.side = replace(hop.windows.side, token_types=root)
             await self._compute(0, rows, want, hop.inbox.epoch, types)
@@ -181,6 +199,7 @@ class Steps:
                 segment = hop.rows.segment(hop.cache, start, rows, want, types)
                 result = await hop.shop.engine.forward(segment, hop.client, model=hop.model)
                 outputs = hop.rows.outputs(result, want)
+                scales = hop.rows.scales(result, want) if hop.sketcher.is_on else ()
             except (TallystickError, Withdrawn) as error:
                 hop.billing.refund(self._cost(rows))
                 if hop.cache is not None and hop.cache.length > start:
@@ -189,7 +208,7 @@ class Steps:
                 if isinstance(error, Withdrawn):
                     return False
                 raise
-            hop.record.append(rows, outputs, want)
+            hop.record.append(rows, outputs, want, scales)
             self.computed += len(rows)
             chosen = await hop.ring.turn(len(hop.record) - 1, outputs[-1])
             await self._deliver(Positions(start, len(hop.record)), chosen)

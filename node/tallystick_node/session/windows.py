@@ -2,6 +2,9 @@
 
 A window is signed when its rows are complete (or at `flush`), when the window before it stands complete, and when the
 previous hop has signed an output equal to this hop's input. Every re-signing raises the revision.
+
+Where sketches are in use a receipt says which challenge to the receipt before it was answered, and how: so the next
+window waits for that answer, and behind the last one a closing receipt over the same rows carries the last answer.
 """
 
 from __future__ import annotations
@@ -39,10 +42,24 @@ class Side:
     memory: Digest | None = None
 
 
-class Windows:
-    """The standing receipts of one session at one hop."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was answered to a challenge: the root over the sketches."""
 
-    def __init__(self, terms: Terms, record: Record) -> None:
+    challenge: bytes
+    sketches: Digest
+
+
+_NONE = Answer(ZERO32, ZERO32)
+
+
+class Windows:
+    """The standing receipts of one session at one hop.
+
+    answers: by digest of the receipt that was challenged; None where sketches are not in use.
+    """
+
+    def __init__(self, terms: Terms, record: Record, sketches: bool = False) -> None:
         self.terms = terms
         self.side = Side()
         self._record = record
@@ -52,6 +69,12 @@ class Windows:
         self._ever_signed: set[int] = set()
         self._flush_to = 0
         self._revision = 0
+        self.answers: dict[Digest, Answer] | None = {} if sketches else None
+        self._closed: Digest | None = None
+
+    def find(self, digest: Digest) -> Receipt | None:
+        """The standing receipt with this digest."""
+        return self._standing[self._digests.index(digest)] if digest in self._digests else None
 
     def hear(self, upstream: Receipt, index: int) -> None:
         """The previous hop's receipt for window `index`; a newer revision replaces an older one."""
@@ -75,6 +98,8 @@ class Windows:
         del self._standing[keep:], self._digests[keep:]
         self._upstream = {index: heard for index, heard in self._upstream.items() if index < length // WINDOW}
         self._flush_to = 0
+        if self.answers is not None:
+            self.answers = {digest: self.answers[digest] for digest in self._digests if digest in self.answers}
 
     def next_unsigned(self, now: int) -> Receipt | None:
         """The next receipt that may be signed, or None. Raises LinkMismatch when the previous hop signed other rows.
@@ -83,7 +108,7 @@ class Windows:
         """
         index = self._next_index()
         if index is None:
-            return None
+            return self._closing(now)
         claim = self._record.claim(index)
         if self.terms.previous != ZERO_ADDRESS:
             heard = self._upstream.get(index)
@@ -96,10 +121,12 @@ class Windows:
                     first=claim.positions.first,
                     last=claim.positions.last,
                 )
+        previous = self._digests[index - 1] if index else ZERO32
+        answer = _NONE if self.answers is None or not index else self.answers.get(previous)
+        if answer is None:
+            return None
         terms = self.terms
-        context = Context(
-            terms.numerics, terms.wire, terms.top_k, claim.want, self.side.token_types, self.side.memory
-        )
+        context = Context(terms.numerics, terms.wire, terms.top_k, claim.want, self.side.token_types, self.side.memory)
         return Receipt(
             node=terms.node,
             model=terms.model,
@@ -114,15 +141,41 @@ class Windows:
             context=context.digest(),
             input=claim.input,
             output=claim.output,
-            previous=self._digests[index - 1] if index else ZERO32,
-            challenge=ZERO32,
-            sketches=ZERO32,
+            previous=previous,
+            challenge=answer.challenge,
+            sketches=answer.sketches,
             at=now,
+        )
+
+    def _closing(self, now: int) -> Receipt | None:
+        """Once everything is flushed and the last window's challenge answered: its receipt again, over that answer."""
+        if not self.answers or not self._standing or self._flush_to != len(self._record):
+            return None
+        last, digest = self._standing[-1], self._digests[-1]
+        answer = self.answers.get(digest)
+        if answer is None or self._closed == digest or last.last != len(self._record):
+            return None
+        return replace(
+            last,
+            revision=self._revision + 1,
+            previous=digest,
+            challenge=answer.challenge,
+            sketches=answer.sketches,
+            at=now,
+        )
+
+    def is_closing(self, receipt: Receipt) -> bool:
+        """Whether a receipt closes the last window that stands: it names that very window's as the one before."""
+        return (
+            bool(self._digests) and receipt.previous == self._digests[-1] and receipt.first == self._standing[-1].first
         )
 
     def signed(self, receipt: Receipt, index: int, digest: Digest) -> None:
         """`receipt` for window `index`, as `next_unsigned` gave it, is in the journal: it stands now."""
         self._revision = receipt.revision
+        if self.is_closing(receipt):
+            self._closed = Digest(receipt.previous)
+            return
         self._ever_signed.add(index)
         del self._standing[index:], self._digests[index:]
         self._standing.append(receipt)

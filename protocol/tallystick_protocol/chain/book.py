@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tallystick_protocol.errors import BadMessage, ConfigError
-from tallystick_protocol.signing import Domain, address_bytes, checksum_address, escrow_domain, staking_domain
+from tallystick_protocol.signing import (
+    Domain,
+    address_bytes,
+    checksum_address,
+    escrow_domain,
+    staking_domain,
+    token_domain,
+)
 from tallystick_protocol.types import Address
 
 NAMES = ("Token", "Models", "Staking", "Escrow", "Beacon", "Court", "Emissions")
@@ -40,6 +47,10 @@ class AddressBook:
     @property
     def staking_domain(self) -> Domain:
         return staking_domain(self.chain_id, self.contracts["Staking"].address)
+
+    @property
+    def token_domain(self) -> Domain:
+        return token_domain(self.chain_id, self.contracts["Token"].address)
 
 
 def load_book(path: Path) -> AddressBook:

@@ -217,6 +217,15 @@ class Chain:
         latest, paid = self._channel(client, node, "latest")
         return ChannelFunds(min(confirmed, latest), latest, paid)
 
+    def exiting(self, client: Address, node: Address) -> tuple[Wei, int]:
+        """What leaves a channel, and from when on (unix seconds); (0, 0) where nothing does."""
+        found = self.guard("reading an exit", lambda: self.escrow.functions.exits(client, node).call())
+        return Wei(int(found[0])), int(found[1])
+
+    def order_nonce(self, client: Address) -> int:
+        """The nonce of the client's next order (chain/papers.py)."""
+        return int(self.guard("reading a nonce", lambda: self.escrow.functions.nonces(client).call()))
+
     def may_sign(self, client: Address, signer: Address) -> bool:
         """May this key sign vouchers for the client?"""
         if signer == client:

@@ -11,6 +11,7 @@ from web3.exceptions import TransactionNotFound
 from web3.logs import DISCARD
 
 from tallystick_protocol.chain.book import LOCAL_CHAINS
+from tallystick_protocol.chain.papers import Paper, compact
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.errors import ChainError, ConfigError
 from tallystick_protocol.signing import Key
@@ -61,8 +62,11 @@ class Wallet:
     def address(self) -> Address:
         return self.key.address
 
-    def send(self, what: str, call: Any) -> dict[str, Any]:
-        """Send a contract call and wait until it is mined. Raises ChainError saying why it would not work."""
+    def send(self, what: str, call: Any, appendix: bytes = b"") -> dict[str, Any]:
+        """Send a contract call and wait until it is mined. Raises ChainError saying why it would not work.
+
+        appendix: bytes behind the arguments, which the contract ignores.
+        """
         web3 = self.chain.web3
 
         def broadcast() -> Any:
@@ -70,6 +74,8 @@ class Wallet:
                 {"from": self.address, "nonce": web3.eth.get_transaction_count(self.address, "pending")}
             )
             transaction["gas"] = transaction["gas"] * 5 // 4  # storage that others touch in between may cost more
+            transaction["data"] += appendix.hex()
+            transaction["gas"] += 40 * len(appendix)  # EIP-7623's floor for a byte
             signed = Account.sign_transaction(transaction, self.key.secret)
             return web3.eth.send_raw_transaction(signed.raw_transaction)
 
@@ -110,12 +116,30 @@ class Wallet:
         self.send("approving the channel", approve)
         self.send("funding channels", self.chain.escrow.functions.fund(client, deposits))
 
+    def exit(self, node: Address, amount: Wei) -> None:
+        """Begin to take money out of this wallet's channel with a node; 0 calls it off."""
+        self.send("beginning an exit", self.chain.escrow.functions.exit(node, amount))
+
+    def withdraw(self, client: Address, node: Address) -> Wei:
+        """End an exit, once its delay is over: the money goes to the client. Returns it."""
+        receipt = self.send("withdrawing", self.chain.escrow.functions.withdrawFor(client, node))
+        logs = self.chain.escrow.events.Withdrawn().process_receipt(receipt, errors=DISCARD)
+        return Wei(sum(int(log["args"]["amount"]) for log in logs))
+
+    def set_signer(self, signer: Address, on: bool) -> None:
+        """Let a key sign vouchers for this wallet, or stop it, EXIT_DELAY from now."""
+        self.send("setting a signer", self.chain.escrow.functions.setSigner(signer, on))
+
+    def send_paper(self, paper: Paper) -> None:
+        """Send what another key has signed; this one pays the gas."""
+        self.send(f"sending a signed {paper.kind}", paper.call(self.chain.escrow))
+
     def transfer(self, to: Address, amount: Wei) -> None:
         self.send("sending tokens", self.chain.token.functions.transfer(to, amount))
 
     def redeem(self, node: Address, vouchers: list[tuple[Address, Wei, bytes]]) -> Wei:
         """Redeem (client, total, signature) rows for a node; returns what left the channels, fee included."""
-        rows = [(client, total, signature[:32], _compact(signature)) for client, total, signature in vouchers]
+        rows = [(client, total, signature[:32], compact(signature)) for client, total, signature in vouchers]
         receipt = self.send("redeeming vouchers", self.chain.escrow.functions.redeem(node, rows))
         logs = self.chain.escrow.events.Redeemed().process_receipt(receipt, errors=DISCARD)
         return Wei(sum(int(log["args"]["amount"]) for log in logs))
@@ -136,9 +160,3 @@ class Wallet:
         raise ChainError(
             f"{what}: not mined within {RECEIPT_TIMEOUT_S:g} s; the transaction is 0x{bytes(digest).hex()}"
         )
-
-
-def _compact(signature: bytes) -> bytes:
-    """EIP-2098: s with v's parity in its top bit."""
-    s = int.from_bytes(signature[32:64], "big") | (signature[64] - 27) << 255
-    return s.to_bytes(32, "big")

@@ -1,0 +1,1 @@
+"""The channels that hold a client's money, as a person sees them."""

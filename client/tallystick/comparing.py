@@ -1,0 +1,67 @@
+"""One window recomputed in another numeric class: by sketches, or by the results that the client holds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tallystick.checks import agree, same_work
+from tallystick_protocol.errors import CorruptResult
+from tallystick_protocol.manifest import Manifest
+from tallystick_protocol.receipts import Receipt
+from tallystick_protocol.sketching import logits, statistic
+from tallystick_protocol.sketching.rows import Sketches
+from tallystick_protocol.sketching.thresholds import Zone, logits_thresholds, thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a node claims for one window. results: the rows it returned, where its span ends the model; empty ones were
+    not wanted."""
+
+    receipt: Receipt
+    sketches: Sketches | None = None
+    results: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """error: against `tolerance`, up to which it is clear. squares: of the window's rows, for later windows; None where
+    results were compared."""
+
+    zone: Zone
+    error: float
+    tolerance: float
+    squares: Any = None
+
+
+def across(claim: Work, answer: Work, manifest: Manifest, top_k: int, earlier: Sequence[Any] = ()) -> Found:
+    """Compare a claim with what a node of another class answers to the same work under the same challenge.
+
+    earlier: `squares` of the windows before, of the same two. Raises CorruptResult where the answer contradicts itself.
+    """
+    mine, theirs = claim.sketches, answer.sketches
+    assert mine is not None and theirs is not None and mine.challenge == theirs.challenge
+    entered = statistic.input_error(mine, theirs)
+    if not entered <= statistic.INPUT_TOLERANCE:  # over the same bytes: one of the two has sketched something else
+        return Found(Zone.GUILTY, entered, statistic.INPUT_TOLERANCE)
+    span = claim.receipt.span
+    if manifest.output_of(span) == "hidden":
+        if not statistic.states_its_scale(theirs):
+            raise CorruptResult(f"{answer.receipt.node} understates what it added", hop=answer.receipt.node)
+        limits, squares = thresholds(manifest, span), statistic.squares(mine, theirs)
+        return Found(limits.zone([*earlier, squares]), statistic.rms(squares), limits.clear, squares)
+    ranked = manifest.output == "logits" and top_k > 0
+    apart = logits.compare(list(claim.results), list(answer.results), theirs.scales, ranked)
+    of_results = logits_thresholds(manifest)
+    return Found(of_results.zone(apart), of_results.share(apart) * of_results.row, of_results.row)
+
+
+def is_alike(claim: Work, answer: Work, manifest: Manifest, top_k: int) -> bool:
+    """Whether a third node's answer says what a claim says: the same bits in its class, clear in another one."""
+    if claim.receipt.numeric_class == answer.receipt.numeric_class:
+        return agree(claim.receipt, answer.receipt)
+    if claim.sketches is None or answer.sketches is None or not same_work(claim.receipt, answer.receipt):
+        return False
+    return across(claim, answer, manifest, top_k).zone is Zone.CLEAR

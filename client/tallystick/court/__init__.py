@@ -1,0 +1,1 @@
+"""Going to Court as a client: evidence, accusations, cases."""

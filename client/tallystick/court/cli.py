@@ -1,0 +1,97 @@
+"""`tallystick evidence` and `tallystick accuse`: what there is against a node, and the case in Court."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tallystick.court.accusing import accuse, load_evidence
+from tallystick_protocol.chain.book import load_book
+from tallystick_protocol.chain.docket import Docket, Standing
+from tallystick_protocol.chain.reads import Chain
+from tallystick_protocol.chain.writes import Wallet
+from tallystick_protocol.content.cid import Cid
+from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.errors import ConfigError
+from tallystick_protocol.evidence.checking import Evidence
+from tallystick_protocol.signing import Key
+from tallystick_protocol.types import Digest, Wei
+
+
+def add(commands: Any, open_key: Callable[[argparse.Namespace], Key]) -> None:
+    """Add the commands to a parser's."""
+    evidence = commands.add_parser("evidence", help="check a bundle of evidence, keep it, and tell what it is about")
+    evidence.set_defaults(command=_evidence)
+    accusing = commands.add_parser("accuse", help="accuse a node in Court of what evidence shows, for a bond")
+    accusing.add_argument("--at", action="append", default=[], help="where jurors find it, http://NUMBER:PORT")
+    accusing.add_argument("--max-bond", type=int, help="token base units that the bond may take")
+    accusing.set_defaults(command=lambda options: _accuse(options, open_key(options)))
+    for parser in (evidence, accusing):
+        parser.add_argument("what", help="a file, or the CID of evidence in the store")
+        parser.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
+        parser.add_argument("--json", action="store_true", help="one JSON object")
+    case = commands.add_parser("case", help="how a case in Court stands")
+    case.add_argument("id", help="as `tallystick accuse` told it, 0x…")
+    case.set_defaults(command=_case)
+
+
+def _evidence(options: argparse.Namespace) -> int:
+    chain = _chain(options)
+    evidence, cid = load_evidence(options.what, LocalStore(Path(options.store)), chain.book.staking_domain)
+    _tell(options, _about(evidence, cid))
+    return 0
+
+
+async def _accuse(options: argparse.Namespace, key: Key) -> int:
+    wallet = Wallet(_chain(options), key)
+    domain = wallet.chain.book.staking_domain
+    evidence, cid = load_evidence(options.what, LocalStore(Path(options.store)), domain)
+    most = None if options.max_bond is None else Wei(options.max_bond)
+    opened = await asyncio.to_thread(accuse, wallet, evidence, cid, options.at, most)
+    _tell(options, {**_about(evidence, cid), "case": "0x" + opened.id.hex(), "bond_wei": opened.bond})
+    return 0
+
+
+def _case(options: argparse.Namespace) -> int:
+    docket = Docket(_chain(options))
+    try:
+        id_ = Digest(bytes.fromhex(options.id.removeprefix("0x")))
+    except ValueError:
+        id_ = Digest(b"")
+    if len(id_) != 32:
+        raise ConfigError(f"{options.id!r} is not the id of a case (0x and 64 hex digits)")
+    print(json.dumps(_told(docket.standing(id_))))
+    return 0
+
+
+def _told(standing: Standing) -> dict[str, Any]:
+    return {
+        "state": standing.state.name.lower(), "verdict": standing.verdict.name.lower(), "round": standing.round,
+        "accused": standing.accused, "accuser": standing.accuser, "commit_end": standing.commit_end,
+    }  # fmt: skip
+
+
+def _about(evidence: Evidence, cid: Cid) -> dict[str, Any]:
+    accused, bundle = evidence.accused, evidence.bundle
+    return {
+        "cid": str(cid), "node": accused.node, "model": "0x" + accused.model.hex(),
+        "layers": [accused.start, accused.end], "positions": [accused.first, accused.last],
+        "class": accused.numeric_class.hex(), "signed_at": accused.at,
+        "receipt": "0x" + evidence.digest.hex(), "outputs": bundle.outputs is not None, "bytes": len(bundle.encode()),
+    }  # fmt: skip
+
+
+def _tell(options: argparse.Namespace, value: dict[str, Any]) -> None:
+    if options.json:
+        print(json.dumps(value))
+    else:
+        print("\n".join(f"{name}: {told}" for name, told in value.items()))
+
+
+def _chain(options: argparse.Namespace) -> Chain:
+    return Chain(options.rpc, load_book(Path(options.book)))

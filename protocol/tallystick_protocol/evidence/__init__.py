@@ -1,0 +1,1 @@
+"""What a case in Court rests on: one bundle of bytes about one receipt, and its checks."""
