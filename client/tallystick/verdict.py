@@ -136,6 +136,7 @@ class Verdict:
             "attributions": [one.to_json() for one in self.attributions],
             "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in self.replaced],
             "unverifiable": [{"node": node, "layers": _layers(span)} for node, span in self.unverifiable],
+            "moved": list(self.moved),
             "exact": self.exact,
         }  # fmt: skip
 

@@ -67,7 +67,8 @@ def test_a_verdict_says_what_the_issue_names() -> None:
     assert (said["worst_error"], said["tolerance"], said["paid"], said["withheld"]) == (0.0, 0.0, 7, 5)
     assert said["paid_by_node"] == {A: 3, B: 4} and said["withheld_by_node"] == {C: 5}
     assert said["attributions"][0]["accused"] == C and said["attributions"][0]["cause"] == "fraud"
-    assert said["accusations"] == [{"node": C, "layers": [1, 2], "positions": [0, 32], "witnesses": [A, B]}]
+    accused = {"node": C, "layers": [1, 2], "positions": [0, 32], "witnesses": [A, B], "evidence": ""}
+    assert said["accusations"] == [accused]
 
 
 def test_policies_name_their_routes() -> None:

@@ -36,6 +36,7 @@ class Feeding:
         elif feeder is not None and auditor.failure is None and self._is_repeated(index, feeder, auditor):
             why = f"{feeder.node} gives no auditor the rows that it signed for"
             feeder.failure = feeder.failure or LinkMismatch(why, hop=feeder.node)
+            self._session.lost -= self._trouble[feeder.node]  # they were right: they may audit again
         else:
             auditor.failure = auditor.failure or error
         self._session.wake()
