@@ -26,11 +26,11 @@ class SignedOnce:
     """What one hop has signed in one session: a window has one claim for each revision."""
 
     def __init__(self) -> None:
-        self._digests: dict[tuple[int, int], Digest] = {}
+        self._claims: dict[tuple[int, int], Receipt] = {}
 
-    def check(self, receipt: Receipt, its_digest: Digest) -> None:
+    def check(self, receipt: Receipt) -> None:
         """Raises CorruptResult for a second claim; the same receipt may come again."""
-        if self._digests.setdefault((receipt.first, receipt.revision), its_digest) != its_digest:
+        if self._claims.setdefault((receipt.first, receipt.revision), receipt) != receipt:
             raise CorruptResult(
                 f"{receipt.node} signed two receipts for positions {receipt.positions}, revision {receipt.revision}",
                 hop=receipt.node,

@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
 
     routing.add(commands, _client)
 
-    court.add(commands, _key)
+    court.add(commands, _chain, _key)
 
     network = commands.add_parser("network", help="which nodes serve which layers")
     network.add_argument("--model", default="")
@@ -172,8 +172,12 @@ def _parser() -> argparse.ArgumentParser:
     content.add_argument("--port", type=int, default=8180)
     content.set_defaults(command=_content)
 
-    channels.add(commands, _key)
+    channels.add(commands, _chain, _key)
     return parser
+
+
+def _chain(options: argparse.Namespace) -> Chain:
+    return Chain(options.rpc, load_book(Path(options.book)))
 
 
 def _key(options: argparse.Namespace) -> Key:
@@ -311,7 +315,7 @@ def nodes_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 async def _models(options: argparse.Namespace) -> int:
-    chain = Chain(options.rpc, load_book(Path(options.book)))
+    chain = _chain(options)
     entries = await list_models(chain, Path(options.store), _sources(options))
     if options.json:
         print(json.dumps([entry.to_json() for entry in entries]))
@@ -349,7 +353,7 @@ def _publish(options: argparse.Namespace) -> int:
 def _registrar(options: argparse.Namespace) -> tuple[Chain, Key]:
     """The chain and the key that will record the model, found good before anything else is done."""
     key = _key(options)
-    chain = Chain(options.rpc, load_book(Path(options.book)))
+    chain = _chain(options)
     check_can_register(chain, key)
     return chain, key
 

@@ -301,7 +301,7 @@ class Lane:
             )
         auditor, other = second
         error = distance(answer, other)
-        verdict.worst_error, verdict.tolerance = max(verdict.worst_error, error), TOLERANCE
+        verdict.came_near(error, TOLERANCE)
         if error <= TOLERANCE:
             verdict.checks.append(Check(self.span, positions, candidate.node, auditor, True, "tolerance"))
             return answer

@@ -76,25 +76,26 @@ class Network:
         models = await asyncio.to_thread(self.chain.all_models)
         wanted = text.lower().removeprefix("0x")
         found = [record for record in models if record.id.hex().startswith(wanted)] if wanted or models else []
-        unread: list[ModelRecord] = []
+        unread: list[TallystickError] = []
         if not found and text:
             found, unread = await self._named(text, models)
         if len(found) == 1:
             return found[0]
         known = ", ".join("0x" + record.id.hex()[:12] for record in models[:5]) or "none"
-        known += f"; of {len(unread)} the manifest cannot be read" if unread else ""
+        known += f"; of {len(unread)} the manifest cannot be read ({unread[0].message})" if unread else ""
         raise UnknownModel(f"{len(found)} models match {text!r}; on chain: {known}; list them: tallystick models")
 
-    async def _named(self, name: str, models: Iterable[ModelRecord]) -> tuple[list[ModelRecord], list[ModelRecord]]:
-        """Models of that name, and those whose manifest nobody has or that is no manifest: anybody may register one."""
-        found, unread = [], []
+    async def _named(self, name: str, models: Iterable[ModelRecord]) -> tuple[list[ModelRecord], list[TallystickError]]:
+        """Models of that name, and why manifests of others cannot be read: anybody may register what nobody holds."""
+        found: list[ModelRecord] = []
+        unread: list[TallystickError] = []
         for record in models:
             try:
                 if (await self.manifest(record)).name == name:
                     found.append(record)
             except TallystickError as error:
                 log.info("model 0x%s: %s", record.id.hex(), error)
-                unread.append(record)
+                unread.append(error)
         return found, unread
 
     async def manifest(self, record: ModelRecord) -> Manifest:

@@ -76,8 +76,12 @@ class Verdict:
     def note(self, check: Check) -> None:
         """Add a check."""
         self.checks.append(check)
-        if check.tolerance and check.error * self.tolerance >= self.worst_error * check.tolerance:
-            self.worst_error, self.tolerance = check.error, check.tolerance
+        self.came_near(check.error, check.tolerance)
+
+    def came_near(self, error: float, tolerance: float) -> None:
+        """Remember an error, if it is the one that came nearest to failing; a tolerance of 0 is none."""
+        if tolerance and error * self.tolerance >= self.worst_error * tolerance:
+            self.worst_error, self.tolerance = error, tolerance
 
     @property
     def checked(self) -> int:

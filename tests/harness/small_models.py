@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import samples
@@ -56,3 +58,16 @@ def fast(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     finally:
         time.monotonic = real  # type: ignore[assignment]
         loop.close()
+
+
+@contextmanager
+def small_models() -> Iterator[Models]:
+    """The models for a module's tests, with one of torch's threads: they are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = Models()
+    try:
+        yield found
+    finally:
+        found.close()
+        torch.set_num_threads(threads)

@@ -196,6 +196,7 @@ def test_what_this_machine_cannot_hold_is_abstained_from(bench: Bench) -> None:
     assert "memory" in examine(job).why
 
 
+@pytest.mark.nightly
 def test_it_is_done_in_a_process_of_its_own(bench: Bench) -> None:
     path = bench.folder / "job.json"
     bench.job(bench.claimed(spans(bench)[2], noisy(0.3))).write(path)

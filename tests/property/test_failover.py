@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
 from harness.schedules import Moments, Schedule, draw, suffer
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import PRICE, World, audited, generate
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
@@ -44,12 +43,8 @@ class Run:
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model would wait for the others most of the time
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 async def open_session(world: World, schedule: Schedule, moments: Moments) -> Session:

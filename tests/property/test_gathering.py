@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import World, generate
 from tallystick.session.auditing import Disagreement
 from tallystick.session.evidence import gather, keep
@@ -25,12 +24,8 @@ TOKENS = 10
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 def about(session: Session, index: int, window: int = -1) -> Disagreement:
@@ -47,6 +42,12 @@ async def talked(world: World, wire: Wire = "f32") -> Session:
     return session
 
 
+async def stopped(world: World) -> None:
+    """Nothing of it is left when the loop ends."""
+    for node in world.nodes.values():
+        await node.stop()
+
+
 @pytest.mark.parametrize("wire", ["f32", "bf16", "int8"])
 def test_every_hop_can_be_shown_to_a_jury(models: Models, tmp_path: Path, wire: Wire) -> None:
     async def run() -> None:
@@ -61,13 +62,15 @@ def test_every_hop_can_be_shown_to_a_jury(models: Models, tmp_path: Path, wire: 
                 assert evidence.bundle.outputs is not None
                 assert evidence.signers == {hop.candidate.signer}
         await session.close()
+        await stopped(world)
 
     fast(run)
 
 
 def test_an_accused_that_gives_no_rows_or_others_is_shown_without_them(models: Models, tmp_path: Path) -> None:
     async def run() -> None:
-        session = await talked(models.world(tmp_path))
+        world = models.world(tmp_path)
+        session = await talked(world)
         hop = session.hops[1]
 
         async def other(first: int, last: int) -> list[bytes]:
@@ -85,6 +88,7 @@ def test_an_accused_that_gives_no_rows_or_others_is_shown_without_them(models: M
         assert await keep(session, 1, about(session, 1)) == ""  # the hop before gave other rows: nothing to show
         assert await keep(session, 0, about(session, 0)) == "cid"
         await session.close()
+        await stopped(world)
 
     fast(run)
 
@@ -93,7 +97,8 @@ def test_a_receipt_that_a_crop_has_replaced_is_true_by_itself_and_the_standing_o
     models: Models, tmp_path: Path
 ) -> None:
     async def run() -> None:
-        session = await talked(models.world(tmp_path))
+        world = models.world(tmp_path)
+        session = await talked(world)
         old = about(session, 0)
         await session.drop(40)
         await session.feed([5] * 20)
@@ -106,13 +111,15 @@ def test_a_receipt_that_a_crop_has_replaced_is_true_by_itself_and_the_standing_o
         with pytest.raises((BadEvidence, KeyError)):
             await gather(session, 0, old)  # the ids that it was about are not this session's any more
         await session.close()
+        await stopped(world)
 
     fast(run)
 
 
 def test_a_node_sends_kept_rows_within_bounds_and_only_between_hops(models: Models, tmp_path: Path) -> None:
     async def run() -> None:
-        session = await talked(models.world(tmp_path))
+        world = models.world(tmp_path)
+        session = await talked(world)
         covered = session.hops[0].standing.covered
         assert len(await session.hops[0].fetch_kept(3, covered)) == covered - 3
         for first, last, error in ((0, 0, BadFrame), (5, 3, BadFrame), (-1, 3, BadFrame), (0, 10**6, BadPosition)):
@@ -121,5 +128,6 @@ def test_a_node_sends_kept_rows_within_bounds_and_only_between_hops(models: Mode
         with pytest.raises(BadFrame, match="leave for another hop"):
             await session.hops[-1].fetch_kept(0, 3)
         await session.close()
+        await stopped(world)
 
     fast(run)

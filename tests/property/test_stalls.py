@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import Node, World, generate
 from tallystick.session import remote
 from tallystick.session.session import Session
@@ -29,12 +28,8 @@ Act = Callable[[World, Session], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 class Told:

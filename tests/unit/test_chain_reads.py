@@ -13,6 +13,7 @@ import pytest
 from harness import samples
 from tallystick_protocol.chain import writes
 from tallystick_protocol.chain.book import NAMES, AddressBook, Deployment
+from tallystick_protocol.chain.papers import compact
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.errors import ChainError, ConfigError
@@ -148,6 +149,6 @@ def test_a_compact_signature_keeps_the_parity_in_the_top_bit(number: int) -> Non
     message = Digest(samples.digest(f"message {number}"))
     key = samples.key("signer")
     signature = key.sign(message)
-    packed = writes._compact(signature)
+    packed = compact(signature)
     v, s = 27 + (packed[0] >> 7), bytes([packed[0] & 0x7F]) + packed[1:]
     assert recover(message, signature[:32] + s + bytes([v])) == key.address

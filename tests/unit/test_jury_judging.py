@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 
 from harness import samples
-from tallystick_node.jury.judging import (
-    GROSS,
-    SPREAD,
-    Finding,
-    judge,
-    logit_limits,
-    logit_tolerance,
-    needs_spread,
-    row_limits,
-)
+from tallystick_node.jury.judging import GROSS, SPREAD, Finding, judge, needs_spread
 from tallystick_node.jury.measuring import dense_error, logits_error, rows_error
 from tallystick_protocol.chain.court import Vote
+from tallystick_protocol.sketching.thresholds import logits_thresholds, thresholds
 from tallystick_protocol.types import Span
 
 OWN = Finding(same_class=True, clear=1e-5, guilty=1e-3)
@@ -75,7 +67,7 @@ def test_an_error_is_measured_against_what_the_span_adds() -> None:
 
 
 def test_logits_are_compared_in_standard_deviations_of_the_recomputed_ones() -> None:
-    tolerance = logit_tolerance(samples.manifest())
+    tolerance = logits_thresholds(samples.manifest())
     own = np.random.default_rng(0).normal(size=(3, 50))
     ids = np.argsort(-own, axis=1)[:, :5].astype(np.uint32)
     values = np.take_along_axis(own, ids.astype(int), 1)
@@ -95,7 +87,7 @@ def test_logits_are_compared_in_standard_deviations_of_the_recomputed_ones() -> 
 
 
 def test_the_limits_are_the_protocols() -> None:
-    assert row_limits(samples.manifest(), Span(0, 2)).guilty == 1e-4
+    assert thresholds(samples.manifest(), Span(0, 2)).guilty == 1e-4
     rough = samples.manifest(numerics="bf16w")
-    assert (row_limits(rough, Span(0, 2)).clear, row_limits(rough, Span(0, 3)).clear) == (1e-3, 2e-3)
-    assert (logit_limits(samples.manifest()).guilty, logit_limits(rough).guilty) == (20.0, 4.0)
+    assert (thresholds(rough, Span(0, 2)).clear, thresholds(rough, Span(0, 3)).clear) == (1e-3, 2e-3)
+    assert (logits_thresholds(samples.manifest()).guilty, logits_thresholds(rough).guilty) == (20.0, 4.0)

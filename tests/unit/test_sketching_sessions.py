@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import PRICE, Node, World, generate
 from harness.small_world import audited as audited_hops
 from tallystick.session.ring import Ring
@@ -33,12 +32,8 @@ Play = Callable[[World, Session], Awaitable[Any]]
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 def copies_of(world: World, copy: int) -> list[Node]:

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.papers import Paper, authorize, from_json, order_exit, order_signer, to_json
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
@@ -21,15 +20,16 @@ from tallystick_protocol.types import Address, Wei
 PAPER_LIFETIME_S = 24 * 3600
 MAX_PAPER_BYTES = 1 << 16
 
-OpenKey = Callable[[argparse.Namespace], Key]
 
 
-def add(commands: Any, open_key: OpenKey) -> None:
-    """Add the commands. open_key: the key that the parsed options name."""
+def add(
+    commands: Any, open_chain: Callable[[argparse.Namespace], Chain], open_key: Callable[[argparse.Namespace], Key]
+) -> None:
+    """Add the commands. open_chain, open_key: what the parsed options name."""
 
     def command(name: str, summary: str, run: Callable[[argparse.Namespace, Chain, Key], int]) -> Any:
         parser = commands.add_parser(name, help=summary)
-        parser.set_defaults(command=lambda options: run(options, _chain(options), open_key(options)))
+        parser.set_defaults(command=lambda options: run(options, open_chain(options), open_key(options)))
         return parser
 
     fund = command("fund", "put tokens into the channel to a node", _fund)
@@ -50,10 +50,6 @@ def add(commands: Any, open_key: OpenKey) -> None:
     signer.add_argument("signer", help="the other key's address")
     signer.add_argument("--off", action="store_true", help="stop it, after the exit delay")
     send.add_argument("paper", type=Path, help="a file with the paper; - for stdin")
-
-
-def _chain(options: argparse.Namespace) -> Chain:
-    return Chain(options.rpc, load_book(Path(options.book)))
 
 
 def _fund(options: argparse.Namespace, chain: Chain, key: Key) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tallystick.court.accusing import accuse, load_evidence
-from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.docket import Docket, Standing
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
@@ -23,32 +22,32 @@ from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Digest, Wei
 
 
-def add(commands: Any, open_key: Callable[[argparse.Namespace], Key]) -> None:
-    """Add the commands to a parser's."""
+def add(
+    commands: Any, open_chain: Callable[[argparse.Namespace], Chain], open_key: Callable[[argparse.Namespace], Key]
+) -> None:
+    """Add the commands. open_chain, open_key: what the parsed options name."""
     evidence = commands.add_parser("evidence", help="check a bundle of evidence, keep it, and tell what it is about")
-    evidence.set_defaults(command=_evidence)
+    evidence.set_defaults(command=lambda options: _evidence(options, open_chain(options)))
     accusing = commands.add_parser("accuse", help="accuse a node in Court of what evidence shows, for a bond")
     accusing.add_argument("--at", action="append", default=[], help="where jurors find it, http://NUMBER:PORT")
     accusing.add_argument("--max-bond", type=int, help="token base units that the bond may take")
-    accusing.set_defaults(command=lambda options: _accuse(options, open_key(options)))
+    accusing.set_defaults(command=lambda options: _accuse(options, Wallet(open_chain(options), open_key(options))))
     for parser in (evidence, accusing):
         parser.add_argument("what", help="a file, or the CID of evidence in the store")
         parser.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
         parser.add_argument("--json", action="store_true", help="one JSON object")
     case = commands.add_parser("case", help="how a case in Court stands")
     case.add_argument("id", help="as `tallystick accuse` told it, 0x…")
-    case.set_defaults(command=_case)
+    case.set_defaults(command=lambda options: _case(options, open_chain(options)))
 
 
-def _evidence(options: argparse.Namespace) -> int:
-    chain = _chain(options)
+def _evidence(options: argparse.Namespace, chain: Chain) -> int:
     evidence, cid = load_evidence(options.what, LocalStore(Path(options.store)), chain.book.staking_domain)
     _tell(options, _about(evidence, cid))
     return 0
 
 
-async def _accuse(options: argparse.Namespace, key: Key) -> int:
-    wallet = Wallet(_chain(options), key)
+async def _accuse(options: argparse.Namespace, wallet: Wallet) -> int:
     domain = wallet.chain.book.staking_domain
     evidence, cid = load_evidence(options.what, LocalStore(Path(options.store)), domain)
     most = None if options.max_bond is None else Wei(options.max_bond)
@@ -57,8 +56,8 @@ async def _accuse(options: argparse.Namespace, key: Key) -> int:
     return 0
 
 
-def _case(options: argparse.Namespace) -> int:
-    docket = Docket(_chain(options))
+def _case(options: argparse.Namespace, chain: Chain) -> int:
+    docket = Docket(chain)
     try:
         id_ = Digest(bytes.fromhex(options.id.removeprefix("0x")))
     except ValueError:
@@ -92,6 +91,3 @@ def _tell(options: argparse.Namespace, value: dict[str, Any]) -> None:
     else:
         print("\n".join(f"{name}: {told}" for name, told in value.items()))
 
-
-def _chain(options: argparse.Namespace) -> Chain:
-    return Chain(options.rpc, load_book(Path(options.book)))

@@ -85,7 +85,7 @@ class Books:
             if session.repair.succession.contradicts(index, hop, receipt, window):
                 return
             if index == len(session.hops) - 1:
-                check_output(receipt, self._result_rows(receipt))
+                check_output(receipt, session.result_rows(receipt.positions, session.results.rows))
             hop.owe(receipt, window)
             session.verdict.receipts += 1
             session.work.set()
@@ -116,11 +116,6 @@ class Books:
         previous = remote.standing.previous(window)
         answer = remote.sketchbook.fields(previous) or (ZERO32, ZERO32)
         check_terms(receipt, remote.terms, previous, want, context, arrived, answer)
-
-    def _result_rows(self, receipt: Receipt) -> list[bytes]:
-        session = self._session
-        rows = session.results.rows
-        return [rows.get(position, b"") if session.want[position] else b"" for position in receipt.positions]
 
     async def _pay_hop(self, index: int, hop: Remote) -> None:
         """Everything due, unless this hop is being audited: then what the audit has passed."""

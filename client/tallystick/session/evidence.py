@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tallystick.session.auditing import Disagreement
@@ -30,7 +31,6 @@ async def gather(session: Session, index: int, disagreement: Disagreement) -> by
         inputs = session.input_rows(0, accused.last)
     else:
         inputs = await session.hops[index - 1].fetch_kept(0, accused.last)
-    is_end = index == len(session.hops) - 1
     bundle = Bundle(
         setting.manifest.numerics,
         setting.wire,
@@ -40,8 +40,6 @@ async def gather(session: Session, index: int, disagreement: Disagreement) -> by
         tuple(inputs),
         setting.sides.token_types if hop.candidate.span.start == setting.stack.start else b"",
         setting.sides.memory or (),
-        None,
-        not is_end,
     )
     bundle = await _with_outputs(session, index, bundle, accused)
     data = bundle.encode()
@@ -51,29 +49,22 @@ async def gather(session: Session, index: int, disagreement: Disagreement) -> by
 
 async def _with_outputs(session: Session, index: int, bundle: Bundle, accused: Receipt) -> Bundle:
     """With the accused window's output rows, if there are some that hash to what it signed."""
-    if index == len(session.hops) - 1:
-        rows = session.results.rows
-        outputs = tuple(rows[at] for at in range(accused.first, accused.last) if session.want[at] and at in rows)
-    else:
+    between = index < len(session.hops) - 1
+    if between:
         try:
             outputs = tuple(await session.hops[index].fetch_kept(accused.first, accused.last))
         except TallystickError as error:
             log.info("the accused %s does not give its rows (%s)", accused.node, error)
-            return _replaced(bundle, None)
-    full = _replaced(bundle, outputs)
-    expected = accused.last - accused.first if bundle.all_outputs else sum(bundle.want[accused.first : accused.last])
+            return bundle
+    else:
+        rows = session.results.rows
+        outputs = tuple(rows[at] for at in accused.positions if session.want[at] and at in rows)
+    full = replace(bundle, outputs=outputs, all_outputs=between)
+    expected = len(accused.positions) if between else sum(bundle.want[accused.first : accused.last])
     if len(outputs) != expected or merkle_root(output_leaves(full, accused)) != accused.output:
         log.info("the rows that %s returned are not those that it signed", accused.node)
-        return _replaced(bundle, None)
+        return bundle
     return full
-
-
-def _replaced(bundle: Bundle, outputs: tuple[bytes, ...] | None) -> Bundle:
-    between = bundle.all_outputs and outputs is not None
-    return Bundle(
-        bundle.numerics, bundle.wire, bundle.top_k, bundle.sealed, bundle.want, bundle.inputs, bundle.token_types,
-        bundle.memory, outputs, between,
-    )  # fmt: skip
 
 
 async def keep(session: Session, index: int, disagreement: Disagreement) -> str:

@@ -222,7 +222,7 @@ class Remote:
             receipt, signer = unseal(self._domain, Receipt, sealed_field(frame, "receipt"))
             if signer != self.candidate.signer:
                 raise CorruptResult(f"a receipt of {self.node} is signed by {signer}", hop=self.node)
-            self._once.check(receipt, digest(self._domain, receipt))
+            self._once.check(receipt)
             if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
                 return  # signed before rows of it were taken back
             if self._closes(receipt):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from tallystick.admission import has_class
@@ -35,7 +35,7 @@ from tallystick_protocol.errors import (
 )
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.types import Address, SessionId, window_of
+from tallystick_protocol.types import Address, Positions, SessionId, window_of
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +236,10 @@ class Session:
     def input_rows(self, first: int, last: int) -> list[bytes]:
         """What the client sends for positions [first, last): u32 little-endian ids."""
         return [token.to_bytes(4, "little") for token in self.ids[first:last]]
+
+    def result_rows(self, positions: Positions, rows: Mapping[int, bytes]) -> list[bytes]:
+        """Of returned rows those at these positions, as they are signed for: empty where nobody wanted one."""
+        return [rows.get(at, b"") if self.want[at] else b"" for at in positions]
 
     async def result(self, position: int) -> bytes:
         """The row that left the model at a position. Raises RolledBack, NoRoute, and Unreachable when nobody has moved

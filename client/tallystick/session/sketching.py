@@ -175,7 +175,7 @@ class Sketching:
         session = self._session
         if not session.setting.manifest.is_result(receipt.span):
             return []
-        return [rows.get(at, b"") if session.want[at] else b"" for at in receipt.positions]
+        return session.result_rows(receipt.positions, rows)
 
     # -- challenges and links
 

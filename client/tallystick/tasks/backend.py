@@ -162,12 +162,12 @@ def merge(verdicts: list[Verdict]) -> Verdict:
         total.checks += verdict.checks
         total.accusations += verdict.accusations
         total.attributions += verdict.attributions
-        total.unverifiable += verdict.unverifiable
         total.replaced += verdict.replaced
+        total.unverifiable += verdict.unverifiable
+        total.moved += verdict.moved
         for node, paid in verdict.paid.items():
             total.paid[node] = type(paid)(total.paid.get(node, 0) + paid)
         for node, withheld in verdict.withheld.items():
             total.withheld[node] = type(withheld)(total.withheld.get(node, 0) + withheld)
-        total.worst_error = max(total.worst_error, verdict.worst_error)
-        total.tolerance = max(total.tolerance, verdict.tolerance)
+        total.came_near(verdict.worst_error, verdict.tolerance)
     return total

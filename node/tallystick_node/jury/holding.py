@@ -23,10 +23,6 @@ FETCH_S = 900.0
 """For everything that one case fetches at a time; a source that trickles is given up."""
 
 
-class TooCostly(ConfigError):
-    """More than this node's settings let a case cost it."""
-
-
 class Holding:
     """A folder: `store` with what was fetched, `work` with the files of the case at hand."""
 
@@ -39,7 +35,8 @@ class Holding:
     async def evidence(self, digest: Digest, sources: Sequence[str]) -> Path:
         """The file whose CID has this digest, kept until `release`.
 
-        Raises BlockMissing and TimeoutError where nobody gives it, BadEvidence where nobody could, TooCostly.
+        Raises BlockMissing and TimeoutError where nobody gives it, BadEvidence where nobody could, ConfigError
+        where it is more than this node's settings let a case cost it.
         """
         path = self._work / digest.hex()
         raw = Cid(Codec.RAW, digest)
@@ -60,7 +57,7 @@ class Holding:
             raise BadEvidence(f"the CID names no file: {error.message}") from None
         except ContentTooLarge as error:
             if self._evidence_bytes < MAX_BYTES:
-                raise TooCostly(f"evidence beyond jury_bytes: {error.message}") from None
+                raise ConfigError(f"evidence beyond jury_bytes: {error.message}") from None
             raise BadEvidence(error.message) from None
         return path
 
@@ -69,12 +66,12 @@ class Holding:
         return await self._file(Cid(Codec.RAW, record.manifest), MANIFEST_BYTES, sources)
 
     async def pieces(self, manifest: Manifest, span: Span, sources: Sequence[str]) -> dict[str, str]:
-        """The file of each piece of a span, by its CID. Raises BlockMissing, TimeoutError, TooCostly."""
+        """The file of each piece of a span, by its CID. Raises BlockMissing, TimeoutError, ConfigError."""
         pieces = manifest.span_pieces(span)
         lacking = sum(piece.bytes for piece in pieces if not (self._own.has(piece.cid) or self.store.has(piece.cid)))
         room = min(self._disk_bytes - self.size_bytes, shutil.disk_usage(self.store.root).free // 2)
         if lacking > room:
-            raise TooCostly(f"layers {span} of {manifest.name} take {lacking} bytes of pieces, {room} may be fetched")
+            raise ConfigError(f"layers {span} of {manifest.name} take {lacking} bytes of pieces, {room} may be fetched")
         async with asyncio.timeout(FETCH_S):
             return {str(one.cid): str(await self._file(one.cid, one.bytes, sources)) for one in pieces}
 

@@ -8,51 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tallystick_protocol.chain.court import Vote
-from tallystick_protocol.manifest import Manifest
-from tallystick_protocol.types import Span
 
 GROSS = 30.0
 """Times `guilty`: the least error that a juror of another class calls one."""
 
 SPREAD = 0.25
 """Of the error: more than that between a juror's own two kernels, and it says nothing about another class."""
-
-SHORT_LAYERS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Zones of an error: below `clear` nobody can tell it from honest, above `guilty` it is none."""
-
-    clear: float
-    guilty: float
-
-
-def row_limits(manifest: Manifest, span: Span) -> Limits:
-    """For hidden rows, and scores: rms over rows of |y - y'| / |y' - x|."""
-    if manifest.numerics == "fp32":
-        return Limits(5e-6, 1e-4)
-    return Limits(1e-3 if len(span) <= SHORT_LAYERS else 2e-3, 6e-3)
-
-
-def logit_limits(manifest: Manifest) -> Limits:
-    """For logits, whose error is told as a share of the tolerance."""
-    return Limits(1.0, 20.0 if manifest.numerics == "fp32" else 4.0)
-
-
-@dataclass(frozen=True, slots=True)
-class LogitTolerance:
-    """In standard deviations of the recomputed logits: of a row, of all rows, of an id that only the juror has."""
-
-    row: float
-    window: float
-    edge: float
-
-
-def logit_tolerance(manifest: Manifest) -> LogitTolerance:
-    if manifest.numerics == "fp32":
-        return LogitTolerance(2e-6, 5e-7, 1e-5)
-    return LogitTolerance(2.5e-2, 5e-3, 5e-2)
 
 
 @dataclass(frozen=True, slots=True)

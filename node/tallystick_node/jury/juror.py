@@ -349,9 +349,9 @@ class Juror:
         if seed == ZERO32:
             return
         for node in docket.staked_nodes():
-            ballot = docket.ballot(opening.id, round_, node)
             if node == self._node:
                 continue
+            ballot = docket.ballot(opening.id, round_, node)
             if is_fined(ballot.vote, standing.verdict) and not ballot.settled:
                 self._wallet.send("settling a fined ballot", self._court.settle(opening.id, round_, node))
             seats = docket.seats(opening.id, standing, round_, node, seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tallystick_node.jury.judging import LogitTolerance
+from tallystick_protocol.sketching.thresholds import LogitsThresholds
 
 INFINITE = float("inf")
 
@@ -25,7 +25,7 @@ def rows_error(theirs: Any, ours: Any, entered: Any) -> float:
     return float(np.sqrt(np.mean(np.square(apart[counted] / added[counted])))) if bool(counted.any()) else 0.0
 
 
-def logits_error(ids: Any, values: Any, own: Any, tolerance: LogitTolerance) -> float:
+def logits_error(ids: Any, values: Any, own: Any, tolerance: LogitsThresholds) -> float:
     """Top-k rows against recomputed logits, as a share of the tolerance: the largest of row, window and edge.
 
     ids, values: (n, k), the accused's; own: (n, vocab), recomputed.
@@ -44,7 +44,7 @@ def logits_error(ids: Any, values: Any, own: Any, tolerance: LogitTolerance) -> 
     return max(float(rows.max()) / tolerance.row, window / tolerance.window, float(edges.max()) / tolerance.edge)
 
 
-def dense_error(theirs: Any, own: Any, tolerance: LogitTolerance) -> float:
+def dense_error(theirs: Any, own: Any, tolerance: LogitsThresholds) -> float:
     """As `logits_error`, of rows that hold every id's value."""
     ids = np.broadcast_to(np.arange(own.shape[1]), own.shape)
     return logits_error(ids, theirs, own, tolerance)

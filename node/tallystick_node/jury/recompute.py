@@ -26,16 +26,10 @@ from tallystick_model.loader import load_span
 from tallystick_model.numeric_class import STOCK
 from tallystick_model.span import Execution, SpanModel
 from tallystick_node.config import process_environment
-from tallystick_node.jury.judging import (
-    Finding,
-    logit_limits,
-    logit_tolerance,
-    needs_spread,
-    row_limits,
-)
+from tallystick_node.jury.judging import Finding, needs_spread
 from tallystick_node.jury.measuring import INFINITE, dense_error, logits_error, rows_error
 from tallystick_node.planning.measure import check_memory
-from tallystick_node.session.rows import RowFormat
+from tallystick_node.session.rows import RowFormat, embedded, needed_ids
 from tallystick_protocol.errors import BadEvidence, CorruptResult, ProtocolError, TallystickError
 from tallystick_protocol.evidence.bundle import Bundle
 from tallystick_protocol.evidence.checking import Evidence, check_model, read_evidence
@@ -44,6 +38,7 @@ from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.receipts import leaf, merkle_root
 from tallystick_protocol.sampling import parse_top_k
 from tallystick_protocol.signing import Domain, staking_domain
+from tallystick_protocol.sketching.thresholds import logits_thresholds, thresholds
 from tallystick_protocol.types import Address, Digest
 from tallystick_protocol.wire import DTYPES, decode
 
@@ -103,11 +98,15 @@ def _examine(job: Job, evidence: Evidence, manifest: Manifest) -> Finding:
     equal = root == accused.output
     if not equal and same and merkle_root([leaf(row) for row in work.outputs(work.run(CHUNKS[1]))]) != root:
         return Finding("unable", "this machine computes the same rows to different bits")
-    limits = logit_limits(manifest) if work.has_logits else row_limits(manifest, accused.span)
+    if work.has_logits:  # their error is told as a share of the tolerance
+        clear, guilty = 1.0, logits_thresholds(manifest).guilty
+    else:
+        limits = thresholds(manifest, accused.span)
+        clear, guilty = limits.clear, limits.guilty
     error = 0.0 if equal else None
     if not equal and bundle.outputs is not None:
         error = work.error(bundle.outputs, result)
-    found = Finding("", "", same, equal, root.hex(), error, limits.clear, limits.guilty)
+    found = Finding("", "", same, equal, root.hex(), error, clear, guilty)
     if needs_spread(found):
         other: Execution = "stock" if model.execution == "canonical" else "canonical"
         second = Work(_load(job, manifest, evidence, other), evidence, manifest)
@@ -165,7 +164,7 @@ class Work:
         return rows_error(y, ours, self._entered())
 
     def _logits_error(self, theirs: Any, result: Any) -> float:
-        own, tolerance = result.numpy(), logit_tolerance(self._manifest)
+        own, tolerance = result.numpy(), logits_thresholds(self._manifest)
         if self._rows.result_dtype is DType.F32:
             return dense_error(_floats(b"".join(theirs), len(theirs)), own, tolerance)
         try:
@@ -177,14 +176,12 @@ class Work:
 
     def _entered(self) -> Any:
         """The hidden rows that entered the first layer at the accused window."""
-        window = slice(self._accused.first, self._accused.last)
+        window = self._accused.positions
         if not self._rows.is_first:
-            return decode(bytearray(b"".join(self._inputs[window])), self._bundle.wire, self._manifest.width)
-        cache, entered = self._new_cache(), np.zeros((0, self._manifest.width))
-        for first, last in self._chunks(CHUNKS[0]):
-            segment = self._rows.segment(cache, first, self._inputs[first:last], (), self._types)
-            entered = self._model.rows_between(segment)[0].numpy()
-        return entered
+            rows = b"".join(self._inputs[window.first : window.last])
+            return decode(bytearray(rows), self._bundle.wire, self._manifest.width)
+        at = needed_ids(self._model, window)
+        return embedded(self._model, self._inputs[at.first : at.last], at, self._types)[-len(window) :].numpy()
 
     def _chunks(self, size: int) -> Iterator[tuple[int, int]]:
         """The history in pieces, then the accused window alone."""

@@ -10,11 +10,12 @@ import torch
 
 from tallystick_model.ranking import top_k
 from tallystick_model.segments import Segment
+from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import BadTensor, CorruptResult
 from tallystick_protocol.frames import DType, Frame, take
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sketching.logits import scales_of
-from tallystick_protocol.types import Span
+from tallystick_protocol.types import Positions, Span
 from tallystick_protocol.wire import DTYPES, Wire, decode, encode, values_per_row
 
 
@@ -138,6 +139,21 @@ class RowFormat:
         pairs = np.empty((*ids.shape, 2), dtype="<u4")
         pairs[:, :, 0], pairs[:, :, 1] = ids, values.view(np.uint32)
         return [pair.tobytes() for pair in pairs]
+
+
+def needed_ids(model: SpanModel, positions: Positions) -> Positions:
+    """Whose ids it takes to compute what enters the first layer: all before, where sessions do not share calls."""
+    return Positions(positions.first if model.packs else 0, positions.last)
+
+
+def embedded(model: SpanModel, ids: Sequence[bytes], at: Positions, types: Sequence[int]) -> torch.Tensor:
+    """The embedding's output, (n, width) float32, for the ids at `needed_ids`, each as a row.
+
+    types: a token type for each position of the session, or none.
+    """
+    numbers = torch.from_numpy(np.frombuffer(b"".join(ids), dtype="<u4").astype(np.int64))
+    kinds = torch.tensor(types[at.first : at.last], dtype=torch.int64) if types else None
+    return model.entering(numbers, at.first, kinds)
 
 
 def check_rows(rows: Any, manifest: Manifest, boundary: int, error: type[BadTensor] | type[CorruptResult]) -> None:

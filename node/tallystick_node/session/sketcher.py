@@ -6,9 +6,7 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
+from tallystick_node.session.rows import embedded, needed_ids
 from tallystick_node.session.windows import Answer
 from tallystick_protocol.errors import BadFrame, BadMessage
 from tallystick_protocol.frames import DType, Frame, Kind, rows_frame, take
@@ -85,11 +83,9 @@ class Sketcher:
     async def _embedded(self, positions: Positions) -> Any:
         """The embedding's output, (n, width) float32: computed again, since nobody kept it."""
         hop = self._hop
-        first = positions.first if hop.model.packs else 0
-        given, _ = hop.record.inputs(Positions(first, positions.last))
-        ids = torch.from_numpy(np.frombuffer(b"".join(given), dtype="<u4").astype(np.int64))
-        types = torch.tensor(self.types[first : positions.last], dtype=torch.int64) if self.types else None
-        work = partial(hop.model.entering, ids, first, types)
+        at = needed_ids(hop.model, positions)
+        ids, _ = hop.record.inputs(at)
+        work = partial(embedded, hop.model, ids, at, self.types)
         return (await hop.shop.engine.run(work, hop.client, len(ids)))[-len(positions) :].numpy()
 
 

@@ -146,17 +146,11 @@ class Docket:
 
     def staked_nodes(self) -> list[Address]:
         """Every node that has ever declared what it serves."""
-        first = min(deployed.deploy_block for deployed in self.chain.book.contracts.values())
-        logs = self.chain.guard(
-            "reading Serving events", lambda: self.chain.staking.events.Serving.get_logs(from_block=first)
-        )
-        return sorted({Address(log["args"]["node"]) for log in logs})
+        return sorted({Address(told["node"]) for told in self.chain.logs(self.chain.staking, "Serving")})
 
     def jurors(self, id_: Digest) -> list[Address]:
         """Who has committed to a vote in this case, in any round."""
-        first = min(deployed.deploy_block for deployed in self.chain.book.contracts.values())
-        read = partial(self.chain.court.events.Committed.get_logs, argument_filters={"id": id_}, from_block=first)
-        return sorted({Address(log["args"]["juror"]) for log in self.chain.guard("reading commitments", read)})
+        return sorted({Address(told["juror"]) for told in self.chain.logs(self.chain.court, "Committed", {"id": id_})})
 
     def sources(self, opening: Opening) -> list[str]:
         """Where the accuser says that the evidence is: what follows the arguments in the transaction that opened it."""

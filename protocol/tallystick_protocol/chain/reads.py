@@ -135,7 +135,7 @@ class Chain:
 
     def all_models(self) -> list[ModelRecord]:
         """Every model ever added, oldest first."""
-        logs = self._logs(self.models, "Added", None)
+        logs = self.logs(self.models, "Added", None)
         return [
             ModelRecord(
                 ModelId(bytes(log["id"])), Digest(bytes(log["manifest"])), Digest(bytes(log["weights"])), log["layers"]
@@ -190,14 +190,14 @@ class Chain:
 
     def serving(self, model: ModelId) -> list[Serving]:
         """Every staked node that serves the model now."""
-        latest = {Address(log["node"]): log for log in self._logs(self.staking, "Serving", {"model": model})}
+        latest = {Address(log["node"]): log for log in self.logs(self.staking, "Serving", {"model": model})}
         records = self.nodes(list(latest))
         found = [_serving(record, latest[record.node]) for record in records]
         return [entry for entry in found if entry is not None and entry.record.model == model]
 
     def locate(self, node: Address) -> Contact | None:
         """How to dial a staked node, as it has put it on chain."""
-        logs = self._logs(self.staking, "Serving", {"node": node})
+        logs = self.logs(self.staking, "Serving", {"node": node})
         entry = _serving(self.node(node), logs[-1]) if logs else None
         return entry.contact if entry else None
 
@@ -241,7 +241,8 @@ class Chain:
         paid = self.guard("reading a channel", lambda: functions.channels(client, node).call(block_identifier=tag))[1]
         return Wei(available + paid), Wei(paid)
 
-    def _logs(self, contract: Any, event: str, filters: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def logs(self, contract: Any, event: str, filters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """What a contract's events of one kind say, oldest first."""
         first = min(deployed.deploy_block for deployed in self.book.contracts.values())
         entries = self.guard(
             f"reading {event} events",
