@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from harness.agreeing import agreement, corrupt
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import PRICE, Inline, Node, World, generate
 from tallystick.agreement.agreement import Agreement
 from tallystick.routing.choice import owners
@@ -31,12 +30,8 @@ LIES_FROM = 45
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

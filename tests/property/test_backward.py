@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from harness.agreeing import corrupt
-from harness.small_models import Models, fast
+from harness.small_models import Models, fast, small_models
 from harness.small_world import PRICE, Node, World, generate
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
@@ -30,12 +29,8 @@ Act = Callable[[World, Session], Awaitable[None]]
 
 @pytest.fixture(scope="module")
 def models() -> Iterator[Models]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    found = Models()
-    yield found
-    found.close()
-    torch.set_num_threads(threads)
+    with small_models() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

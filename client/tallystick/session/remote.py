@@ -405,8 +405,19 @@ class Remote:
         return Wei(self.base + charge(span, self.opening.num_layers, price, rows))
 
     def due_to(self, windows: int) -> int:
-        """Rows that are due when so many windows, from the first one on, have passed an audit."""
+        """Rows that are due when so many windows, from the first one on, have passed an audit.
+
+        A node that waits for money though all its windows have passed is also paid for rows that were taken back:
+        nobody can look at those any more, and without that it could not go on.
+        """
+        if self.waits_for_money and windows >= len(self.standing.receipts):
+            return self.rows_due
         return self.due_after.get(windows - 1, 0)
+
+    @property
+    def waits_for_money(self) -> bool:
+        """Whether the node says that a step waits for a voucher."""
+        return self._is_reminded or self.line.pong.unpaid
 
     async def pay(self, rows: int, purse: Purse) -> None:
         """Send a voucher that covers `rows` rows of this session, and what else the node has said that it waits for."""
