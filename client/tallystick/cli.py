@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         help='with --verify off, use nodes of no numeric class for layers that nobody else serves; nothing is checked',
     )  # fmt: skip
     parser.add_argument(
+        "--recompute-bytes", type=int, default=1 << 30, metavar="BYTES",
+        help="pieces that may be fetched to judge here what no third node can, with the extra [node]; 0: never",
+    )  # fmt: skip
+    parser.add_argument(
         "--evidence", type=Path, metavar="FOLDER",
         help="keep evidence against nodes that are found wrong; it holds the text, or what it can be told from",
     )  # fmt: skip
@@ -190,6 +194,7 @@ def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
         rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
         wire=options.wire, sketches=options.sketches,
+        recompute_bytes=options.recompute_bytes,
         evidence=options.evidence, accuse=options.accuse, evidence_sources=options.evidence_source,
         notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
     )  # fmt: skip

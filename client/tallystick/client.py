@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from tallystick.network import Network, Survey
 from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
 from tallystick.prefixes import Prefix, Prefixes
+from tallystick.recomputing import Recomputer, can_recompute
 from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.choice import checkable
 from tallystick.routing.cost import Workload
@@ -46,6 +47,7 @@ from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRou
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
+from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, Digest, Span, Wei
@@ -95,6 +97,8 @@ class Settings:
     evidence: folder of a content store for evidence against nodes that were found wrong, which holds the session's text
     or what it can be told from; None: none is kept. accuse: put it up in Court, with a bond of the key's own tokens;
     evidence_sources: where jurors find it.
+    recompute_bytes: pieces of one span that may be fetched so that the client itself is the third one where no other
+    node can say who is wrong; with the extra `[node]` alone, and on a machine of the class in question. 0: it never is.
     """
 
     rpc: str = "http://127.0.0.1:8545"
@@ -112,6 +116,7 @@ class Settings:
     evidence: Path | None = None
     accuse: bool = False
     evidence_sources: list[str] = field(default_factory=list)
+    recompute_bytes: int = 1 << 30
     notify: Callable[[str], None] = log.warning
 
 
@@ -511,7 +516,14 @@ class AsyncClient(Tasks):
             sketches=self.settings.sketches,
             numeric_class=self.settings.numeric_class,
             keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
+            recompute=self._recompute(record),
         )
+
+    def _recompute(self, record: ModelRecord) -> Callable[[bytes, Receipt], Awaitable[Digest]] | None:
+        most = self.settings.recompute_bytes
+        if most <= 0 or not can_recompute():
+            return None
+        return Recomputer(self.network, record, self.chain.book.staking_domain, most).root
 
     def _keep_evidence(self, data: bytes) -> str:
         assert self.settings.evidence is not None

@@ -16,7 +16,8 @@ from tallystick.session.auditing import testify
 from tallystick.session.ballot import Ballot
 from tallystick.session.remote import Remote
 from tallystick.session.session import Session
-from tallystick_protocol.errors import TallystickError
+from tallystick.session.third import recompute
+from tallystick_protocol.errors import NoAuditor, TallystickError
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import Address, Span
 
@@ -83,6 +84,8 @@ async def _judge(group: Sequence[Place]) -> list[Sentence]:
         ballot.cast(place.claim)
     if ballot.won is None:
         await _hear_others(group, ballot)
+    if ballot.won is None:
+        await _compute(group, ballot)
     right = ballot.won
     if right is None:
         return [Sentence(place, ()) for place in group]
@@ -110,3 +113,15 @@ async def _hear_others(group: Sequence[Place], ballot: Ballot) -> None:
                 ballot.cast(answer)
             if ballot.won is not None:
                 return
+
+
+async def _compute(group: Sequence[Place], ballot: Ballot) -> None:
+    """Vote as the client itself, on rows that the hop before has kept, of whichever route."""
+    for place in group:
+        try:
+            root = await recompute(place.session, place.index, place.claim)
+        except NoAuditor as nobody:
+            log.info("%s", nobody)
+            continue
+        ballot.add(root, place.session.setting.key.address)
+        return

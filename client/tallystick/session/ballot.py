@@ -16,7 +16,11 @@ class Ballot:
     votes: dict[Digest, list[Address]] = field(default_factory=dict)
 
     def cast(self, receipt: Receipt) -> None:
-        self.votes.setdefault(Digest(receipt.output), []).append(receipt.node)
+        self.add(Digest(receipt.output), receipt.node)
+
+    def add(self, output: Digest, witness: Address) -> None:
+        """A witness that signs nothing: the client itself."""
+        self.votes.setdefault(output, []).append(witness)
 
     @property
     def won(self) -> Digest | None:

@@ -16,6 +16,7 @@ from tallystick.session.auditing import Audit, Disagreement, arbitrate
 from tallystick.session.evidence import keep
 from tallystick.session.remote import Remote
 from tallystick.session.sketching import Undecided
+from tallystick.session.third import rule
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
@@ -180,10 +181,14 @@ class Books:
         audit.remote.failure = audit.remote.failure or Unreachable("another auditor is asked", hop=audit.remote.node)
 
     async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
-        """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
+        """Ask a third node, else compute it here; the verdict wakes whoever waits in `result` or `finish`."""
         session = self._session
         try:
-            ruling = await arbitrate(session, audit, disagreement)
+            try:
+                ruling = await arbitrate(session, audit, disagreement)
+            except NoAuditor as nobody:
+                log.info("%s", nobody)
+                ruling = await rule(session, audit, disagreement)
             if ruling.liar == session.hops[audit.index].node:
                 disagreement.evidence = await keep(session, audit.index, disagreement)
             disagreement.ruling = ruling

@@ -134,6 +134,7 @@ class Remote:
         self.arrivals: dict[Receipt, int] = {}
         self.sealed: dict[Receipt, bytes] = {}
         self._fetched: list[Frame] | None = None
+        self._fetching = asyncio.Lock()
         self._claims = 0
         self._flush: Frame | None = None
         self._voucher: Frame | None = None
@@ -315,16 +316,17 @@ class Remote:
     async def fetch_kept(self, first: int, last: int) -> list[bytes]:
         """The outputs of [first, last) that the node has kept. Raises Unreachable, what it answers, and CorruptResult
         for other rows than those."""
-        self._fetched = []
-        try:
-            await self.command(Frame(Kind.FETCH, {"first": first, "last": last}))
-            rows: list[bytes] = []
-            for frame in self._fetched:
-                if frame.position != first + len(rows):
-                    break
-                rows += frame.rows()
-        finally:
-            self._fetched = None
+        async with self._fetching:
+            self._fetched = []
+            try:
+                await self.command(Frame(Kind.FETCH, {"first": first, "last": last}))
+                rows: list[bytes] = []
+                for frame in self._fetched:
+                    if frame.position != first + len(rows):
+                        break
+                    rows += frame.rows()
+            finally:
+                self._fetched = None
         if len(rows) != last - first:
             raise CorruptResult(f"{self.node} sent other rows than it was asked for", hop=self.node)
         return rows

@@ -16,8 +16,9 @@ from tallystick.routing.choice import owners
 from tallystick.session.auditing import testify
 from tallystick.session.ballot import Ballot
 from tallystick.session.remote import Remote
+from tallystick.session.third import recompute
 from tallystick.verdict import Accusation, Check
-from tallystick_protocol.errors import CorruptResult, TallystickError
+from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import WINDOW, Address
 
@@ -112,10 +113,17 @@ class Succession:
                 continue
             if (answer.input, answer.numeric_class) == (found.after.input, found.after.numeric_class):
                 ballot.cast(answer)
-            if (right := ballot.won) is not None:
-                liar = found.after if found.before.output == right else found.before
-                return tuple(ballot.votes[right]), liar.node
-        return (), None
+            if ballot.won is not None:
+                break
+        else:
+            try:
+                ballot.add(await recompute(session, found.index, found.after), session.setting.key.address)
+            except NoAuditor as nobody:
+                log.info("%s", nobody)
+        if (right := ballot.won) is None:
+            return (), None
+        liar = found.after if found.before.output == right else found.before
+        return tuple(ballot.votes[right]), liar.node
 
     def _record(self, found: Contradiction, witnesses: tuple[Address, ...], liar: Address | None) -> None:
         session, before, after = self._session, found.before, found.after
