@@ -13,6 +13,8 @@ import pytest
 from harness.agreeing import corrupt
 from harness.small_models import Models, fast, small_models
 from harness.small_world import PRICE, Node, World, generate
+from tallystick.session import books
+from tallystick.session.auditing import Audit, Disagreement, Ruling, arbitrate
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick.verdict import Policy
@@ -220,3 +222,33 @@ def test_a_successor_that_lies_is_named_and_not_who_left(models: Models, truth: 
 
     found = fast(lambda: answer(models, tmp_path, "off", acts={30: kill}, look=look, copies=4))
     assert found == truth
+
+
+@pytest.mark.parametrize("lost", ["hop", "auditor"])
+def test_who_takes_the_place_of_one_in_dispute_is_not_judged_for_it(
+    models: Models, truth: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """Under `full`: the hop lies, its auditor says so, and one of them is gone before a third node has answered."""
+    worlds: list[World] = []
+
+    async def arbitrate_late(session: Session, audit: Audit, disagreement: Disagreement) -> Ruling:
+        liar = named(worlds[0], "[1, 2)#0")
+        ruling = await arbitrate(session, audit, disagreement)
+        if ruling.liar == liar.address:
+            await (liar if lost == "hop" else worlds[0].nodes[audit.remote.node]).kill()
+            while session.hops[1].node == liar.address and audit in session.audits:
+                await asyncio.sleep(0.001)
+        return ruling
+
+    def prepare(world: World) -> None:
+        worlds.append(world)
+        corrupt(named(world, "[1, 2)#0"), LIES_FROM)
+
+    def look(world: World, session: Session) -> None:
+        liar, verdict = named(world, "[1, 2)#0").address, session.verdict
+        assert {one.node for one in verdict.accusations} == {liar}
+        assert [old for old, _, _ in verdict.replaced] == [liar], "its successor stays"
+        assert {one.cause for one in verdict.attributions} == {"overload", "fraud"}
+
+    monkeypatch.setattr(books, "arbitrate", arbitrate_late)
+    assert fast(lambda: answer(models, tmp_path, "full", copies=4, prepare=prepare, look=look)) == truth

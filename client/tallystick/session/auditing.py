@@ -98,6 +98,10 @@ class Audit:
         self._flushed = 0
         self.wake()
 
+    def reopen(self) -> None:
+        """Compare again: the other party of a dispute has been replaced."""
+        self._disputed = False
+
     def judged_to(self) -> int:
         """Positions of the audited hop that were compared, and agreed."""
         receipts = self._session.hops[self.index].standing.receipts[: self.approved]  # fewer, if it is a new one

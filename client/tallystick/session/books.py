@@ -196,6 +196,16 @@ class Books:
             disagreement.failure = error
         session.wake()
 
+    def drop_dispute(self, index: int) -> None:
+        """Another node takes the place of a hop, perhaps in dispute: what that one had signed is held against what its
+        successor signs, and the auditor's word is compared with the successor's."""
+        if (arbitration := self.arbitrations.pop(index, None)) is not None:
+            arbitration.cancel()
+        self.disputes.pop(index, None)
+        for audit in self._session.audits:
+            if audit.index == index:
+                audit.reopen()
+
     def note_payment(self, remote: Remote, length: int | None = None) -> None:
         """A hop's session has ended: what was paid, withheld, and may be claimed. length: rows it got, if not all."""
         session = self._session

@@ -198,6 +198,7 @@ class Repair:
                 continue
             break
         session.openings.filled(index)
+        session.books.drop_dispute(index)
         session.hops[index] = remote
         session.attach(remote)
         await session.flush_again(remote)
@@ -238,6 +239,7 @@ class Repair:
         session.route[index] = migration.candidate
         session.verdict.replaced.append((old.node, migration.candidate.node, migration.why))
         self.succession.note(index, old)
+        session.books.drop_dispute(index)
         session.hops[index] = remote
         session.attach(remote)
         migration.hand_over()
@@ -323,7 +325,8 @@ class Repair:
 
     async def _resolve(self, index: int, disagreement: Disagreement) -> None:
         """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
-        audit = next(audit for audit in self._session.audits if audit.index == index)
+        auditor = disagreement.auditor.node
+        audit = next((one for one in self._session.audits if (one.index, one.remote.node) == (index, auditor)), None)
         hop, ruling = self._session.hops[index], disagreement.ruling
         del self._session.books.disputes[index]
         window = disagreement.window
@@ -335,8 +338,8 @@ class Repair:
                 hop.candidate.span,
                 disagreement.hop.positions,
                 hop.node,
-                audit.remote.node,
-                passed if liar != audit.remote.node else None,
+                auditor,
+                passed if liar != auditor else None,
                 *(("hash",) if found is None else ("sketch", found.error, found.tolerance)),
             )
         )
@@ -345,11 +348,12 @@ class Repair:
             self._session.verdict.accusations.append(
                 Accusation(ruling.liar, span, positions, ruling.witnesses, disagreement.evidence)
             )
-        avoided = {hop.node, audit.remote.node} if liar is None else {liar}
+        avoided = {hop.node, auditor} if liar is None else {liar}
+        failure = hop.failure or (audit.remote.failure if audit is not None else None)
         self._session.avoid |= avoided
         self._session.verdict.attributions.append(
             Attribution(
-                cause_of_difference(hop.failure or audit.remote.failure, True, overruled=ruling is not None),
+                cause_of_difference(failure, True, overruled=ruling is not None),
                 span,
                 "disagreement",
                 tuple(sorted(avoided)),
@@ -358,9 +362,9 @@ class Repair:
                 positions,
             )
         )
-        if liar != hop.node:
+        if audit is not None and liar != hop.node:
             await self.change_auditor(audit)
-        if liar != audit.remote.node:
+        if liar != auditor:
             moves = not self.has_stand_in(index) and self._session.openings.admit_other_classes(index)
             await self.expel(index, 0 if self._session.one_shot or moves else window * WINDOW)
 
