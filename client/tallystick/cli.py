@@ -251,6 +251,7 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "caught": [accusation.node for accusation in verdict.accusations],
         "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in verdict.replaced],
         "unverifiable": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unverifiable],
+        "unaudited": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unaudited],
         "exact": verdict.exact,
         "paid_wei": sum(verdict.paid.values()),
     }
@@ -259,13 +260,14 @@ def summarise(answer: Answer) -> dict[str, Any]:
 def _told(summary: dict[str, Any]) -> str:
     checks = summary["checks"]
     hops = " -> ".join(f"{hop['node'][:8]}{hop['layers']}" for hop in summary["route"])
-    stock = ", ".join(str(one["layers"]) for one in summary["unverifiable"])
+    stock, alone = (", ".join(str(one["layers"]) for one in summary[key]) for key in ("unverifiable", "unaudited"))
     return (
         f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops};"
         f" {summary['receipts']} receipts,"
         f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens,"
         f" withheld {summary['verdict']['withheld']}"
         + ("" if not stock else f"; layers {stock} come from nodes of no numeric class: nothing of theirs was checked")
+        + ("" if not alone else f"; layers {alone} were drawn for an audit and nobody could recompute them")
         + ("" if summary["exact"] else ", and one of them took another's place, so what follows may differ")
     )
 

@@ -58,6 +58,7 @@ class Verdict:
 
     attributions: one for each node that failed and each disagreement, in the order in which they were found.
     unverifiable: the hops that have no numeric class (setting `admit_stock`): nothing of what they did was checked.
+    unaudited: hops that were drawn for an audit under `audit`, and nobody could recompute them.
     """
 
     policy: Policy
@@ -69,6 +70,7 @@ class Verdict:
     paid: dict[Address, Wei] = field(default_factory=dict)
     withheld: dict[Address, Wei] = field(default_factory=dict)
     unverifiable: list[tuple[Address, Span]] = field(default_factory=list)
+    unaudited: list[tuple[Address, Span]] = field(default_factory=list)
     moved: list[Address] = field(default_factory=list)
     worst_error: float = 0.0
     tolerance: float = 0.0
@@ -100,6 +102,11 @@ class Verdict:
     @property
     def failed(self) -> int:
         return sum(check.passed is not True for check in self.checks)
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether two disagreed and nobody could say who was wrong."""
+        return any(check.passed is None for check in self.checks)
 
     @property
     def spans(self) -> list[Span]:
@@ -140,6 +147,7 @@ class Verdict:
             "attributions": [one.to_json() for one in self.attributions],
             "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in self.replaced],
             "unverifiable": [{"node": node, "layers": _layers(span)} for node, span in self.unverifiable],
+            "unaudited": [{"node": node, "layers": _layers(span)} for node, span in self.unaudited],
             "moved": list(self.moved),
             "exact": self.exact,
         }  # fmt: skip

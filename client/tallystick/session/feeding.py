@@ -33,7 +33,7 @@ class Feeding:
         named = error.fields.get("hop")
         if feeder is not None and named == feeder.node and not isinstance(error, LinkMismatch):
             feeder.failure = feeder.failure or error  # it says itself that it does not
-        elif feeder is not None and auditor.failure is None and self._is_repeated(index, feeder, auditor):
+        elif feeder is not None and self._is_here(auditor) and self._is_repeated(index, feeder, auditor):
             why = f"{feeder.node} gives no auditor the rows that it signed for"
             feeder.failure = feeder.failure or LinkMismatch(why, hop=feeder.node)
             self._session.lost -= self._trouble[feeder.node]  # they were right: they may audit again
@@ -53,6 +53,10 @@ class Feeding:
         if auditor.failure is None:  # it holds rows that nobody signed for
             await self._session.repair.change_auditor(audit)
         return True
+
+    def _is_here(self, auditor: Remote) -> bool:
+        """Whether the client itself has not lost it."""
+        return auditor.failure is None and not auditor.line.is_away
 
     def _is_repeated(self, index: int, feeder: Remote, auditor: Remote) -> bool:
         trouble = self._trouble.setdefault(feeder.node, set())

@@ -378,7 +378,8 @@ class Repair:
         await self._find_auditors()
 
     async def _find_auditors(self) -> None:
-        """Open an auditor for each hop that has lost its own. Raises NoAuditor when there was none for too long."""
+        """Open an auditor for each hop that has lost its own. Raises NoAuditor when there was none for too long; under
+        `audit`, only after a disagreement that nobody could settle."""
         now = time.monotonic()
         for index, deadline in list(self.unaudited.items()):
             if now - self._tried_at.get(index, 0.0) < LOOK_OUT_S:
@@ -387,9 +388,13 @@ class Repair:
                 await self._session.openings.open_audit(index)
                 del self.unaudited[index]
                 self._tried_at.pop(index, None)
-            except NoAuditor:
+            except NoAuditor as nobody:
                 if now > deadline:
-                    raise
+                    if self._session.verdict.policy != "audit" or self._session.verdict.is_undecided:
+                        raise
+                    self._session.note_unaudited(index, nobody)
+                    del self.unaudited[index]
+                    continue
                 await self._session.openings.look_out()
                 self._tried_at[index] = time.monotonic()
 

@@ -29,10 +29,7 @@ from tallystick.session.setting import Setting
 from tallystick.session.sketching import Sketching
 from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
-from tallystick_protocol.errors import (
-    TallystickError,
-    Unreachable,
-)
+from tallystick_protocol.errors import NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import Address, Positions, SessionId, window_of
@@ -293,10 +290,21 @@ class Session:
         return [*self.hops, *(audit.remote for audit in self.audits)]
 
     async def audit_at_end(self, index: int) -> None:
-        """Audit one hop over the whole session after it was signed."""
-        await self.openings.open_audit(index)
+        """Audit one hop over the whole session after it was signed. Where nobody can, the verdict says so."""
+        try:
+            await self.openings.open_audit(index)
+        except NoAuditor as nobody:
+            self.note_unaudited(index, nobody)
+            return
         self.wake()
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
+
+    def note_unaudited(self, index: int, nobody: NoAuditor) -> None:
+        """Nobody can recompute what a hop did, which is delivered, and paid: under `audit` no more is promised."""
+        log.warning("%s", nobody)
+        one = (self.hops[index].node, self.hops[index].candidate.span)
+        if one not in self.verdict.unaudited:
+            self.verdict.unaudited.append(one)
 
     async def close(self) -> None:
         """Close every hop. What is signed and checked has been paid before."""
