@@ -163,7 +163,7 @@ def test_rows_that_no_honest_node_takes_are_unreadable(bench: Bench) -> None:
     receipt = samples.receipt(start=middle.start, end=middle.end, numeric_class=bench.numeric_class)
     row = np.ones(bench.manifest.width, dtype="<f4")
     context = Context("fp32", "f32", TOP_K, ())
-    for value in (np.nan, np.inf, 1e-40):
+    for value in (np.nan, np.inf, 1e-40, 2e9):  # the last one beyond the manifest's norms
         bad = row.copy()
         bad[0] = value
         found = bench.examine(

@@ -108,3 +108,21 @@ def test_the_walk_finds_what_it_looks_for() -> None:
     tree = ast.parse("import pickle\nfrom torch import load\ntorch.load('x')\nnumpy.load('x', allow_pickle=True)")
     assert {"pickle", "torch.load"} <= imported(tree)
     assert [name for name, _ in called(tree)] == ["torch.load", "numpy.load"]
+
+
+FORESEEABLE = {"network.py", "directory.py"}
+"""They shuffle whom they ask first, which nobody gains by knowing."""
+
+
+@pytest.mark.parametrize("path", [path for path in SERVING if path.is_relative_to(ROOT / "client")],
+                         ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
+def test_no_coin_challenge_nonce_or_draw_of_a_client_can_be_foreseen(path: Path) -> None:
+    """A generator whose outputs are seen can be wound forward; a client's audits and challenges must not be."""
+    names = imported(ast.parse(path.read_text()))
+    assert path.name in FORESEEABLE or not {name for name in names if name.split(".")[0] == "random"}
+    assert not {name for name in names if name.startswith("numpy.random")}
+
+
+def test_the_walk_over_coins_sees_who_draws_them() -> None:
+    drawing = {path.name for path in SERVING if "secrets" in imported(ast.parse(path.read_text()))}
+    assert {"client.py", "openings.py", "sketching.py", "remote.py", "route.py", "ledger.py"} <= drawing

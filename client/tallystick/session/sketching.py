@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tallystick.admission import has_class
+from tallystick.attribution import failed
 from tallystick.checks import check_output
 from tallystick.comparing import Found, Work, across
 from tallystick.routing.choice import auditors, foreign_auditors
@@ -112,12 +113,20 @@ class Sketching:
         return self._session.is_flushed and hop.standing.covered == len(self._session.ids) > 0
 
     def payable(self, hop: Remote) -> int:
-        """The rows that a hop may be paid: of windows whose sketches are in, and of the last one when a closing receipt
-        carries them."""
+        """The rows that a node may be paid: of windows whose sketches are in, and of the last one when a closing receipt
+        carries them; a hop only of those where all hops' sketches fit together."""
         book, standing = hop.sketchbook, hop.standing
         if not book.is_on:
             return hop.rows_due
-        given = next((at for at, digest in enumerate(standing.digests) if digest not in book.answers), None)
+        is_hop = hop in self._session.hops
+        given = next(
+            (
+                at
+                for at, digest in enumerate(standing.digests)
+                if digest not in book.answers or (is_hop and digest not in self._linked.get(at, ()))
+            ),
+            None,
+        )
         if given is not None:
             return hop.due_to(given)
         if self._is_complete(hop) and book.closed != standing.digests[-1]:
@@ -210,10 +219,17 @@ class Sketching:
             for at, (before, after) in enumerate(pairwise(ends)):
                 if before is not None and after is not None and not is_linked(*_shared(before, after)):
                     for hop in hops[at : at + 2]:
-                        self._session.avoid.add(hop.node)
-                        hop.failure = hop.failure or _mismatch(hop, "sketched other rows than its neighbour")
+                        self._part_with(hop)
                     return
             self._linked[window] = digests
+
+    def _part_with(self, hop: Remote) -> None:
+        """One of two whose sketches do not fit together is replaced, and told of in the verdict."""
+        session, mismatch = self._session, _mismatch(hop, "sketched other rows than its neighbour")
+        if hop.node not in session.avoid:
+            session.verdict.attributions.append(failed(mismatch, hop.node, hop.candidate.span))
+        session.avoid.add(hop.node)
+        hop.failure = hop.failure or mismatch
 
     def _returned(self, window: int) -> Sketches | None:
         """The client's own sketches of the hidden rows that left the model; None where results are no hidden rows."""
