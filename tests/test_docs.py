@@ -196,6 +196,31 @@ def _nobody() -> _Nobody:
     return _Nobody()
 
 
+# -- docs/attacks.md
+
+
+def _shown() -> list[tuple[str, str]]:
+    """The tests that the page names: file and function."""
+    return re.findall(r"`([\w/.]+\.(?:py|sol))::(\w+)`", page("attacks.md"))
+
+
+@pytest.mark.parametrize(("file", "name"), sorted(set(_shown())), ids=lambda part: part.rsplit("/", 1)[-1])
+def test_the_test_that_shows_an_attack_fail_exists(file: str, name: str) -> None:
+    path = ROOT / file if file.endswith(".sol") else ROOT / "tests" / file
+    pattern = rf"^ *function {name}\(" if file.endswith(".sol") else rf"^(?:async )?def {name}\("
+    assert re.search(pattern, path.read_text(), re.MULTILINE)
+
+
+def test_every_attack_has_a_test_or_a_line_of_what_is_not_covered() -> None:
+    threats = page("threats.md")
+    rows = [row for row in page("attacks.md").splitlines() if row.startswith("| ") and not row.startswith("| attack")]
+    assert len(rows) > 50
+    for row in rows:
+        open_lines = [line for cell in re.findall(r"threats: (.+?) \|$", row) for line in re.findall(r'"(.+?)"', cell)]
+        assert "::" in row or open_lines, row
+        assert not [line for line in open_lines if line not in threats], row
+
+
 # -- all pages
 
 

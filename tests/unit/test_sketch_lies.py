@@ -1,4 +1,4 @@
-"""Lies that are told in sketches alone: over rows that were sent and signed, by a hop that only another class checks."""
+"""Lies told in sketches alone, over rows that were sent and signed, by a hop that only another class checks."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Sketching:
         return self._session.is_flushed and hop.standing.covered == len(self._session.ids) > 0
 
     def payable(self, hop: Remote) -> int:
-        """The rows that a node may be paid: of windows whose sketches are in, and of the last one when a closing receipt
+        """The rows that a node may be paid: of windows whose sketches are in, of the last one when a closing receipt
         carries them; a hop only of those where all hops' sketches fit together."""
         book, standing = hop.sketchbook, hop.standing
         if not book.is_on:
