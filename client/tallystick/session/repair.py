@@ -312,7 +312,7 @@ class Repair:
             )
             self._session.avoid.add(ruling.liar)
         else:
-            self._session.avoid |= {hop.node, audit.remote.node}
+            self._session.avoid |= {hop.node, *([] if disagreement.is_of_one else [audit.remote.node])}
         if liar != hop.node:
             await self._change_auditor(audit)
         if liar != audit.remote.node:
