@@ -31,15 +31,15 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
                   decoder gets as memory), in norms and rows alike; the decoder's canary runs on the same ids over it
     clear         only where the publisher has measured it: the largest error across classes that is nothing but noise,
                   if that is less than the protocol's (`sketching.thresholds`)
-    margins       only where they were measured: [[start, end, level], ...], the error that honest windows of a span
-                  stay below, if that is less than the protocol's (`sketching.accumulating`)
+    margins       only where they were measured: [[start, end, rare, usual], ...], the errors that honest windows of a
+                  span seldom and at times exceed, if less than the protocol's (`sketching.accumulating`)
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 from eth_abi.abi import encode as abi_encode
@@ -118,11 +118,13 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """The error that windows of honest nodes of two classes stay below in one span; of results, over a window."""
+    """What was measured of one span between honest nodes of different classes: the errors that a window seldom has, and
+    that it has at times (`sketching.accumulating`); of results, over a window."""
 
     start: int
     end: int
-    level: float
+    rare: float
+    usual: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +317,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "output": _link(manifest.canary.output),
         },
         **({} if manifest.clear is None else {"clear": manifest.clear}),
-        **({} if not manifest.margins else {"margins": [[one.start, one.end, one.level] for one in manifest.margins]}),
+        **({} if not manifest.margins else {"margins": [list(astuple(one)) for one in manifest.margins]}),
     }
 
 

@@ -78,8 +78,8 @@ def _check_margins(manifest: Manifest) -> None:
     for one in manifest.margins:
         _bounded("a margin's start", one.start, 0, manifest.layers - 1)
         _bounded("a margin's end", one.end, one.start + 1, manifest.layers)
-        if not (type(one.level) is float and 0 < one.level < 1):
-            raise ManifestError("a margin's level is a number between 0 and 1")
+        if not (type(one.rare) is type(one.usual) is float and 0 < one.usual <= one.rare < 1):
+            raise ManifestError("a margin's levels are numbers between 0 and 1, the usual one at most the rare one")
     spans = [(one.start, one.end) for one in manifest.margins]
     if spans != sorted(set(spans)):
         raise ManifestError("margins are in the order of their spans, one for each")

@@ -35,7 +35,7 @@ class Models:
         for numerics in kinds:
             model = InMemory(LlamaForCausalLM, config, numerics)
             pieces, anything = samples.manifest().pieces, ((0.0, 1e9),) * 4  # a model without them has no id
-            measured = (Margin(1, 2, 1e-6),) if numerics == "fp32" else ()
+            measured = (Margin(1, 2, 1e-6, 1e-6),) if numerics == "fp32" else ()
             model.manifest = replace(model.manifest, pieces=pieces, norms=anything, margins=measured)
             self.found[numerics] = model, {span.span: Inline(span) for span in model.cut(1, 2)}
 

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Suspicions:
     def __len__(self) -> int:
         return len(self._records)
 
-    def note(self, pair: Pair, rows: Digest, score: float) -> Capital:
+    def note(self, pair: Pair, rows: Digest, scores: Sequence[float]) -> Capital:
         """One more window of a pair; returns what there is against it now. rows: the root over what entered it."""
         window = _window(pair, rows)
         if window in self._seen:
@@ -78,7 +78,7 @@ class Suspicions:
         self._seen[window] = None
         while len(self._seen) > MAX_SEEN:
             del self._seen[next(iter(self._seen))]
-        capital = self.of(pair).after(score)
+        capital = self.of(pair).after(scores)
         self._records[pair] = Record(capital, self._clock())
         if len(self._records) > MAX_PAIRS:
             newest = sorted(self._records.items(), key=lambda item: -item[1].at)

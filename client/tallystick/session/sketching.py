@@ -163,8 +163,8 @@ class Sketching:
         though nobody knows which: then this auditor can clear nothing of this hop."""
         suspicions, model = self._session.setting.suspicions, self._session.setting.manifest.model_id
         pair = Pair(model.hex(), receipt.span, _side(hop.candidate), _side(audit.remote.candidate))
-        if found.score is not None:
-            suspicions.note(pair, Digest(receipt.input), found.score)
+        if found.scores is not None:
+            suspicions.note(pair, Digest(receipt.input), found.scores)
         return found.zone is not Zone.GUILTY and suspicions.of(pair).is_conclusive
 
     def look_further(self, audit: Audit, window: int, found: Found, both: int) -> Found | None:
