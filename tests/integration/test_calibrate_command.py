@@ -72,8 +72,8 @@ def test_the_demo_model_is_calibrated_from_a_text_and_recorded(
         status = main([
             "--rpc", local.rpc, "--book", str(local.book), "--key", str(keystore),
             "--password-file", str(keystore.parent / "password"), "--source", net.source, "calibrate", str(before.cid),
-            "--store", str(tmp_path / "content"), "--text", str(default_model() / "heldout.txt"), "--lengths", "2",
-            "--plot", str(tmp_path / "plot.svg"), "--json",
+            "--store", str(tmp_path / "content"), "--text", str(default_model() / "heldout.txt"), "--texts", "8",
+            "--lengths", "2", "--plot", str(tmp_path / "plot.svg"), "--json",
         ])  # fmt: skip
         assert status == 0
         told = json.loads(capsys.readouterr().out.splitlines()[-1])
