@@ -20,9 +20,9 @@ from tallystick_protocol.types import Span
 SLACK = 1.25
 """The rare level is so many times the largest error of an honest window, or a power of it."""
 
-USUAL_SLACK, USUAL_PART = 1.1, 0.5
-"""The usual level is so many times the one by which no text's windows score more, on average, than this part of what
-is assumed."""
+USUAL_SLACK, USUAL_PART = 1.1, 0.25
+"""The usual level is so many times the one by which windows score this part of what is assumed, on average over all
+texts: some of them are worse."""
 
 CLEAR_SLACK = 2.0
 LEAST_WINDOWS = 100
@@ -93,12 +93,12 @@ def judge(measured: Measured, seed: int = 0) -> Judged:
 
 
 def _levels(honest: Errors, factor: float) -> Level:
-    """From errors (texts, windows): the largest times the factor, and what no text's windows exceed too much."""
+    """From errors (texts, windows): the largest times the factor, and what windows seldom exceed by much."""
     rare = max(factor * float(honest.max()), LEAST_LEVEL)
     low, high = np.log(LEAST_LEVEL), np.log(rare)
     while high - low > 0.01:
         middle = (low + high) / 2
-        usual = float(_scores(honest, float(np.exp(middle))).mean(axis=1).max())
+        usual = float(_scores(honest, float(np.exp(middle))).mean())
         low, high = (low, middle) if usual <= USUAL_PART * MEANS[1] else (middle, high)
     usual = min(USUAL_SLACK * float(np.exp(high)), rare)
     return Level(_up(rare), _up(usual))
