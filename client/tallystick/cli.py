@@ -28,6 +28,7 @@ from tallystick.routing import cli as routing
 from tallystick.session.setting import SKETCHES
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
+from tallystick.verdict import POLICIES
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.content.ipfs import DaemonStore
@@ -90,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
         help='with --verify off, use nodes of no numeric class for layers that nobody else serves; nothing is checked',
     )  # fmt: skip
     parser.add_argument(
+        "--recompute-bytes", type=int, default=1 << 30, metavar="BYTES",
+        help="pieces that may be fetched to judge here what no third node can, with the extra [node]; 0: never",
+    )  # fmt: skip
+    parser.add_argument(
         "--evidence", type=Path, metavar="FOLDER",
         help="keep evidence against nodes that are found wrong; it holds the text, or what it can be told from",
     )  # fmt: skip
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    generate.add_argument("--verify", choices=POLICIES, default="audit", help="agree=2: two routes, and so on")
     generate.add_argument(
         "--speculate", default="off", metavar="off|auto|lookup|FOLDER", help="draft ahead, with the model in FOLDER"
     )
@@ -118,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="a sentence's vector")
     embed.add_argument("text", nargs="+")
     embed.add_argument("--model", default="")
-    embed.add_argument("--verify", choices=["off", "audit", "full"], default="audit")
+    embed.add_argument("--verify", choices=POLICIES, default="audit")
     embed.set_defaults(command=_embed)
 
     tasks.add(commands, _client)
@@ -192,6 +197,7 @@ def _client(options: argparse.Namespace) -> AsyncClient:
     settings = Settings(
         rpc=options.rpc, book=Path(options.book), sources=_sources(options), admit_stock=options.admit_stock,
         wire=options.wire, sketches=options.sketches,
+        recompute_bytes=options.recompute_bytes,
         evidence=options.evidence, accuse=options.accuse, evidence_sources=options.evidence_source,
         notify=lambda text: print(f"[{text}]", file=sys.stderr, flush=True),
     )  # fmt: skip
@@ -238,7 +244,9 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "tokens": len(answer.ids),
         "tokens_per_s": round(answer.tokens_per_s, 1),
         "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answer.route],
+        "routes": [[hop.node for hop in route] for route in answer.routes],
         "verify": verdict.policy,
+        "verdict": verdict.to_json(),
         "drafted": answer.drafted,
         "accepted": answer.accepted,
         "receipts": verdict.receipts,
@@ -246,6 +254,7 @@ def summarise(answer: Answer) -> dict[str, Any]:
         "caught": [accusation.node for accusation in verdict.accusations],
         "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in verdict.replaced],
         "unverifiable": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unverifiable],
+        "unaudited": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unaudited],
         "exact": verdict.exact,
         "paid_wei": sum(verdict.paid.values()),
     }
@@ -254,12 +263,14 @@ def summarise(answer: Answer) -> dict[str, Any]:
 def _told(summary: dict[str, Any]) -> str:
     checks = summary["checks"]
     hops = " -> ".join(f"{hop['node'][:8]}{hop['layers']}" for hop in summary["route"])
-    stock = ", ".join(str(one["layers"]) for one in summary["unverifiable"])
+    stock, alone = (", ".join(str(one["layers"]) for one in summary[key]) for key in ("unverifiable", "unaudited"))
     return (
         f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops};"
         f" {summary['receipts']} receipts,"
-        f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens"
+        f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens,"
+        f" withheld {summary['verdict']['withheld']}"
         + ("" if not stock else f"; layers {stock} come from nodes of no numeric class: nothing of theirs was checked")
+        + ("" if not alone else f"; layers {alone} were drawn for an audit and nobody could recompute them")
         + ("" if summary["exact"] else ", and one of them took another's place, so what follows may differ")
     )
 

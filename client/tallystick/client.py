@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from tallystick.admission import find_route, note_stock
+from tallystick.agreement.agreement import Agreement
+from tallystick.agreement.routes import disjoint
 from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Mode, Stream
@@ -22,12 +24,14 @@ from tallystick.network import Network, Survey
 from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
 from tallystick.prefixes import Prefix, Prefixes
+from tallystick.recomputing import Recomputer, can_recompute
 from tallystick.routing.candidates import Candidate, Weights
 from tallystick.routing.choice import checkable
 from tallystick.routing.cost import Workload
 from tallystick.routing.planner import as_whole
 from tallystick.routing.reputation import Reputation
 from tallystick.routing.route import Route, choose, route_over
+from tallystick.routing.survey import PER_LAYER
 from tallystick.routing.suspicions import Suspicions
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
@@ -35,7 +39,7 @@ from tallystick.session.setting import Setting, Sides, Sketches
 from tallystick.speculation.drafters import Drafter
 from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length
-from tallystick.verdict import Policy, Verdict
+from tallystick.verdict import POLICIES, Policy, Verdict, num_routes
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
 from tallystick_protocol.chain.writes import Wallet
@@ -44,6 +48,7 @@ from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRou
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
+from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, Digest, Span, Wei
@@ -93,6 +98,8 @@ class Settings:
     evidence: folder of a content store for evidence against nodes that were found wrong, which holds the session's text
     or what it can be told from; None: none is kept. accuse: put it up in Court, with a bond of the key's own tokens;
     evidence_sources: where jurors find it.
+    recompute_bytes: pieces of one span that may be fetched so that the client itself is the third one where no other
+    node can say who is wrong; with the extra `[node]` alone, and on a machine of the class in question. 0: it never is.
     """
 
     rpc: str = "http://127.0.0.1:8545"
@@ -110,6 +117,7 @@ class Settings:
     evidence: Path | None = None
     accuse: bool = False
     evidence_sources: list[str] = field(default_factory=list)
+    recompute_bytes: int = 1 << 30
     notify: Callable[[str], None] = log.warning
 
 
@@ -165,7 +173,8 @@ class AsyncClient(Tasks):
         """Generate as an async iterator of `Token` and `Retracted`; afterwards `.answer` holds the Answer.
 
         prompt: text, or token ids. model: id, part of an id or name; empty takes the only one on chain.
-        verify: "off", "audit" (a random span of some sessions) or "full" (every span, on other nodes).
+        verify: "off", "audit" (a random span of some sessions), "full" (every span, on other nodes), or "agree=2" to
+        "agree=4" (so many routes of different owners side by side; a token is released when all of them agree).
         speculate: "off"; "lookup" drafts what followed earlier in the text; "auto" likewise, where it saves much time
         and costs few rows; or a `Drafter`, for example a `DraftModel`. The tokens are the same, wrong drafts are paid.
         mode: "pipeline"; "ring" lets the last hop choose the tokens, too, which saves a transit; "auto" is "ring" where
@@ -227,9 +236,13 @@ class AsyncClient(Tasks):
         flags = [position in chosen for position in range(len(ids))]
         verdict = Verdict(verify)
         sides = Sides(token_types=bytes(token_types or ()))
-        survey, route = await self.plan(record, manifest, stack, verify, prompt=len(ids), new=1)
-        setting = self._setting(record, manifest, stack, survey, len(ids), dense=True, sides=sides)
-        session = await self._open(setting, route, verdict)
+        session: Session | Agreement
+        if num_routes(verify) > 1:
+            session = await self.open_agreement(record, manifest, len(ids), verdict, len(ids), dense=True, sides=sides)
+        else:
+            survey, route = await self.plan(record, manifest, stack, verify, prompt=len(ids), new=1)
+            setting = self._setting(record, manifest, stack, survey, len(ids), dense=True, sides=sides)
+            session = await self._open(setting, route, verdict)
         try:
             while True:
                 try:
@@ -261,7 +274,7 @@ class AsyncClient(Tasks):
         memory: (source positions, width) fp32, what `run` gave for the source. The sessions open when the decoder is
         entered (`async with`); raises as `stream` then.
         """
-        _check_policy(verify)
+        _check_policy(verify, one_route=True)
         verdict = Verdict(verify)
 
         async def open_sessions(count: int) -> tuple[Manifest, list[Session]]:
@@ -293,7 +306,7 @@ class AsyncClient(Tasks):
 
         Raises as `stream`.
         """
-        _check_policy(verify)
+        _check_policy(verify, one_route=True)
         record, manifest = await self.model(model)
         stack = Span(manifest.encoder_layers, manifest.layers)
         survey, route = await self.plan(record, manifest, stack, verify, prompt=max_length, new=1, whole=True)
@@ -342,6 +355,53 @@ class AsyncClient(Tasks):
                 raise
             (self.prefixes.used if taken else self.prefixes.forget)(held.session)
         return session
+
+    async def open_agreement(
+        self,
+        record: ModelRecord,
+        manifest: Manifest,
+        max_length: int,
+        verdict: Verdict,
+        prompt: int,
+        dense: bool = False,
+        sides: Sides | None = None,
+    ) -> Agreement:
+        """Plan the routes of a policy `agree=k` and open them. prompt: positions that are given. Raises NoRoute."""
+        stack, count = manifest.stack_of(Span(0, 1)), num_routes(verdict.policy)
+        new = max(max_length - prompt, 1)
+        survey, routes = await self.plan_apart(record, manifest, stack, count, prompt, new)
+        sessions = [
+            Session(self._setting(record, manifest, stack, survey, max_length, dense, sides), route, verdict)
+            for route in routes
+        ]
+        for session in sessions:
+            session.avoid |= self.banned
+        agreed = Agreement(sessions, verdict)
+        try:
+            await agreed.open()
+        except BaseException:
+            await agreed.close()
+            raise
+        return agreed
+
+    async def plan_apart(
+        self, record: ModelRecord, manifest: Manifest, stack: Span, count: int, prompt: int = 0, new: int = 64
+    ) -> tuple[Survey, list[list[Candidate]]]:
+        """The nodes there are, and `count` routes that share no owner, of one numeric class. Raises NoRoute."""
+        work, enough = self._workload(manifest, prompt, new), max(PER_LAYER, count + 1)
+        wanted = self.settings.numeric_class
+
+        def find(usable: list[Candidate]) -> list[Candidate]:
+            return choose(usable, work, stack, avoid=self.banned, numeric_class=wanted).hops
+
+        async def attempt(fresh: bool) -> tuple[Survey, list[list[Candidate]]]:
+            survey = self._informed(await self.network.survey(record, self.banned, fresh, enough), whole=False)
+            return survey, disjoint([c for c in survey.candidates if c.node not in self.banned], count, find)
+
+        try:
+            return await attempt(fresh=False)
+        except NoRoute:
+            return await attempt(fresh=True)
 
     def _held(
         self, setting: Setting, planned: list[Candidate], ids: Sequence[int], verify: Policy
@@ -464,7 +524,14 @@ class AsyncClient(Tasks):
             sketches=self.settings.sketches,
             numeric_class=self.settings.numeric_class,
             keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
+            recompute=self._recompute(record),
         )
+
+    def _recompute(self, record: ModelRecord) -> Callable[[bytes, Receipt], Awaitable[Digest]] | None:
+        most = self.settings.recompute_bytes
+        if most <= 0 or not can_recompute():
+            return None
+        return Recomputer(self.network, record, self.chain.book.staking_domain, most).root
 
     def _keep_evidence(self, data: bytes) -> str:
         assert self.settings.evidence is not None
@@ -508,10 +575,13 @@ class AsyncClient(Tasks):
             raise
         return session
 
-    async def finish(self, session: Session, verify: Policy) -> None:
+    async def finish(self, session: Session | Agreement, verify: Policy) -> None:
         """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed;
         that of a node under suspicion always is."""
         await session.finish()
+        if isinstance(session, Agreement):
+            await session.take_leave()
+            return
         if verify == "audit" and not session.has_audits:
             coin, route = secrets.SystemRandom(), session.route
             suspect = [index for index, hop in enumerate(route) if self.suspicions.is_suspect(hop.node, hop.span)]
@@ -538,9 +608,14 @@ def _price(route: list[Candidate]) -> int:
     return sum(candidate.offer.price * len(candidate.span) for candidate in route)
 
 
-def _check_policy(verify: str) -> None:
-    if verify not in ("off", "audit", "full"):
-        raise ConfigError(f"verify={verify!r} is not off, audit or full")
+def _check_policy(verify: str, one_route: bool = False) -> None:
+    if verify not in POLICIES:
+        raise ConfigError(f"verify={verify!r} is not off, audit, full or agree=2 to agree=4")
+    if one_route and num_routes(verify) > 1:
+        raise ConfigError(
+            f"verify={verify!r} is for generate, stream, embed and run; a decoder's beams and passes for tuning take"
+            " one route: use full"
+        )
 
 
 def _check_ids(manifest: Manifest, ids: list[int], token_types: list[int] | None) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from tallystick.agreement.agreement import Agreement
 from tallystick.routing.candidates import Candidate
 from tallystick.session.repair import RolledBack
 from tallystick.session.ring import Ring
@@ -14,7 +15,7 @@ from tallystick.session.session import Session
 from tallystick.speculation.drafters import Drafter
 from tallystick.speculation.steps import Speculation, Steps
 from tallystick.tokens import TextStream
-from tallystick.verdict import Policy, Verdict
+from tallystick.verdict import Policy, Verdict, num_routes
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sampling import Sampling
@@ -44,7 +45,8 @@ class Retracted:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished generation. route: the nodes that carried it to the end, first hop first.
+    """A finished generation. route: the nodes that carried it to the end, first hop first. routes: all routes that did;
+    one but with `agree=k`, of which `route` is then the first.
 
     drafted, accepted: tokens that were drafted ahead, and those of them that the model confirmed.
     """
@@ -59,6 +61,7 @@ class Answer:
     model: str
     drafted: int = 0
     accepted: int = 0
+    routes: list[list[Candidate]] = field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:
@@ -93,8 +96,13 @@ class Stream:
             raise ConfigError(f"mode={mode!r} is not pipeline, ring or auto")
         if mode == "ring" and self._speculation.drafter is not None:
             raise ConfigError("in a ring the last hop chooses the tokens, one by one: take speculate='off'")
+        if mode == "ring" and num_routes(verify) > 1:
+            raise ConfigError(
+                f"in a ring the last hop chooses the tokens, with verify={verify!r} the client does, from rows that all"
+                " routes agree on: take mode='pipeline'"
+            )
         self._answer: Answer | None = None
-        self._session: Session | None = None
+        self._session: Session | Agreement | None = None
         self._events: AsyncGenerator[Token | Retracted, None] = self._run()
 
     @property
@@ -106,7 +114,7 @@ class Stream:
 
     @property
     def session_route(self) -> list[Candidate]:
-        """The nodes that carry the session now, first hop first; empty before it is open."""
+        """The nodes that carry the session now (of several routes, the first one's); empty before it is open."""
         return [] if self._session is None else list(self._session.route)
 
     def __aiter__(self) -> AsyncIterator[Token | Retracted]:
@@ -128,7 +136,11 @@ class Stream:
         client._check_length(manifest, len(prompt), self._max_tokens)
         verdict = Verdict(self._verify)
         length = len(prompt) + self._max_tokens
-        session = await client.open_session(record, manifest, length, verdict, prompt)
+        session: Session | Agreement
+        if num_routes(self._verify) > 1:
+            session = await client.open_agreement(record, manifest, length, verdict, len(prompt))
+        else:
+            session = await client.open_session(record, manifest, length, verdict, prompt)
         self._session = session
         began = time.monotonic()
         state = _Generation(prompt, TextStream(tokens, prompt), manifest, self._max_tokens, self._ignore_eos)
@@ -168,6 +180,7 @@ class Stream:
                 prompt_ids=prompt,
                 finish_reason=state.finish_reason,
                 route=list(session.route),
+                routes=session.routes,
                 verdict=verdict,
                 seconds=seconds,
                 model="0x" + record.id.hex(),
@@ -176,10 +189,11 @@ class Stream:
             )
 
 
-    def _steps(self, session: Session, last: int, ends: set[int]) -> Steps | Ring:
+    def _steps(self, session: Session | Agreement, last: int, ends: set[int]) -> Steps | Ring:
         """Who decides the tokens. last: how many positions there may be."""
         speculation = self._speculation if session.rewinds else Speculation()
-        if self._mode == "ring" or (self._mode == "auto" and speculation.drafter is None):
+        ring = self._mode == "ring" or (self._mode == "auto" and speculation.drafter is None)
+        if ring and isinstance(session, Session):
             return Ring(session, self._sampling, ends, last)
         return Steps(session, self._sampling, speculation, last, session.setting.manifest.vocab)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.claims import read_claims
-from tallystick.routing.survey import Round, well_served
+from tallystick.routing.survey import PER_LAYER, Round, well_served
 from tallystick.tokens import Tokens
 from tallystick_protocol.chain.reads import Chain, ModelRecord, Serving
 from tallystick_protocol.content.cid import Cid, Codec
@@ -135,10 +135,12 @@ class Network:
             raise ManifestError(f"{manifest.name} has no piece {name}")
         return await self._file(record, piece.cid, piece.bytes)
 
-    async def survey(self, record: ModelRecord, avoid: Collection[Address] = (), fresh: bool = False) -> Survey:
+    async def survey(
+        self, record: ModelRecord, avoid: Collection[Address] = (), fresh: bool = False, per_layer: int = PER_LAYER
+    ) -> Survey:
         """The nodes' offers, asked in parallel: of all, or of enough of them where others keep one waiting.
 
-        avoid: nodes that are not enough of anything.
+        avoid: nodes that are not enough of anything. per_layer: operators of each layer that are enough.
         Those that answer later are in what is remembered for OFFERS_AGE_S, and are asked first the next time.
         """
         async with self._surveying:
@@ -148,9 +150,12 @@ class Network:
                 await self._end_round(record.id)
                 asked: Asked = Round(serving, partial(self._ask, record))
                 self._rounds[record.id] = asked
-                await asked.settle(
-                    lambda so_far: well_served([c for c in _candidates(so_far) if c.node not in avoid], record.layers)
-                )
+
+                def enough(so_far: list[Candidate | tuple[Address, str]]) -> bool:
+                    found = [c for c in _candidates(so_far) if c.node not in avoid]
+                    return well_served(found, record.layers, per_layer)
+
+                await asked.settle(enough)
                 self._surveys[record.id] = Survey([], [], complete, time.monotonic())
             asked, known = self._rounds[record.id], self._surveys[record.id]
         answers = asked.answers.values()

@@ -1,4 +1,4 @@
-"""Loading a span: pieces checked against the manifest tensor by tensor, converted to fp32, packed layer by layer."""
+"""Loading a span: pieces checked against the manifest tensor by tensor, mapped, packed layer by layer from there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from tallystick_model.devices import CPU, Carried, Placement, check_resident, mo
 from tallystick_model.ghosts import fill_blanks, outermost, splice
 from tallystick_model.memory import WORTH_RELEASING, all_finite, release_freed_memory
 from tallystick_model.publishing.quantize import read_weight, weight_shapes
-from tallystick_model.skeleton import Skeleton, build_skeleton, set_weight
+from tallystick_model.skeleton import Lent, Skeleton, build_skeleton
 from tallystick_model.span import Execution, SpanModel, Spliced
 from tallystick_protocol.errors import ManifestError
 from tallystick_protocol.manifest import Manifest, Numerics, Piece, Quantization, TensorSpec
 from tallystick_protocol.types import Span
 
 Source = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor]]
-"""(piece name, weights wanted of it) -> {weight: fp32 tensor of its own memory}."""
+"""(piece name, weights wanted of it) -> {weight: tensor}, as it is stored: what is kept of it is copied and converted
+while its piece is filled."""
 
 
 def load_span(
@@ -42,7 +43,7 @@ def load_span(
     placement: the devices of the layers; None for the CPU.
     Raises ManifestError for a piece that is not what the manifest says, a manifest that does not fit its own config,
     and (field reason="stock_only") a model without a canonical rule when execution is "canonical".
-    Memory: the span's weights once in fp32, and one piece.
+    Memory: the span's weights once in fp32, and one piece as it is stored.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -65,7 +66,7 @@ def fill_span(
     def read(name: str, wanted: tuple[str, ...]) -> dict[str, torch.Tensor]:
         if not wanted:
             return {}
-        return read_piece(open_piece(pieces[name]), pieces[name], wanted, manifest.quantization)
+        return read_piece(open_piece(pieces[name]), pieces[name], wanted, manifest.quantization, mapped=True)
 
     spliced = assemble(skeleton, anatomy, span, read, execution, manifest.numerics, placement)
     return SpanModel(manifest, span, spliced, execution)
@@ -113,9 +114,10 @@ def vocabulary(config: Any) -> int:
 
 
 def read_piece(
-    path: Path, piece: Piece, wanted: Iterable[str], quantization: Quantization | None = None
+    path: Path, piece: Piece, wanted: Iterable[str], quantization: Quantization | None = None, *, mapped: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors of a piece's file, in fp32 but for integers.
+    """The wanted tensors of a piece's file, in fp32 but for integers. mapped: as they are stored, in the file's mapping
+    where that is a floating-point format of at most 32 bits.
 
     Raises ManifestError unless the file is what the manifest lists.
     """
@@ -127,7 +129,7 @@ def read_piece(
             _same_names(piece.name, set(file.keys()), set(piece.tensors))
             for name, spec in piece.tensors.items():
                 _same_spec(name, file.get_slice(name), spec)
-            return {name: _checked(name, read_weight(file, name, piece, quantization)) for name in wanted}
+            return {name: _checked(name, read_weight(file, name, piece, quantization), mapped) for name in wanted}
     except (SafetensorError, OSError) as error:
         raise ManifestError(f"{piece.name} cannot be read as safetensors: {str(error)[:120]}") from None
 
@@ -151,13 +153,16 @@ def assemble(
         rules = Canonical(skeleton, anatomy, span, numerics, stock=True)
     for piece, weights in _pieces_of(anatomy, span):
         tensors = source(piece, tuple(sorted({stored for _, stored in weights})))
+        lent: list[Lent] = []
         for name, stored in weights:
             device = placement.of_weight("tied" if name in anatomy.tied else anatomy.roles[name])
-            set_weight(skeleton.model, name, tensors[stored].to(device))
+            lent.append(Lent(skeleton.model, name, tensors[stored].to(device)))
         size = sum(tensor.nbytes for tensor in tensors.values())
         tensors.clear()  # so that a plain weight is free once it is packed
         if rules is not None:
             rules.fill({name for name, _ in weights})
+        while lent:
+            lent.pop().keep()
         if size >= WORTH_RELEASING:
             release_freed_memory()
     if passage.spread:
@@ -228,13 +233,18 @@ def _same_spec(name: str, found: Any, spec: TensorSpec) -> None:
         )
 
 
-def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of its own (the file may change after it was checked): finite fp32, or indices."""
+def _checked(name: str, tensor: torch.Tensor, mapped: bool) -> torch.Tensor:
+    """Finite fp32 in memory of its own, or indices. mapped: finite, as it is stored."""
     if tensor.dtype is torch.int64:
         return tensor.clone()
     if not tensor.is_floating_point():
         raise ManifestError(f"{name} is {tensor.dtype}; weights are floating point")
-    converted = tensor.to(torch.float32, copy=True)
-    if not all_finite(converted):
+    if not mapped or tensor.dtype not in _WIDENED:
+        tensor = tensor.to(torch.float32, copy=True)
+    if not all_finite(tensor):
         raise ManifestError(f"{name} holds NaN or infinity")
-    return converted
+    return tensor
+
+
+_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
+"""Formats of which every value is one of fp32."""

@@ -165,6 +165,24 @@ def set_weight(model: Any, name: str, value: torch.Tensor) -> None:
     _replace_tensor(model, name, value.to(getattr(model.get_submodule(owner), leaf).dtype))
 
 
+class Lent:
+    """A weight that stands in a model as it is stored, perhaps in the mapping of a file, until its module is packed."""
+
+    def __init__(self, model: Any, name: str, value: torch.Tensor) -> None:
+        owner, _, self._leaf = name.rpartition(".")
+        self._model, self._name, self._owner = model, name, model.get_submodule(owner)
+        self._dtype: torch.dtype = getattr(self._owner, self._leaf).dtype
+        _replace_tensor(model, name, value)
+
+    def keep(self) -> None:
+        """Where its module still holds it: in the model's dtype and memory of its own."""
+        owner, _, _ = self._name.rpartition(".")
+        held = self._owner._parameters.get(self._leaf, self._owner._buffers.get(self._leaf))
+        if held is None or held.is_meta or self._model.get_submodule(owner) is not self._owner:
+            return
+        _replace_tensor(self._model, self._name, held.detach().to(self._dtype, copy=held.device.type == "cpu"))
+
+
 def _replace_tensor(model: Any, name: str, value: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)

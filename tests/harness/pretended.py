@@ -38,9 +38,9 @@ class Pretended(torch.Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return self._device
 
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        held = self.held if dtype is None else self.held.to(dtype)
+        held = self.held.to(self.held.dtype if dtype is None else dtype, copy=copy)
         device = self._device if device is None else device
         return Pretended(held, device) if device.type == "cuda" else held
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import struct
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from harness import checkpoints
 from harness.checkpoints import Published, Session, published
@@ -20,7 +22,7 @@ from tallystick_model.loader import load_span, read_piece
 from tallystick_model.segments import Segment
 from tallystick_model.span import Execution
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded, CorruptResult, ManifestError
-from tallystick_protocol.manifest import Piece, TensorSpec
+from tallystick_protocol.manifest import Numerics, Piece, TensorSpec
 from tallystick_protocol.types import Span
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -55,6 +57,31 @@ CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "nan": (lambda tensors: tensors[NORM].__setitem__(3, float("nan")), "NaN"),
     "infinity": (lambda tensors: tensors[QUERY].__setitem__((1, 1), float("inf")), "NaN or infinity"),
 }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the system what is mapped")
+@pytest.mark.parametrize(
+    ("name", "numerics", "execution"),
+    [
+        ("llama", "fp32", "canonical"), ("llama", "bf16w", "canonical"), ("llama", "fp32", "stock"),
+        ("gpt2", "fp32", "canonical"), ("bert", "fp32", "canonical"), ("experts", "bf16w", "canonical"),
+    ],
+)  # fmt: skip
+def test_nothing_of_a_loaded_span_stays_in_the_mapping_of_its_pieces(
+    name: str, numerics: Numerics, execution: Execution, tmp_path: Path
+) -> None:
+    """What is mapped would change with the file, after it was checked."""
+    if name == "experts":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=3, vocab_size=320)
+        folder = checkpoints.save(MixtralForCausalLM, config, tmp_path / "checkpoint", 0, torch.bfloat16)
+    else:
+        folder = getattr(checkpoints, name)(tmp_path / "checkpoint")
+    served = published(folder, tmp_path, numerics=numerics)
+    span = served.load(Span(0, served.manifest.layers), execution)
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    del span
 
 
 @pytest.mark.parametrize("what", sorted(CHANGES))

@@ -125,6 +125,18 @@ def test_rolling_back_lowers_nothing_and_rows_computed_anew_are_due_again() -> N
     assert hop.rows_due == 52  # 20 stood, 12 were computed again
 
 
+def test_rows_taken_back_are_due_once_all_windows_have_passed_to_a_node_that_waits() -> None:
+    hop = remote()
+    hop.owe(receipt(0, 32), 0)
+    hop.owe(receipt(32, 64), 1)
+    hop.crop(32, computed=70)
+    assert [hop.due_to(windows) for windows in (0, 1)] == [0, 32]
+    remind(hop, owed=str(70 * UNIT), signed="0", at=32)
+    assert [hop.due_to(windows) for windows in (0, 1)] == [0, 70], "nothing while a window may still fail"
+    hop.owe(receipt(32, 64, revision=1), 1)
+    assert [hop.due_to(windows) for windows in (0, 1, 2)] == [0, 32, 102]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_what_is_due_is_what_a_node_computed_over_any_history(seed: int) -> None:
     coins = random.Random(seed)

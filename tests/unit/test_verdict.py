@@ -21,6 +21,7 @@ def test_what_one_session_cannot_vouch_for_the_whole_answer_cannot() -> None:
     stock.replaced.append((B, A, "unreachable"))
     assert merge([Verdict("audit"), moved]).moved == [A]
     assert merge([Verdict("audit"), stock]).unverifiable == [(B, Span(0, 1))]
+    assert merge([Verdict("audit"), Verdict("audit", unaudited=[(B, Span(0, 1))])]).unaudited == [(B, Span(0, 1))]
     assert merge([Verdict("audit")]).exact
     assert not merge([Verdict("audit"), moved]).exact and not merge([stock, Verdict("audit")]).exact
 

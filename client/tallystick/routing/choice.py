@@ -63,9 +63,8 @@ def foreign_auditors(
 
 
 def _independent(found: list[Candidate], route: list[Candidate], index: int) -> list[Candidate]:
-    judged = route[max(0, index - 1) : index + 1]
-    operators = {c.operator for c in judged} | {c.payee for c in judged}
-    return [c for c in found if c.operator not in operators and c.payee not in operators]
+    judged = owners(route[max(0, index - 1) : index + 1])
+    return [c for c in found if c.operator not in judged and c.payee not in judged]
 
 
 def checkable(candidates: list[Candidate], avoid: Collection[Address], across: bool = False) -> list[Candidate]:
@@ -79,3 +78,8 @@ def checkable(candidates: list[Candidate], avoid: Collection[Address], across: b
         if auditors(candidates, [candidate], 0, avoid)
         or (across and any(candidate.offer.numeric_class) and foreign_auditors(candidates, [candidate], 0, avoid))
     ]
+
+
+def owners(nodes: Iterable[Candidate]) -> set[Address]:
+    """Operators and payees: who may have no part in what checks these nodes, or runs beside them."""
+    return {owner for node in nodes for owner in (node.operator, node.payee)}

@@ -19,7 +19,7 @@ from tallystick.session.remote import Hearing, Remote
 from tallystick.session.results import Results
 from tallystick.session.sketching import Undecided
 from tallystick.verdict import Check
-from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError, Unreachable
+from tallystick_protocol.errors import LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sketching.thresholds import Zone
@@ -102,6 +102,10 @@ class Audit:
         self._flushed = 0
         self.wake()
 
+    def reopen(self) -> None:
+        """Compare again: the other party of a dispute has been replaced."""
+        self._disputed = False
+
     def judged_to(self) -> int:
         """Positions of the audited hop that were compared, and agreed."""
         receipts = self._session.hops[self.index].standing.receipts[: self.approved]  # fewer, if it is a new one
@@ -116,7 +120,7 @@ class Audit:
         self.results.take(remote.node, frame, lambda at: at < kept)
 
     def compare(self, hop: Remote) -> list[Check]:
-        """Compare every window that both have signed. Raises Disagreement, CorruptResult (the auditor's)."""
+        """Compare every window that both have signed. Raises Disagreement, and what else is wrong with the auditor."""
         self._take_receipts()
         if self._disputed:
             return []
@@ -133,7 +137,7 @@ class Audit:
                 self.approved = min(self.approved, window)
                 break
             if not same_work(claim, answer):
-                raise CorruptResult(f"the auditor {self.remote.node} worked on other rows", hop=self.remote.node)
+                raise LinkMismatch(f"the auditor {self.remote.node} worked on other rows", hop=self.remote.node)
             found = None
             if claim.numeric_class == answer.numeric_class:
                 if not agree(claim, answer):
@@ -259,7 +263,7 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
     )
     for candidate in session.openings.draw_auditors(audit.index, {audit.remote.node}):
         try:
-            answer = await _witness(session, audit.index, candidate, disagreement)
+            answer = await testify(session, audit.index, candidate, disagreement.hop)
         except TallystickError as error:
             log.info("%s cannot be a witness (%s)", candidate.node, error)
             continue
@@ -269,8 +273,12 @@ async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) 
     raise NoAuditor(f"no third node can say who is wrong about layers {hop.candidate.span}")
 
 
-async def _witness(session: Session, index: int, candidate: Candidate, disagreement: Disagreement) -> Work:
-    """What a third node answers for the disputed window; it is paid for its work."""
+async def testify(session: Session, index: int, candidate: Candidate, claim: Receipt) -> Work:
+    """What another node answers for the window that hop `index` claims; it is paid for its work.
+
+    Raises Unreachable, and what else goes wrong with that node or the hop before.
+    """
+    window = session.window_index(claim)
     remote = await session.openings.open_witness(candidate, index)
     heard: dict[int, Receipt] = {}
     changed = asyncio.Event()
@@ -278,21 +286,21 @@ async def _witness(session: Session, index: int, candidate: Candidate, disagreem
     remote.listen(
         Hearing(
             lambda _, receipt: heard.__setitem__(session.window_index(receipt), receipt),
-            lambda node, frame: results.take(node.node, frame, lambda at: at < disagreement.hop.last),
+            lambda node, frame: results.take(node.node, frame, lambda at: at < claim.last),
             changed.set,
         )
     )
     session.witnesses.add(remote)
     try:
-        await send_kept(session, index, remote, 0, disagreement.hop.last)
-        await remote.send(Frame(Kind.FLUSH, position=disagreement.hop.last))
+        await send_kept(session, index, remote, 0, claim.last)
+        await remote.send(Frame(Kind.FLUSH, position=claim.last))
         deadline = time.monotonic() + WITNESS_TIMEOUT_S
         checked = 0
         while True:
             if remote.failure is not None:
                 raise remote.failure
-            if checked > disagreement.window:
-                work = session.sketching.work(remote, disagreement.window, results.rows)
+            if checked > window:
+                work = session.sketching.work(remote, window, results.rows)
                 if work is not None:
                     return work
             receipt = heard.pop(checked, None)

@@ -16,6 +16,7 @@ from tallystick.session.auditing import Audit, Disagreement, arbitrate
 from tallystick.session.evidence import keep
 from tallystick.session.remote import Remote
 from tallystick.session.sketching import Undecided
+from tallystick.session.third import rule
 from tallystick.verdict import Check
 from tallystick_protocol.errors import CorruptResult, LinkMismatch, NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.receipts import Receipt
@@ -82,6 +83,8 @@ class Books:
             del pending[window]
             self.check_receipt(hop, receipt, window)
             check_input(receipt, upstream, session.input_rows(receipt.first, receipt.last))
+            if session.repair.succession.contradicts(index, hop, receipt, window):
+                return
             if index == len(session.hops) - 1:
                 check_output(receipt, session.result_rows(receipt.positions, session.results.rows))
             hop.owe(receipt, window)
@@ -123,6 +126,8 @@ class Books:
         audit = next((audit for audit in session.audits if audit.index == index), None)
         if audit is not None:
             rows = min(hop.due_to(audit.approved), session.sketching.payable(hop))
+        elif session.clearance is not None:
+            rows = min(hop.due_to(session.clearance(index)), session.sketching.payable(hop))
         elif index not in session.repair.unaudited:
             rows = session.sketching.payable(hop)
         await hop.pay(rows, session.setting.purse)
@@ -178,16 +183,30 @@ class Books:
         audit.remote.failure = audit.remote.failure or Unreachable("another auditor is asked", hop=audit.remote.node)
 
     async def _settle_dispute(self, audit: Audit, disagreement: Disagreement) -> None:
-        """Ask a third node; the verdict wakes whoever waits in `result` or `finish`."""
+        """Ask a third node, else compute it here; the verdict wakes whoever waits in `result` or `finish`."""
         session = self._session
         try:
-            ruling = await arbitrate(session, audit, disagreement)
+            try:
+                ruling = await arbitrate(session, audit, disagreement)
+            except NoAuditor as nobody:
+                log.info("%s", nobody)
+                ruling = await rule(session, audit, disagreement)
             if ruling.liar == session.hops[audit.index].node:
                 disagreement.evidence = await keep(session, audit.index, disagreement)
             disagreement.ruling = ruling
         except TallystickError as error:
             disagreement.failure = error
         session.wake()
+
+    def drop_dispute(self, index: int) -> None:
+        """Another node takes the place of a hop, perhaps in dispute: what that one had signed is held against what its
+        successor signs, and the auditor's word is compared with the successor's."""
+        if (arbitration := self.arbitrations.pop(index, None)) is not None:
+            arbitration.cancel()
+        self.disputes.pop(index, None)
+        for audit in self._session.audits:
+            if audit.index == index:
+                audit.reopen()
 
     def note_payment(self, remote: Remote, length: int | None = None) -> None:
         """A hop's session has ended: what was paid, withheld, and may be claimed. length: rows it got, if not all."""

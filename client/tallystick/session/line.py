@@ -120,6 +120,11 @@ class Line:
         if self._reader is None:
             self._reader = asyncio.create_task(read())
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the connection was cut, and there is no other one yet."""
+        return self._away
+
     # -- sending
 
     async def send(self, frame: Frame) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
+from tallystick.attribution import failed
 from tallystick.payments import Need
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors, draw, foreign_auditors, of_other_classes
@@ -93,6 +94,8 @@ class Openings:
         session = self._session
         lost = session.route[index]
         session.lost.add(lost.node)
+        if lost.node not in session.avoid:  # else it has been put down to something already
+            session.verdict.attributions.append(failed(error, lost.node, lost.span))
         if isinstance(error, Rejected):  # perhaps of an offer that it has replaced
             await self._look_again(lost)
         spare = self.stand_ins(index) or await self._await_node(index, error)

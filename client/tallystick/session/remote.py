@@ -134,6 +134,7 @@ class Remote:
         self.arrivals: dict[Receipt, int] = {}
         self.sealed: dict[Receipt, bytes] = {}
         self._fetched: list[Frame] | None = None
+        self._fetching = asyncio.Lock()
         self._claims = 0
         self._flush: Frame | None = None
         self._voucher: Frame | None = None
@@ -315,16 +316,17 @@ class Remote:
     async def fetch_kept(self, first: int, last: int) -> list[bytes]:
         """The outputs of [first, last) that the node has kept. Raises Unreachable, what it answers, and CorruptResult
         for other rows than those."""
-        self._fetched = []
-        try:
-            await self.command(Frame(Kind.FETCH, {"first": first, "last": last}))
-            rows: list[bytes] = []
-            for frame in self._fetched:
-                if frame.position != first + len(rows):
-                    break
-                rows += frame.rows()
-        finally:
-            self._fetched = None
+        async with self._fetching:
+            self._fetched = []
+            try:
+                await self.command(Frame(Kind.FETCH, {"first": first, "last": last}))
+                rows: list[bytes] = []
+                for frame in self._fetched:
+                    if frame.position != first + len(rows):
+                        break
+                    rows += frame.rows()
+            finally:
+                self._fetched = None
         if len(rows) != last - first:
             raise CorruptResult(f"{self.node} sent other rows than it was asked for", hop=self.node)
         return rows
@@ -405,8 +407,19 @@ class Remote:
         return Wei(self.base + charge(span, self.opening.num_layers, price, rows))
 
     def due_to(self, windows: int) -> int:
-        """Rows that are due when so many windows, from the first one on, have passed an audit."""
+        """Rows that are due when so many windows, from the first one on, have passed an audit.
+
+        A node that waits for money though all its windows have passed is also paid for rows that were taken back:
+        nobody can look at those any more, and without that it could not go on.
+        """
+        if self.waits_for_money and windows >= len(self.standing.receipts):
+            return self.rows_due
         return self.due_after.get(windows - 1, 0)
+
+    @property
+    def waits_for_money(self) -> bool:
+        """Whether the node says that a step waits for a voucher."""
+        return self._is_reminded or self.line.pong.unpaid
 
     async def pay(self, rows: int, purse: Purse) -> None:
         """Send a voucher that covers `rows` rows of this session, and what else the node has said that it waits for."""

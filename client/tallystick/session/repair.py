@@ -13,13 +13,23 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tallystick.admission import has_class
+from tallystick.attribution import Attribution, cause_of_difference, failed
 from tallystick.routing.candidates import Candidate
 from tallystick.session.auditing import Audit, Disagreement
 from tallystick.session.migration import FILL_TIMEOUT_S, Migration
 from tallystick.session.openings import LOOK_OUT_S
 from tallystick.session.remote import Remote
+from tallystick.session.succession import Succession
 from tallystick.verdict import Accusation, Check
-from tallystick_protocol.errors import ChainError, ConfigError, CorruptResult, NoAuditor, TallystickError
+from tallystick_protocol.errors import (
+    ChainError,
+    ConfigError,
+    CorruptResult,
+    LinkMismatch,
+    NoAuditor,
+    Overloaded,
+    TallystickError,
+)
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
 
@@ -48,6 +58,7 @@ class Repair:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self.succession = Succession(session)
         self._migration: Migration | None = None
         self._unmoved: set[int] = set()
         self._parted: set[tuple[str, str]] = set()
@@ -56,6 +67,11 @@ class Repair:
         self.unaudited: dict[int, float] = {}
         self._tried_at: dict[int, float] = {}
         self._pointed: dict[Remote, asyncio.Future[None]] = {}
+
+    @property
+    def joining(self) -> list[Candidate]:
+        """Who is being filled to take a hop's place."""
+        return [] if self._migration is None else [self._migration.candidate]
 
     def has_stand_in(self, index: int) -> bool:
         """Whether another node could take hop `index`'s place at once."""
@@ -74,6 +90,9 @@ class Repair:
             if disagreement.ruling is not None or disagreement.failure is not None:
                 await self._resolve(index, disagreement)
                 return True
+        if self.succession.contradiction is not None:
+            await self.succession.judge()
+            return True
         for index, hop in enumerate(self._session.hops):
             if hop.failure is not None:
                 await self._mend(index, hop.failure)
@@ -83,6 +102,8 @@ class Repair:
                 named = next(
                     (i for i, other in enumerate(self._session.hops) if other.node == error.fields.get("hop")), None
                 )
+                if named is not None and isinstance(error, LinkMismatch) and self.succession.is_open(named):
+                    return True  # it does not send what its predecessor did: receipts will say which of them lied
                 if named is not None and not self._is_believed(hop, error):
                     hop.failure = hop.failure or CorruptResult(f"{hop.node} complains of everybody", hop=hop.node)
                 elif named is not None:  # else it has been replaced meanwhile
@@ -91,16 +112,28 @@ class Repair:
                     await self._lose(named, error)
                 return True
         for audit in list(self._session.audits):
+            if audit.remote.failure is None and await self._session.feeding.hear(audit):
+                return True
             draining = audit.remote.is_draining and self._session.openings.draw_auditors(audit.index)
             if audit.remote.failure is not None or draining:
                 self._session.lost.add(audit.remote.node)
-                await self._change_auditor(audit)
+                self._note_failed(audit)
+                await self.change_auditor(audit)
                 return True
         for index, hop in enumerate(self._session.hops):
             if hop.is_draining and index not in self._unmoved and self.has_stand_in(index):
                 self.migrate(index, self._session.openings.stand_ins(index)[0], "draining")
         await self._find_auditors()
         return await self._finish_migration()
+
+    def _note_failed(self, audit: Audit) -> None:
+        """Put down why an auditor goes. Who was too busy is not gone for other sessions."""
+        failure, candidate = audit.remote.failure, audit.remote.candidate
+        if failure is None:
+            return
+        self._session.verdict.attributions.append(failed(failure, candidate.node, candidate.span))
+        if isinstance(failure, Overloaded):
+            self._session.busy.add(candidate.node)
 
     def _is_believed(self, hop: Remote, error: TallystickError) -> bool:
         """A hop says that another one sends or signs wrong rows: it is believed once. Who says the same of that one's
@@ -128,14 +161,14 @@ class Repair:
         wrong = failure.fields.get("wrong_from")
         known = len(self._session.ids)
         if (first := self.wrong_from.pop(self._session.hops[index], known)) < known:
-            await self._expel(index, 0 if self._session.one_shot else first // WINDOW * WINDOW, failure)
+            await self.expel(index, 0 if self._session.one_shot else first // WINDOW * WINDOW, failure)
         elif type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # the ring was fed with a false token
             self._session.hops[index].failure = None
-            await self._expel(index, wrong // WINDOW * WINDOW, failure)
+            await self.expel(index, wrong // WINDOW * WINDOW, failure)
         elif has_class(self._session.hops[index].candidate):
             await self._replace(index, failure)
         else:
-            await self._expel(index, 0, failure)
+            await self.expel(index, 0, failure)
 
     async def _replace(self, index: int, failure: TallystickError) -> None:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
@@ -146,6 +179,7 @@ class Repair:
             await asyncio.wait([self._migration.task], timeout=FILL_TIMEOUT_S)
             if await self._finish_migration():
                 return
+        self.succession.note(index, lost)
         session.farewells.drop(lost)
         await self.call_off()
         await session.openings.substitute(index, failure)
@@ -164,6 +198,7 @@ class Repair:
                 continue
             break
         session.openings.filled(index)
+        session.books.drop_dispute(index)
         session.hops[index] = remote
         session.attach(remote)
         await session.flush_again(remote)
@@ -178,7 +213,7 @@ class Repair:
         session = self._session
         for audit in list(session.audits):
             if not session.openings.may_audit(audit.remote.candidate, audit.index):
-                await self._change_auditor(audit)
+                await self.change_auditor(audit)
 
     # -- moving a hop while it serves
 
@@ -203,6 +238,8 @@ class Repair:
             return False
         session.route[index] = migration.candidate
         session.verdict.replaced.append((old.node, migration.candidate.node, migration.why))
+        self.succession.note(index, old)
+        session.books.drop_dispute(index)
         session.hops[index] = remote
         session.attach(remote)
         migration.hand_over()
@@ -224,6 +261,7 @@ class Repair:
 
     def forget(self, position: int) -> None:
         """Rows from `position` on were taken back, and whoever is being filled was told so."""
+        self.succession.forget(position)
         if self._migration is not None:
             self._migration.forget(position)
 
@@ -287,7 +325,8 @@ class Repair:
 
     async def _resolve(self, index: int, disagreement: Disagreement) -> None:
         """Act on a ruling: expel the hop (raises RolledBack), or change the auditor. Without a ruling, expel both."""
-        audit = next(audit for audit in self._session.audits if audit.index == index)
+        auditor = disagreement.auditor.node
+        audit = next((one for one in self._session.audits if (one.index, one.remote.node) == (index, auditor)), None)
         hop, ruling = self._session.hops[index], disagreement.ruling
         del self._session.books.disputes[index]
         window = disagreement.window
@@ -299,27 +338,38 @@ class Repair:
                 hop.candidate.span,
                 disagreement.hop.positions,
                 hop.node,
-                audit.remote.node,
-                passed if liar != audit.remote.node else None,
+                auditor,
+                passed if liar != auditor else None,
                 *(("hash",) if found is None else ("sketch", found.error, found.tolerance)),
             )
         )
+        span, positions = hop.candidate.span, disagreement.hop.positions
         if ruling is not None:
             self._session.verdict.accusations.append(
-                Accusation(
-                    ruling.liar, hop.candidate.span, disagreement.hop.positions, ruling.witnesses, disagreement.evidence
-                )
+                Accusation(ruling.liar, span, positions, ruling.witnesses, disagreement.evidence)
             )
-            self._session.avoid.add(ruling.liar)
-        else:
-            self._session.avoid |= {hop.node, *([] if disagreement.is_of_one else [audit.remote.node])}
-        if liar != hop.node:
-            await self._change_auditor(audit)
-        if liar != audit.remote.node:
+        avoided = {liar} if liar is not None else {hop.node} if disagreement.is_of_one else {hop.node, auditor}
+        failure = hop.failure or (audit.remote.failure if audit is not None else None)
+        self._session.avoid |= avoided
+        self._session.verdict.attributions.append(
+            Attribution(
+                cause_of_difference(failure, True, overruled=ruling is not None),
+                span,
+                "disagreement",
+                tuple(sorted(avoided)),
+                liar,
+                ruling.witnesses if ruling is not None else (),
+                positions,
+            )
+        )
+        if audit is not None and liar != hop.node:
+            await self.change_auditor(audit)
+        if liar != auditor:
             moves = not self.has_stand_in(index) and self._session.openings.admit_other_classes(index)
-            await self._expel(index, 0 if self._session.one_shot or moves else window * WINDOW)
+            await self.expel(index, 0 if self._session.one_shot or moves else window * WINDOW)
 
-    async def _change_auditor(self, audit: Audit) -> None:
+    async def change_auditor(self, audit: Audit) -> None:
+        """Another node audits from now on, from the beginning."""
         await audit.pause()
         self._session.audits.remove(audit)
         self._session.books.note_payment(audit.remote)
@@ -328,7 +378,8 @@ class Repair:
         await self._find_auditors()
 
     async def _find_auditors(self) -> None:
-        """Open an auditor for each hop that has lost its own. Raises NoAuditor when there was none for too long."""
+        """Open an auditor for each hop that has lost its own. Raises NoAuditor when there was none for too long; under
+        `audit`, only after a disagreement that nobody could settle."""
         now = time.monotonic()
         for index, deadline in list(self.unaudited.items()):
             if now - self._tried_at.get(index, 0.0) < LOOK_OUT_S:
@@ -337,19 +388,40 @@ class Repair:
                 await self._session.openings.open_audit(index)
                 del self.unaudited[index]
                 self._tried_at.pop(index, None)
-            except NoAuditor:
+            except NoAuditor as nobody:
                 if now > deadline:
-                    raise
+                    if self._session.verdict.policy != "audit" or self._session.verdict.is_undecided:
+                        raise
+                    self._session.note_unaudited(index, nobody)
+                    del self.unaudited[index]
+                    continue
                 await self._session.openings.look_out()
                 self._tried_at[index] = time.monotonic()
 
-    async def _expel(self, index: int, position: int, why: TallystickError | None = None) -> None:
+    async def expel(self, index: int, position: int, why: TallystickError | None = None) -> None:
         """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""
         log.warning("%s is replaced; rolling back to position %d", self._session.hops[index].node, position)
         liar = self._session.hops[index]
+        await self._take_back(position, liar)
+        if liar in self._session.hops:
+            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
+            await self._replace(index, why or lie)
+        for audit in self._session.audits:
+            audit.start()
+        raise RolledBack(position)
+
+    async def roll_back(self, position: int) -> None:
+        """Have everybody forget the rows from `position` on: they came of a lie. Raises RolledBack."""
+        await self._take_back(position, None)
+        for audit in self._session.audits:
+            audit.start()
+        raise RolledBack(position)
+
+    async def _take_back(self, position: int, but: Remote | None) -> None:
+        """Crop everybody, but one hop that is going to be replaced, and what is known of rows from `position` on."""
 
         def others() -> list[Remote]:
-            return [hop for hop in self._session.hops if hop is not liar]  # any of them may be replaced meanwhile
+            return [hop for hop in self._session.hops if hop is not but]  # any of them may be replaced meanwhile
 
         await self._session.until(
             lambda: all(hop.standing.covered >= position for hop in others()), SETTLE_TIMEOUT_S, "receipts"
@@ -368,12 +440,6 @@ class Repair:
                 audit.remote.failure = audit.remote.failure or error
         self._session.books.disputes = {}
         self._session.forget(position)
-        if liar in self._session.hops:
-            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
-            await self._replace(index, why or lie)
-        for audit in self._session.audits:
-            audit.start()
-        raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
         epoch = self._session.epoch
@@ -383,6 +449,7 @@ class Repair:
         except TallystickError as error:  # it is replaced in its turn
             hop.failure = hop.failure or error
         hop.crop(position, computed)
+        hop.told = [error for error in hop.told if not isinstance(error, LinkMismatch)]  # about rows that are void now
         self._session.books.pending[hop] = {}
 
 

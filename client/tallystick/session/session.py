@@ -18,6 +18,7 @@ from tallystick.routing.monitor import Monitor
 from tallystick.session.auditing import Audit
 from tallystick.session.books import Books
 from tallystick.session.farewells import Farewells
+from tallystick.session.feeding import Feeding
 from tallystick.session.openings import Openings
 from tallystick.session.remote import Hearing, Remote
 from tallystick.session.repair import SETTLE_TIMEOUT_S, Repair
@@ -28,10 +29,7 @@ from tallystick.session.setting import Setting
 from tallystick.session.sketching import Sketching
 from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
-from tallystick_protocol.errors import (
-    TallystickError,
-    Unreachable,
-)
+from tallystick_protocol.errors import NoAuditor, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import Address, Positions, SessionId, window_of
@@ -46,7 +44,8 @@ class Session:
     """An open route. Use `open`, then `feed` and `result`, then `finish`; always `close`.
 
     avoid: nodes that lied or are banned; lost: those that failed; hearsay: those of them that failed by another node's
-    word alone; busy: that had no room for an audit.
+    word alone; busy: that had no room for an audit. apart: nodes that may not take part for another reason. clearance:
+    how many windows of a hop may be paid, where that depends on more than its auditor.
     """
 
     def __init__(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> None:
@@ -64,6 +63,8 @@ class Session:
         self.audits: list[Audit] = []
         self.repair = Repair(self)
         self.openings = Openings(self)
+        self.apart: Callable[[], set[Address]] = set
+        self.clearance: Callable[[int], int] | None = None
         self.attempt = 0
         self.epoch = 0
         self.witnesses: set[Remote] = set()
@@ -71,6 +72,7 @@ class Session:
         self.ring: Ring | None = None
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self.books = Books(self)
+        self.feeding = Feeding(self)
         self.rewinding = Rewinding(self)
         self.sketching = Sketching(self)
         self._flushed = -1
@@ -95,13 +97,18 @@ class Session:
 
     @property
     def unfit(self) -> set[Address]:
-        """Nodes that take no part: those that lied or are banned, and those that were lost."""
-        return self.avoid | self.lost
+        """Nodes that take no part: those that lied or are banned, those that were lost, and those to be kept apart."""
+        return self.avoid | self.lost | self.apart()
 
     @property
     def nodes(self) -> set[Address]:
         """Nodes that take part in the route."""
         return {candidate.node for candidate in self.route}
+
+    @property
+    def routes(self) -> list[list[Candidate]]:
+        """Its one route."""
+        return [list(self.route)]
 
     @property
     def rewinds(self) -> bool:
@@ -220,11 +227,8 @@ class Session:
         )
 
     def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
-        """Rows for the auditor of hop `index` did not come: refusing to send them is failing, as the hop before."""
-        feeder = self.hops[index - 1] if index else None
-        at_fault = feeder if feeder is not None and error.fields.get("hop") == feeder.node else auditor
-        at_fault.failure = at_fault.failure or error
-        self.wake()
+        """Rows for the auditor of hop `index` did not come: `Feeding.blame`."""
+        self.feeding.blame(index, auditor, error)
 
     def input_rows(self, first: int, last: int) -> list[bytes]:
         """What the client sends for positions [first, last): u32 little-endian ids."""
@@ -268,6 +272,11 @@ class Session:
             if isinstance(outcome, TallystickError):
                 log.info("a session ended without a farewell (%s)", outcome)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether every row is signed, judged and paid."""
+        return self._all_settled()
+
     def _all_settled(self) -> bool:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
@@ -281,10 +290,21 @@ class Session:
         return [*self.hops, *(audit.remote for audit in self.audits)]
 
     async def audit_at_end(self, index: int) -> None:
-        """Audit one hop over the whole session after it was signed."""
-        await self.openings.open_audit(index)
+        """Audit one hop over the whole session after it was signed. Where nobody can, the verdict says so."""
+        try:
+            await self.openings.open_audit(index)
+        except NoAuditor as nobody:
+            self.note_unaudited(index, nobody)
+            return
         self.wake()
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
+
+    def note_unaudited(self, index: int, nobody: NoAuditor) -> None:
+        """Nobody can recompute what a hop did, which is delivered, and paid: under `audit` no more is promised."""
+        log.warning("%s", nobody)
+        one = (self.hops[index].node, self.hops[index].candidate.span)
+        if one not in self.verdict.unaudited:
+            self.verdict.unaudited.append(one)
 
     async def close(self) -> None:
         """Close every hop. What is signed and checked has been paid before."""

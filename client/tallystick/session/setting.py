@@ -15,7 +15,7 @@ from tallystick.routing.suspicions import Suspicions
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
-from tallystick_protocol.receipts import Context, rows_root
+from tallystick_protocol.receipts import Context, Receipt, rows_root
 from tallystick_protocol.signing import Domain, Key
 from tallystick_protocol.types import Digest, Span, Wei
 from tallystick_protocol.vouchers import charge
@@ -57,8 +57,9 @@ class Setting:
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
     reputation: learns what its nodes deliver; suspicions: which pairs of nodes of different classes disagree a little,
-    again and again. numeric_class: the only one that hops may be of. keep_evidence: stores a
-    bundle against a hop that was found wrong, and returns its CID; None: none is gathered.
+    again and again. numeric_class: the only one that hops may be of. keep_evidence: stores a bundle against a hop that
+    was found wrong, and returns its CID; None: none is gathered. recompute: from a bundle and the receipt that it is
+    about, the output's root as the client computes it, or NoAuditor; None: it does not.
     """
 
     peers: Peers
@@ -82,6 +83,7 @@ class Setting:
     sketches: Sketches = "auto"
     numeric_class: Digest | None = None
     keep_evidence: Callable[[bytes], str] | None = None
+    recompute: Callable[[bytes, Receipt], Awaitable[Digest]] | None = None
 
     @property
     def one_shot(self) -> bool:

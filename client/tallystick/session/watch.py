@@ -98,6 +98,10 @@ class Watch:
         self._answered = max(self._answered, last + 1)
         self._observe(len(self._session.ids))
 
+    def excuse(self) -> None:
+        """The client itself is at work, and nobody is held up but by it."""
+        self.moved_at = time.monotonic()
+
     def forget(self, length: int) -> None:
         """Rows from `length` on were taken back."""
         self._answered = min(self._answered, length)

@@ -161,8 +161,10 @@ def merge(verdicts: list[Verdict]) -> Verdict:
         total.receipts += verdict.receipts
         total.checks += verdict.checks
         total.accusations += verdict.accusations
+        total.attributions += verdict.attributions
         total.replaced += verdict.replaced
         total.unverifiable += verdict.unverifiable
+        total.unaudited += verdict.unaudited
         total.moved += verdict.moved
         for node, paid in verdict.paid.items():
             total.paid[node] = type(paid)(total.paid.get(node, 0) + paid)

@@ -91,6 +91,7 @@ def _full(answers: Answers[Any]) -> dict[str, Any]:
         "results": [_plain(result) for result in answers],
         "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answers.route],
         "verify": verdict.policy,
+        "verdict": verdict.to_json(),
         "receipts": verdict.receipts,
         "checks": {"passed": verdict.passed, "failed": verdict.failed},
         "caught": [accusation.node for accusation in verdict.accusations],

@@ -133,9 +133,9 @@ class RoundedEmbedding(nn.Module):
     weight: torch.Tensor
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """weight: (rows, width), fp32."""
+        """weight: (rows, width), as it is stored; it is copied."""
         super().__init__()
-        self.register_buffer("weight", weight.bfloat16(), persistent=False)
+        self.register_buffer("weight", weight.to(torch.bfloat16, copy=True), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight).float()

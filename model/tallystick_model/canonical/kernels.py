@@ -87,8 +87,7 @@ class CanonicalLinear(nn.Module):
         numerics: Numerics = "fp32",
         packs: bool = True,
     ) -> None:
-        """weight: (out, in), bias (out,), fp32; the weight is copied into the packed layout. packs: if this machine
-        can."""
+        """weight: (out, in), bias (out,), as they are stored; both are copied. packs: if this machine can."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.rounds = numerics == "bf16w"
@@ -97,10 +96,10 @@ class CanonicalLinear(nn.Module):
         if self.rounds:
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
         if self.packed is not None:
-            bias = None if bias is None else bias.to(self.packed)
+            bias = None if bias is None else bias.to(self.packed, copy=True)
             kept = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.packed), PACKING_HINT)
         else:
-            bias = None if bias is None else bias.float()
+            bias = None if bias is None else bias.to(torch.float32, copy=True)
             kept = F.pad(weight.float(), (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
         self.register_buffer("weight", kept, persistent=False)
         self.bias = bias

@@ -25,7 +25,7 @@ from tallystick_model.kept_classes import KeptClasses
 from tallystick_model.loader import load_span
 from tallystick_model.numeric_class import STOCK
 from tallystick_model.span import Execution, SpanModel
-from tallystick_node.config import process_environment
+from tallystick_node.config import NodeConfig, process_environment
 from tallystick_node.jury.judging import Finding, needs_spread
 from tallystick_node.jury.measuring import INFINITE, dense_error, logits_error, rows_error
 from tallystick_node.planning.measure import check_memory
@@ -48,8 +48,8 @@ CHUNKS = (96, 64)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to judge. pieces: the file of each piece of the span, by its CID. memory: bytes for weights; 0: what is
-    free."""
+    """What to judge. pieces: the file of each piece of the span, by its CID. class_cache: "" for the nodes' usual one.
+    memory: bytes for weights; 0: what is free."""
 
     evidence: str
     receipt: str
@@ -89,7 +89,8 @@ def examine(job: Job) -> Finding:
 def _examine(job: Job, evidence: Evidence, manifest: Manifest) -> Finding:
     accused, bundle = evidence.accused, evidence.bundle
     check_memory(manifest, accused.span, job.memory)
-    own = KeptClasses(Path(job.class_cache), process_environment()).find(manifest).numeric_class
+    classes = Path(job.class_cache) if job.class_cache else NodeConfig.model_fields["class_cache"].default.expanduser()
+    own = KeptClasses(classes, process_environment()).find(manifest).numeric_class
     same = own == accused.numeric_class and own != STOCK
     model = _load(job, manifest, evidence, "canonical" if own != STOCK else "stock")
     work = Work(model, evidence, manifest)

@@ -17,6 +17,7 @@ from tallystick_protocol.errors import (
     BadPosition,
     BadTensor,
     ContextLengthExceeded,
+    LinkMismatch,
     TallystickError,
     Unauthorized,
 )
@@ -71,7 +72,7 @@ class Steps:
                 hop.fed_by.confirm(hop.record, frame.position, rows)
                 hop.signer.wake()
             with self._of_whom(channel):
-                known = hop.record.new_rows(frame.position, rows)
+                known = self._known(frame.position, rows, pushed=channel is not None and not by_ring)
             if known and not take(frame.body, "confirm", bool, False):
                 repeated = Positions(frame.position, frame.position + known)
                 _, before = hop.record.outputs(repeated)
@@ -82,6 +83,17 @@ class Steps:
             hop.fed_by.fed(frame.position)
         if known < len(rows):
             await self._compute(frame.position + known, rows[known:], want[known:], epoch)
+
+    def _known(self, position: int, rows: list[bytes], pushed: bool) -> int:
+        """How many of these rows are there already. Raises BadPosition; LinkMismatch where the previous hop now sends
+        other bytes than those that a row was computed on: one of its two stories is false."""
+        hop = self._hop
+        try:
+            return hop.record.new_rows(position, rows)
+        except BadPosition as error:
+            if not pushed or position > len(hop.record):
+                raise
+            raise LinkMismatch(error.message, hop=hop.previous) from None
 
     @contextmanager
     def _of_whom(self, channel: Channel | None) -> Iterator[None]:

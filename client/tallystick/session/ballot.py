@@ -1,0 +1,38 @@
+"""Who says what about the same work, and which output two at least have signed and nothing else as many: pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from tallystick_protocol.receipts import Receipt
+from tallystick_protocol.types import Address, Digest
+
+
+@dataclass(slots=True)
+class Ballot:
+    """Outputs that were signed for the same work, and by whom."""
+
+    votes: dict[Digest, list[Address]] = field(default_factory=dict)
+
+    def cast(self, receipt: Receipt) -> None:
+        self.add(Digest(receipt.output), receipt.node)
+
+    def add(self, output: Digest, witness: Address) -> None:
+        """A witness that signs nothing: the client itself."""
+        self.votes.setdefault(output, []).append(witness)
+
+    @property
+    def won(self) -> Digest | None:
+        """What two at least have signed, and more than have signed anything else."""
+        return winner(self.votes)
+
+
+def winner(votes: Mapping[Digest, Collection[Address]]) -> Digest | None:
+    """The output of which two nodes at least say that it is right, and more than of any other."""
+    ranked = sorted(votes, key=lambda output: -len(votes[output]))
+    if not ranked or len(votes[ranked[0]]) < 2:
+        return None
+    if len(ranked) > 1 and len(votes[ranked[1]]) == len(votes[ranked[0]]):
+        return None
+    return ranked[0]
