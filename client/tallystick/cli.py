@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tallystick.calibration import cli as calibration
 from tallystick.channels import cli as channels
 from tallystick.client import AsyncClient, Settings
 from tallystick.court import cli as court
@@ -169,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     publish.add_argument("--no-register", action="store_true", help="do not record it on chain")
     publish.set_defaults(command=_publish)
+
+    calibration.add(commands, _registrar, _sources)
 
     content = commands.add_parser("content", help="serve what `publish` put into a store, so that nodes can fetch it")
     content.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))

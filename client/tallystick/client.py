@@ -32,6 +32,7 @@ from tallystick.routing.planner import as_whole
 from tallystick.routing.reputation import Reputation
 from tallystick.routing.route import Route, choose, route_over
 from tallystick.routing.survey import PER_LAYER
+from tallystick.routing.suspicions import Suspicions
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick.session.setting import Setting, Sides, Sketches
@@ -134,6 +135,8 @@ class AsyncClient(Tasks):
         self.prefixes = Prefixes()
         self._purse = Purse(self.chain, key, self.settings.max_cost)
         self.reputation = Reputation(self.settings.cache.expanduser() / "reputation.json")
+        self.suspicions = Suspicions(self.settings.cache.expanduser() / "suspicions.json")
+        self.banned |= self.suspicions.avoided()
         self._checked = False
 
     async def __aenter__(self) -> AsyncClient:
@@ -145,6 +148,7 @@ class AsyncClient(Tasks):
     async def close(self) -> None:
         await self.network.close()
         await asyncio.to_thread(self.reputation.save)
+        await asyncio.to_thread(self.suspicions.save)
         await self._peers.close()
 
     async def generate(self, prompt: str, **options: Any) -> Answer:
@@ -476,8 +480,11 @@ class AsyncClient(Tasks):
         return self.settings.sketches != "off" and self.settings.wire == "f32"
 
     def ban(self, verdict: Verdict) -> None:
-        """Never again use the nodes that a verdict accuses."""
+        """Never again use the nodes that a verdict accuses, nor those that many sessions speak against."""
         self.banned |= {accusation.node for accusation in verdict.accusations}
+        for node in self.suspicions.avoided() - self.banned:
+            self.banned.add(node)
+            self.settings.notify(f"{node} is avoided: it differs from two others a little, again and again")
 
     def _setting(
         self,
@@ -513,6 +520,7 @@ class AsyncClient(Tasks):
             ),
             work=self._workload(manifest, 0, max_length),
             reputation=self.reputation,
+            suspicions=self.suspicions,
             sketches=self.settings.sketches,
             numeric_class=self.settings.numeric_class,
             keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
@@ -568,15 +576,19 @@ class AsyncClient(Tasks):
         return session
 
     async def finish(self, session: Session | Agreement, verify: Policy) -> None:
-        """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed."""
+        """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed;
+        that of a node under suspicion always is."""
         await session.finish()
         if isinstance(session, Agreement):
             await session.take_leave()
             return
         if verify == "audit" and not session.has_audits:
-            coin = secrets.SystemRandom()
-            if coin.random() < self.settings.audit_probability:
-                await session.audit_at_end(coin.randrange(len(session.route)))
+            coin, route = secrets.SystemRandom(), session.route
+            suspect = [index for index, hop in enumerate(route) if self.suspicions.is_suspect(hop.node, hop.span)]
+            if session.sketching.is_on and suspect:
+                await session.audit_at_end(coin.choice(suspect))
+            elif coin.random() < self.settings.audit_probability:
+                await session.audit_at_end(coin.randrange(len(route)))
         await session.take_leave()
         setting = session.setting
         is_plain = setting.top_k and setting.sides.memory is None and not session.sketching.is_on

@@ -77,7 +77,7 @@ async def list_models(chain: Chain, store: Path, sources: Sequence[str]) -> list
             serving = await asyncio.to_thread(chain.serving, record.id)
             nodes = [source for node in serving[:8] for source in node.contact.sources]
             local = LocalStore(store) if store.is_dir() else None
-            desk = _Desk(local, [*sources, *nodes], Path(folder))
+            desk = Desk(local, [*sources, *nodes], Path(folder))
             manifest = None
             with suppress(TallystickError):
                 path = await desk.file(Cid(Codec.RAW, record.manifest), MAX_BYTES)
@@ -136,7 +136,7 @@ async def verify_model(text: str, store: Path, sources: Sequence[str], *, deep: 
         raise ConfigError(f"{text[:80]!r} is not the CID of a manifest ({error.message})") from None
     report = Report(str(cid), deep=deep)
     with tempfile.TemporaryDirectory(prefix="tallystick-verify-") as folder:
-        desk = _Desk(LocalStore(store) if store.is_dir() else None, sources, Path(folder))
+        desk = Desk(LocalStore(store) if store.is_dir() else None, sources, Path(folder))
         inspection = _Inspection(report, desk)
         manifest = await inspection.manifest(cid)
         if manifest is not None:
@@ -145,7 +145,7 @@ async def verify_model(text: str, store: Path, sources: Sequence[str], *, deep: 
     return report
 
 
-class _Desk:
+class Desk:
     """Files on the table for a look: from a local store, else from a source through a store that goes afterwards."""
 
     def __init__(self, store: LocalStore | None, sources: Sequence[str], folder: Path) -> None:
@@ -175,7 +175,7 @@ class _Desk:
 
 
 class _Inspection:
-    def __init__(self, report: Report, desk: _Desk) -> None:
+    def __init__(self, report: Report, desk: Desk) -> None:
         self._report, self._desk = report, desk
 
     async def manifest(self, cid: Cid) -> Manifest | None:
