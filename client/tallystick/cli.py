@@ -216,8 +216,11 @@ async def _generate(options: argparse.Namespace) -> int:
             speculate=named(options.speculate),
             mode=options.mode,
         )
-        print(options.prompt, end="", flush=True)
+        begun = False
         async for event in stream:
+            if not begun:  # behind an error that comes before anything else, the prompt would only be in the way
+                print(options.prompt, end="", flush=True)
+                begun = True
             show(event)
         print()
         answer = stream.answer

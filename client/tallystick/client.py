@@ -51,7 +51,7 @@ from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
-from tallystick_protocol.types import Address, Digest, Span, Wei
+from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 from tallystick_protocol.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class AsyncClient(Tasks):
         self._purse = Purse(self.chain, key, self.settings.max_cost)
         self.reputation = Reputation(self.settings.cache.expanduser() / "reputation.json")
         self.suspicions = Suspicions(self.settings.cache.expanduser() / "suspicions.json")
-        self.banned |= self.suspicions.avoided()
+        self._told: set[Address] = set()
         self._checked = False
 
     async def __aenter__(self) -> AsyncClient:
@@ -322,7 +322,7 @@ class AsyncClient(Tasks):
             max_length=min(max_length, manifest.max_length, MAX_ROWS),
             verdict=verdict,
             audit_probability=self.settings.audit_probability,
-            avoid=self.banned,
+            avoid=self.shunned(record.id),
         )
         return Passes(workshop, route)
 
@@ -375,7 +375,7 @@ class AsyncClient(Tasks):
             for route in routes
         ]
         for session in sessions:
-            session.avoid |= self.banned
+            session.avoid |= self.shunned(record.id)
         agreed = Agreement(sessions, verdict)
         try:
             await agreed.open()
@@ -389,14 +389,14 @@ class AsyncClient(Tasks):
     ) -> tuple[Survey, list[list[Candidate]]]:
         """The nodes there are, and `count` routes that share no owner, of one numeric class. Raises NoRoute."""
         work, enough = self._workload(manifest, prompt, new), max(PER_LAYER, count + 1)
-        wanted = self.settings.numeric_class
+        wanted, shunned = self.settings.numeric_class, self.shunned(record.id)
 
         def find(usable: list[Candidate]) -> list[Candidate]:
-            return choose(usable, work, stack, avoid=self.banned, numeric_class=wanted).hops
+            return choose(usable, work, stack, avoid=shunned, numeric_class=wanted).hops
 
         async def attempt(fresh: bool) -> tuple[Survey, list[list[Candidate]]]:
-            survey = self._informed(await self.network.survey(record, self.banned, fresh, enough), whole=False)
-            return survey, disjoint([c for c in survey.candidates if c.node not in self.banned], count, find)
+            survey = self._informed(await self.network.survey(record, shunned, fresh, enough), whole=False)
+            return survey, disjoint([c for c in survey.candidates if c.node not in shunned], count, find)
 
         try:
             return await attempt(fresh=False)
@@ -407,9 +407,10 @@ class AsyncClient(Tasks):
         self, setting: Setting, planned: list[Candidate], ids: Sequence[int], verify: Policy
     ) -> tuple[Prefix | None, int, list[Candidate]]:
         """An earlier session that began with the same ids, how many, and its nodes, if they are still good enough."""
-        usable = [c for c in setting.candidates if c.node not in self.banned]
+        shunned = self.shunned(setting.manifest.model_id)
+        usable = [c for c in setting.candidates if c.node not in shunned]
         if verify == "full":
-            usable = checkable(usable, self.banned, self._compares)
+            usable = checkable(usable, shunned, self._compares)
         if (wanted := self.settings.numeric_class) is not None:
             usable = [c for c in usable if c.offer.numeric_class == wanted]
         for held, shared in self.prefixes.find(setting.form, ids):
@@ -432,11 +433,12 @@ class AsyncClient(Tasks):
 
         prompt, new: positions that are given, and tokens that are expected. whole: of nodes that serve all they offer.
         """
-        survey = self._informed(await self.network.survey(record, self.banned), whole)
+        shunned = self.shunned(record.id)
+        survey = self._informed(await self.network.survey(record, shunned), whole)
         try:
             return survey, self._route(survey, manifest, stack, verify, prompt, new)
         except NoRoute:
-            survey = self._informed(await self.network.survey(record, self.banned, fresh=True), whole)
+            survey = self._informed(await self.network.survey(record, shunned, fresh=True), whole)
             return survey, self._route(survey, manifest, stack, verify, prompt, new)
 
     async def route(
@@ -445,7 +447,8 @@ class AsyncClient(Tasks):
         """The route that a session over a model's first stack would take at present, with standbys. Raises NoRoute."""
         record, manifest = await self.model(model)
         survey, hops = await self.plan(record, manifest, manifest.stack_of(Span(0, 1)), verify, prompt, new)
-        return manifest, route_over(survey.candidates, hops, self._workload(manifest, prompt, new), self.banned)
+        work = self._workload(manifest, prompt, new)
+        return manifest, route_over(survey.candidates, hops, work, self.shunned(record.id))
 
     def _informed(self, survey: Survey, whole: bool) -> Survey:
         """The nodes with what is expected of them after what was seen of them."""
@@ -459,18 +462,19 @@ class AsyncClient(Tasks):
         self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy, prompt: int, new: int
     ) -> list[Candidate]:
         settings, work = self.settings, self._workload(manifest, prompt, new)
+        shunned = self.shunned(manifest.model_id)
 
         def find(usable: list[Candidate]) -> list[Candidate]:
             if verify == "full":
                 for across in (False, True) if self._compares else (False,):
                     try:
-                        return among(checkable(usable, self.banned, across))
+                        return among(checkable(usable, shunned, across))
                     except NoRoute:
                         continue  # then opening says which span nobody else can recompute
             return among(usable)
 
         def among(usable: list[Candidate]) -> list[Candidate]:
-            return choose(usable, work, stack, avoid=self.banned, numeric_class=settings.numeric_class).hops
+            return choose(usable, work, stack, avoid=shunned, numeric_class=settings.numeric_class).hops
 
         return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)
 
@@ -480,11 +484,16 @@ class AsyncClient(Tasks):
         return self.settings.sketches != "off" and self.settings.wire == "f32"
 
     def ban(self, verdict: Verdict) -> None:
-        """Never again use the nodes that a verdict accuses, nor those that many sessions speak against."""
+        """Never again use the nodes that a verdict accuses."""
         self.banned |= {accusation.node for accusation in verdict.accusations}
-        for node in self.suspicions.avoided() - self.banned:
-            self.banned.add(node)
+
+    def shunned(self, model: ModelId) -> set[Address]:
+        """Nodes that are not used for a model: those banned, and those that many of its windows speak against."""
+        slow = self.suspicions.avoided(model)
+        for node in slow - self._told:
+            self._told.add(node)
             self.settings.notify(f"{node} is avoided: it differs from two others a little, again and again")
+        return self.banned | slow
 
     def _setting(
         self,
@@ -497,7 +506,7 @@ class AsyncClient(Tasks):
         sides: Sides | None = None,
     ) -> Setting:
         async def look_again() -> list[Candidate]:
-            survey = await self.network.survey(record, self.banned, fresh=True)
+            survey = await self.network.survey(record, self.shunned(record.id), fresh=True)
             return list(self._informed(survey, whole=False).candidates)
 
         return Setting(
@@ -567,7 +576,7 @@ class AsyncClient(Tasks):
     async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
         note_stock(verdict, route)
         session = Session(setting, route, verdict)
-        session.avoid |= self.banned
+        session.avoid |= self.shunned(setting.manifest.model_id)
         try:
             await session.open(list(range(len(route))) if verdict.policy == "full" else [])
         except BaseException:
@@ -584,7 +593,8 @@ class AsyncClient(Tasks):
             return
         if verify == "audit" and not session.has_audits:
             coin, route = secrets.SystemRandom(), session.route
-            suspect = [index for index, hop in enumerate(route) if self.suspicions.is_suspect(hop.node, hop.span)]
+            model, suspicions = session.setting.manifest.model_id, self.suspicions
+            suspect = [i for i, hop in enumerate(route) if suspicions.is_suspect(model, hop.node, hop.span)]
             if session.sketching.is_on and suspect:
                 await session.audit_at_end(coin.choice(suspect))
             elif coin.random() < self.settings.audit_probability:

@@ -29,10 +29,15 @@ class Entry:
     record: ModelRecord
     manifest: Manifest | None
 
+    @property
+    def cid(self) -> Cid:
+        """Of the manifest."""
+        return Cid(Codec.RAW, self.record.manifest)
+
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "id": "0x" + self.record.id.hex(),
-            "manifest": str(Cid(Codec.RAW, self.record.manifest)),
+            "manifest": str(self.cid),
             "layers": self.record.layers,
         }
         manifest = self.manifest
@@ -58,7 +63,7 @@ class Entry:
             amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
             said = ", ".join((known.task, said, known.numerics, f"{weights_of(known)} weights", amount, known.licence))
         name = "(its manifest is not found)" if known is None else known.name
-        return [f"0x{self.record.id.hex()}", f"  {name}: {said}"]
+        return [f"0x{self.record.id.hex()}", f"  {name}: {said}", f"  manifest {self.cid}"]
 
 
 def weights_of(manifest: Manifest) -> str:

@@ -106,4 +106,4 @@ async def test_a_cheater_that_no_audit_convicts_is_avoided_after_a_few_sessions(
         met = cheater.address in {lost for lost, _, _ in verdict.replaced}
     assert not met and 1 < sessions <= 7, "four windows with each of two auditors, one a session"
     remembered = Suspicions(mixed.net.settings().cache / "suspicions.json")
-    assert remembered.avoided() == {cheater.address}
+    assert remembered.avoided(mixed.model) == {cheater.address}

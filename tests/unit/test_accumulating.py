@@ -17,7 +17,7 @@ from tallystick_protocol.errors import ManifestError
 from tallystick_protocol.manifest import Manifest, Margin
 from tallystick_protocol.sketching.accumulating import BETS, ERROR, MEANS, Capital, Level, level, scores
 from tallystick_protocol.sketching.thresholds import thresholds
-from tallystick_protocol.types import Digest, Span
+from tallystick_protocol.types import Digest, ModelId, Span
 
 SPAN = Span(0, 2)
 
@@ -142,12 +142,14 @@ def test_an_uncalibrated_level_is_not_below_what_is_clear_and_its_full_score_not
 # -- what a client remembers
 
 
+MODEL = ModelId(bytes([170]) * 32)
 HOP, OTHER, FIRST, SECOND = (samples.address(name) for name in ("hop", "other hop", "one", "two"))
 
 
 def pair(hop: str, auditor: str, span: Span = SPAN, operator: str | None = None) -> Pair:
     one, other = samples.address(hop), samples.address(auditor)
-    return Pair("aa", span, Side(one, one), Side(other, other if operator is None else samples.address(operator)))
+    owner = other if operator is None else samples.address(operator)
+    return Pair(MODEL.hex(), span, Side(one, one), Side(other, owner))
 
 
 def rows(number: int) -> Digest:
@@ -162,18 +164,19 @@ def disagree(book: Suspicions, one: Pair, windows: int = 6) -> None:
 def test_who_disagrees_with_two_other_operators_is_avoided_and_they_are_not() -> None:
     book = Suspicions()
     disagree(book, pair("cheater", "one"))
-    assert book.avoided() == set(), "one of the two, but which?"
+    assert book.avoided(MODEL) == set(), "one of the two, but which?"
     disagree(book, pair("cheater", "two", operator="one"))
-    assert book.avoided() == set(), "one operator is one voice"
+    assert book.avoided(MODEL) == set(), "one operator is one voice"
     disagree(book, pair("cheater", "three"))
-    assert book.avoided() == {samples.address("cheater")}
+    assert book.avoided(MODEL) == {samples.address("cheater")}
+    assert book.avoided(ModelId(bytes(32))) == set(), "of another model, whose thresholds somebody else wrote"
 
 
 def test_an_auditor_that_lies_is_the_one_that_is_avoided() -> None:
     book = Suspicions()
     for hop in ("one", "two", "three"):
         disagree(book, pair(hop, "liar"))
-    assert book.avoided() == {samples.address("liar")}
+    assert book.avoided(MODEL) == {samples.address("liar")}
 
 
 def test_two_cheaters_over_the_same_layers_do_not_make_their_auditors_suspect() -> None:
@@ -181,19 +184,19 @@ def test_two_cheaters_over_the_same_layers_do_not_make_their_auditors_suspect() 
     for cheater in ("bad", "worse"):
         for auditor in ("one", "two", "three"):
             disagree(book, pair(cheater, auditor))
-    assert book.avoided() == {samples.address("bad"), samples.address("worse")}
+    assert book.avoided(MODEL) == {samples.address("bad"), samples.address("worse")}
     tied = Suspicions()
     for cheater in ("bad", "worse"):
         for auditor in ("one", "two"):
             disagree(tied, pair(cheater, auditor))
-    assert tied.avoided() == set(), "two against two: nobody can say"
+    assert tied.avoided(MODEL) == set(), "two against two: nobody can say"
 
 
 def test_pairs_over_other_layers_do_not_add_up() -> None:
     book = Suspicions()
     disagree(book, pair("hop", "one", Span(0, 2)))
     disagree(book, pair("hop", "two", Span(2, 4)))
-    assert book.avoided() == set()
+    assert book.avoided(MODEL) == set()
 
 
 def test_the_same_rows_count_once() -> None:
@@ -209,8 +212,8 @@ def test_the_same_rows_count_once() -> None:
 def test_a_suspect_is_one_before_it_is_avoided() -> None:
     book, one = Suspicions(), pair("hop", "one")
     disagree(book, one, 2)
-    assert book.is_suspect(one.hop.node, SPAN) and not book.of(one).is_conclusive
-    assert not book.is_suspect(one.auditor.node, SPAN) and not book.is_suspect(one.hop.node, Span(2, 4))
+    assert book.is_suspect(MODEL, one.hop.node, SPAN) and not book.of(one).is_conclusive
+    assert not book.is_suspect(MODEL, one.auditor.node, SPAN) and not book.is_suspect(MODEL, one.hop.node, Span(2, 4))
 
 
 def test_it_is_kept_merged_and_forgotten(tmp_path: Path) -> None:
@@ -222,12 +225,12 @@ def test_it_is_kept_merged_and_forgotten(tmp_path: Path) -> None:
     first.save()
     second.save()
     third = Suspicions(path, lambda: now[0])
-    assert third.avoided() == {samples.address("cheater")} and len(third) == 2
+    assert third.avoided(MODEL) == {samples.address("cheater")} and len(third) == 2
     assert third.of(pair("cheater", "one")).windows == 6
     third.note(pair("cheater", "two"), rows(0), (1.0, 1.0))
     assert third.of(pair("cheater", "two")).windows == 6, "its rows are known"
     now[0] += FORGOTTEN_AFTER_S + 1
-    assert third.avoided() == set() and third.of(pair("cheater", "one")) == Capital()
+    assert third.avoided(MODEL) == set() and third.of(pair("cheater", "one")) == Capital()
     third.save()
     assert len(Suspicions(path, lambda: now[0])) == 0
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tallystick_protocol.sketching.accumulating import BETS, Capital
-from tallystick_protocol.types import Address, Digest, Span
+from tallystick_protocol.types import Address, Digest, ModelId, Span
 
 log = logging.getLogger(__name__)
 
@@ -90,24 +90,27 @@ class Suspicions:
         record = self._records.get(pair)
         return Capital() if record is None or self._is_old(record) else record.capital
 
-    def is_suspect(self, node: Address, span: Span) -> bool:
+    def is_suspect(self, model: ModelId, node: Address, span: Span) -> bool:
         """Whether a node should be audited more often: some pair of it leans towards a disagreement."""
         return any(
-            pair.span == span and node == pair.hop.node and record.capital.is_suspect
+            pair.model == model.hex() and pair.span == span and node == pair.hop.node and record.capital.is_suspect
             for pair, record in self._records.items()
             if not self._is_old(record)
         )
 
-    def avoided(self) -> set[Address]:
-        """Nodes that disagree for good with nodes of WITNESSES other operators over the same layers.
+    def avoided(self, model: ModelId) -> set[Address]:
+        """Nodes that disagree for good with nodes of WITNESSES other operators over the same layers of a model. Not of
+        others: a manifest may say that errors must be less than honest ones are, and who writes one is anybody.
 
         Who disagrees with most is named first, and its pairs count against nobody else then: else each honest node
         would be one of two whom two cheaters contradict. Where the numbers are equal nobody is named.
         """
-        spans: dict[tuple[str, Span], list[tuple[Side, Side]]] = {}
+        spans: dict[Span, list[tuple[Side, Side]]] = {}
         for pair, record in self._records.items():
+            if pair.model != model.hex():
+                continue
             if record.capital.is_conclusive and not self._is_old(record) and pair.hop.operator != pair.auditor.operator:
-                spans.setdefault((pair.model, pair.span), []).append((pair.hop, pair.auditor))
+                spans.setdefault(pair.span, []).append((pair.hop, pair.auditor))
         return {node for pairs in spans.values() for node in _named(pairs)}
 
     def save(self) -> None:
