@@ -92,6 +92,22 @@ contract CourtTest is CourtWorld {
         assertEq(court.bondFor(node, opened), BOND);
     }
 
+    function test_who_is_in_jail_sits_in_no_jury_of_the_next_epoch() public {
+        vm.warp(START + stale);
+        staking.jail(juror(0));
+        assertEq(court.cases(open("first", block.timestamp, EVIDENCE_CID)).units, 120);
+        vm.warp(block.timestamp + epoch);
+        Receipt memory r = receiptOf("second", block.timestamp);
+        bytes memory signature = signed(r);
+        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 96, 120));
+        vm.prank(accuser);
+        court.open(r, signature, EVIDENCE_CID);
+        vm.prank(juror(0));
+        staking.beat();
+        vm.warp(block.timestamp + epoch);
+        assertEq(court.cases(open("third", block.timestamp, EVIDENCE_CID)).units, 120);
+    }
+
     function test_the_digest_is_what_nodes_sign() public view {
         Receipt memory r = receiptOf("session", opened);
         string memory kind = "Receipt(address node,bytes32 model,bytes32 numericClass,bytes32 session,uint32 attempt,"

@@ -183,6 +183,28 @@ contract GovernanceTest is CourtWorld {
         outOfBounds(5000, (1 << 16) + 10_000, (1 << 16) + 10_000, 2500, 40_000);
     }
 
+    function testFuzz_rates_stay_within_their_bounds(uint256 bond, uint256 unit, bool near) public {
+        if (near) (bond, unit) = (within(bond, 1200, 5050), within(unit, 2450, 40_050));
+        bool allowed = 1250 <= bond && bond <= 5000 && 2500 <= unit && unit <= 40_000;
+        vm.prank(address(timelock));
+        try court.setRates(bond, unit) {
+            require(allowed, "out of bounds");
+            (uint256 foundBond, uint256 foundUnit) = court.rates();
+            assertEq(foundBond, bond);
+            assertEq(foundUnit, unit);
+        } catch {
+            require(!allowed, "refused without a reason");
+        }
+    }
+
+    function testFuzz_it_calls_nobody_else(address target, bytes calldata data) public {
+        if (target == address(court) || target == address(timelock)) return;
+        announce(target, data);
+        vm.warp(block.timestamp + notice);
+        vm.expectRevert(abi.encodeWithSelector(Timelock.OnlyTheCourt.selector, target, address(court)));
+        timelock.execute(target, 0, data, 0, 0);
+    }
+
     function test_the_bond_of_the_next_case_changes() public {
         assertEq(court.bondFor(node, opened), 50 ether);
         set(1250, 10_000);
