@@ -154,15 +154,13 @@ contract Court is ICourt {
         require(_offences[offence] != Offence.Convicted, SessionClosed(accused, receipt.session));
         // No truncation: all units together are fewer than 2^24, and a bond is less than the token's cap.
         uint256 units = STAKING.totalUnitsAt(block.timestamp) - STAKING.unitsAt(accused, block.timestamp);
-        Rates memory current = _rates;
-        uint256 least = MIN_UNITS * current.unitBps / BPS;
-        require(units >= least, TooFewUnits(units, least));
+        require(units >= MIN_UNITS, TooFewUnits(units, MIN_UNITS));
         uint256 bond = bondFor(accused, receipt.time) << _count(digest);
         require(bond != 0, NothingToWin(accused));
 
         (c.accuser, c.openedAt, c.signedAt) = (msg.sender, uint48(block.timestamp), receipt.time);
         (c.accused, c.purse, c.offence) = (accused, uint96(bond), offence);
-        (c.units, c.unitBps, c.beacon) = (uint24(units), current.unitBps, current.beacon);
+        (c.units, c.unitBps, c.beacon) = (uint24(units), _rates.unitBps, _rates.beacon);
         emit Opened(id, accused, msg.sender, digest, evidence, bond);
         _seed(id, c);
         STAKING.hold(accused, true);

@@ -74,7 +74,7 @@ struct Record {
 /// @param seedBlock its prevrandao is this round's seed.
 /// @param commitEnd until when this round's seats may commit.
 /// @param tally this round's seats by vote, 16 bits each, guilty lowest, in the order of `Vote`.
-/// @param unitBps what a seat answers with, in 1/10,000 of Staking's UNIT.
+/// @param unitBps what a seat's fine is a thousandth of, in 1/10,000 of Staking's UNIT.
 /// @param beacon the number of the beacon that tells its seeds.
 /// @param earlier the tallies of the rounds before, added up.
 struct Case {
@@ -210,11 +210,11 @@ interface ICourt {
     /// @notice Blocks for which the chain remembers hashes.
     function HEADERS() external view returns (uint256);
 
-    /// @notice The least units outside the accused's for which there is a Court, times `unitBps`.
+    /// @notice The least units outside the accused's for which there is a Court.
     function MIN_UNITS() external view returns (uint256);
 
     /// @notice For cases opened from now on: `bondBps`, the bond as a part of the slash that it may bring, 1,250 to 5,000 (twice
-    /// the bounty); `unitBps`, what a seat answers with in parts of Staking's UNIT, 2,500 to 40,000. In 1/10,000. Only the
+    /// the bounty); `unitBps`, what a seat's fine is a thousandth of, as a part of Staking's UNIT, 2,500 to 40,000. In 1/10,000. Only the
     /// governor.
     function setRates(uint256 bondBps, uint256 unitBps) external;
 

@@ -69,7 +69,7 @@ contract CourtHandler is CourtWorld {
             tried.push(t);
         } catch {
             bool reason = convictions[t.session] != 0 || closed[court.digestOf(r)] || bond == 0;
-            reason = reason || block.timestamp >= t.time + terms.evidence || outside() < terms.minUnits * t.unitBps / 10_000;
+            reason = reason || block.timestamp >= t.time + terms.evidence || outside() < terms.minUnits;
             require(reason, "refused without a reason");
         }
     }

@@ -214,16 +214,19 @@ contract GovernanceTest is CourtWorld {
         assertEq(token.balanceOf(address(court)), 12.5 ether);
     }
 
-    function test_the_unit_moves_the_least_stake_of_a_jury() public {
-        set(5000, 10_001); // 120.012 units are 120 still
-        open("first", opened, EVIDENCE_CID);
-        set(5000, 10_084);
+    /// 60,000 tokens outside the accused's are the least, whatever is set.
+    function test_the_unit_moves_neither_seats_nor_the_least_jury() public {
+        set(5000, 40_000);
+        bytes32 id = open("first", opened, EVIDENCE_CID);
+        assertEq(court.cases(id).units, 120);
+        set(5000, 2500);
+        vm.prank(juror(0));
+        staking.unbond(unitSize);
+        vm.warp(opened + epoch);
         bytes memory signature = signed(receiptOf("second", opened));
-        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 120, 121));
+        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 119, 120));
         vm.prank(accuser);
         court.open(receiptOf("second", opened), signature, EVIDENCE_CID);
-        set(5000, 2500);
-        open("second", opened, EVIDENCE_CID);
     }
 
     // Cases that are open
