@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tallystick.calibration import cli as calibration
 from tallystick.channels import cli as channels
-from tallystick.client import AsyncClient, Settings
+from tallystick.client import AsyncClient
 from tallystick.court import cli as court
 from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
@@ -26,6 +26,7 @@ from tallystick.progress import ProgressBar
 from tallystick.publishing import check_can_register, cut, register, serve_content
 from tallystick.routing import cli as routing
 from tallystick.session.setting import SKETCHES
+from tallystick.settings import Settings
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick.verdict import POLICIES
