@@ -340,3 +340,17 @@ async def generate(
                 await steps.start(known)
     finally:
         await steps.close()
+
+
+async def audit_at_end(session: Session, index: int, prompt: list[int], ids: list[int]) -> list[int]:
+    """Have a hop audited behind an answer's last token; what that takes back is generated again. Returns the tokens."""
+    count = len(ids)
+    while True:
+        try:
+            if not session.has_audits:
+                await session.audit_at_end(index)
+            await session.finish()
+            return ids
+        except RolledBack as back:
+            kept = max(back.position + 1 - len(prompt), 0)
+            ids = ids[:kept] + await generate(session, prompt + ids[:kept], count - kept)
