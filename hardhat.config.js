@@ -1,3 +1,4 @@
+import { readdirSync } from "node:fs";
 import { createRequire } from "node:module";
 
 const require = createRequire(import.meta.url);
@@ -20,7 +21,7 @@ const viaIR = !process.env.TALLYSTICK_QUICK_BUILD;
 const small = { ...production, settings: { ...production.settings, optimizer, viaIR } };
 // The tests run the contracts' production artifacts; they themselves are compiled quickly.
 const fast = { ...solc, settings: { optimizer: { enabled: false }, evmVersion: "cancun" } };
-const tests = ["Beacon", "Court", "CourtInvariants", "Emissions", "Escrow", "Gas", "Models", "Staking", "Token", "Vectors"];
+const tests = readdirSync(new URL("contracts/test", import.meta.url)).filter((name) => name.endsWith(".t.sol"));
 
 // At night: more runs of everything that is fuzzed.
 const factor = Number(process.env.TALLYSTICK_FUZZ_FACTOR ?? 1);
@@ -30,7 +31,7 @@ export default {
     compilers: [viaIR ? production : small],
     overrides: {
       "contracts/Court.sol": small,
-      ...Object.fromEntries(tests.map((name) => [`contracts/test/${name}.t.sol`, fast])),
+      ...Object.fromEntries(tests.map((name) => [`contracts/test/${name}`, fast])),
     },
   },
   test: {

@@ -17,9 +17,12 @@ import {IToken} from "./interfaces/IToken.sol";
 /// (C5) nobody is slashed without two thirds of the votes on the merits (all but abstentions), and those are of at least
 /// half of the expected seats; within EVIDENCE at most CAP_BPS;
 /// (C6) a case has at most three rounds; once drawn, each ends by time alone, and one that is never drawn can be ruled;
-/// (C7) fines burn whole: nobody gains by another's silence or error.
+/// (C7) fines burn whole: nobody gains by another's silence or error;
+/// (C8) the governor moves bond and unit within ROOM and names the next beacon, and nothing else; a case keeps to its end
+/// the bond, the unit and the beacon that it was opened with.
 ///
-/// TOKEN, STAKING and BEACON are our own and call nobody else, so there is no reentrancy to guard against.
+/// TOKEN and STAKING are our own and call nobody else, and a beacon is only asked to look: there is no reentrancy to guard
+/// against.
 contract Court is ICourt {
     /// @dev What happened in a session of a node.
     enum Offence {
@@ -34,6 +37,13 @@ contract Court is ICourt {
         uint8 cases;
     }
 
+    /// @dev What the governor sets, for cases opened from then on; beacon: its number.
+    struct Rates {
+        uint16 bondBps;
+        uint16 unitBps;
+        uint16 beacon;
+    }
+
     bytes32 private constant RECEIPT_TYPEHASH = keccak256(
         "Receipt(address node,bytes32 model,bytes32 numericClass,bytes32 session,uint32 attempt,uint16 start,"
         "uint16 end,uint32 first,uint32 last,uint32 revision,bytes32 context,bytes32 input,bytes32 output,bytes32 previous,"
@@ -44,7 +54,12 @@ contract Court is ICourt {
     uint256 private constant REPEAT_BPS = 1000;
     uint256 private constant CAP_BPS = 3000;
     uint256 private constant LAST_ROUND = 2;
-    /// @dev A seat's fine is a thousandth of the unit behind it, in however many addresses the units lie.
+    /// @dev At first, and at most, half of the slash: twice the bounty.
+    uint256 private constant BOND_BPS = 5000;
+    uint256 private constant UNIT_BPS = BPS;
+    /// @dev The governor moves neither by more than this factor.
+    uint256 private constant ROOM = 4;
+    /// @dev A seat's fine is a thousandth of what it answers with, in however many addresses the stake lies.
     uint256 private constant FINE_PART = 1000;
     /// @dev The part of the bond that pays the jurors of a case without a loser.
     uint256 private constant FEE_PART = 10;
@@ -56,7 +71,7 @@ contract Court is ICourt {
 
     IStaking public immutable STAKING;
     IToken public immutable TOKEN;
-    IBeacon public immutable BEACON;
+    address public immutable GOVERNOR;
     uint256 public immutable EVIDENCE;
     uint256 public immutable COMMIT;
     uint256 public immutable REVEAL;
@@ -65,7 +80,7 @@ contract Court is ICourt {
     uint256 public immutable LOOKAHEAD;
     uint256 public immutable HEADERS;
     uint256 public immutable MIN_UNITS;
-    uint256 private immutable FINE;
+    uint256 private immutable UNIT;
 
     mapping(bytes32 id => Case) private _cases;
     mapping(bytes32 id => mapping(uint256 round => mapping(address juror => Ballot))) private _ballots;
@@ -74,11 +89,13 @@ contract Court is ICourt {
     mapping(bytes32 receipt => Docket) private _dockets;
     mapping(bytes32 offence => Offence) private _offences;
     mapping(address node => Record) private _records;
+    mapping(uint256 number => IBeacon) public beacons;
+    Rates private _rates;
 
-    constructor(IStaking staking, IBeacon beacon, Terms memory terms) {
+    constructor(IStaking staking, IBeacon first, address governor, Terms memory terms) {
         STAKING = staking;
         TOKEN = staking.TOKEN();
-        BEACON = beacon;
+        GOVERNOR = governor;
         EVIDENCE = terms.evidence;
         COMMIT = terms.commit;
         REVEAL = terms.reveal;
@@ -87,13 +104,39 @@ contract Court is ICourt {
         LOOKAHEAD = terms.lookahead;
         HEADERS = terms.headers;
         MIN_UNITS = terms.minUnits;
-        FINE = staking.UNIT() / FINE_PART;
+        UNIT = staking.UNIT();
+        _rates = Rates(uint16(BOND_BPS), uint16(UNIT_BPS), 0);
+        beacons[0] = first;
         uint256 trial = (LAST_ROUND + 1) * (COMMIT + REVEAL) + LAST_ROUND * APPEAL;
         (uint256 unbonding, uint256 remembered) = (staking.UNBONDING(), 6 * staking.EPOCH());
         require(unbonding >= EVIDENCE + trial, TooShortUnbonding(unbonding, EVIDENCE + trial));
         // A day more than the trial: its rounds wait for headers.
         trial += staking.EPOCH();
         require(trial <= remembered, TooLongTrial(trial, remembered));
+    }
+
+    modifier onlyGovernor() {
+        require(msg.sender == GOVERNOR, NotGovernor(msg.sender, GOVERNOR));
+        _;
+    }
+
+    // The governor
+
+    /// @inheritdoc ICourt
+    function setRates(uint256 bondBps, uint256 unitBps) external onlyGovernor {
+        _checkRate(bondBps, BOND_BPS / ROOM, BOND_BPS);
+        _checkRate(unitBps, UNIT_BPS / ROOM, UNIT_BPS * ROOM);
+        (_rates.bondBps, _rates.unitBps) = (uint16(bondBps), uint16(unitBps));
+        emit RatesSet(bondBps, unitBps);
+    }
+
+    /// @inheritdoc ICourt
+    function setBeacon(IBeacon next) external onlyGovernor {
+        require(address(next).code.length != 0, NoBeacon(address(next)));
+        uint16 number = _rates.beacon + 1;
+        _rates.beacon = number;
+        beacons[number] = next;
+        emit BeaconSet(number, next);
     }
 
     // The parties
@@ -116,7 +159,8 @@ contract Court is ICourt {
         require(bond != 0, NothingToWin(accused));
 
         (c.accuser, c.openedAt, c.signedAt) = (msg.sender, uint48(block.timestamp), receipt.time);
-        (c.accused, c.purse, c.offence, c.units) = (accused, uint96(bond), offence, uint24(units));
+        (c.accused, c.purse, c.offence) = (accused, uint96(bond), offence);
+        (c.units, c.unitBps, c.beacon) = (uint24(units), _rates.unitBps, _rates.beacon);
         emit Opened(id, accused, msg.sender, digest, evidence, bond);
         _seed(id, c);
         STAKING.hold(accused, true);
@@ -147,7 +191,7 @@ contract Court is ICourt {
         Case storage c = _inState(id, State.Open);
         uint256 round = c.round;
         // Cases that share a block differ by their id.
-        bytes32 seed = keccak256(abi.encode(BEACON.randao(c.seedBlock, header), id, round));
+        bytes32 seed = keccak256(abi.encode(beacons[c.beacon].randao(c.seedBlock, header), id, round));
         uint48 commitEnd = uint48(block.timestamp + COMMIT);
         seeds[id][round] = seed;
         (c.state, c.commitEnd) = (State.Drawn, commitEnd);
@@ -235,7 +279,7 @@ contract Court is ICourt {
         require(!ballot.settled, HasSettled(juror));
         ballot.settled = true;
         uint256 pay = _agrees(vote, verdict) ? seats * c.purse : 0;
-        uint256 fine = _opposes(vote, verdict) ? seats * FINE : 0;
+        uint256 fine = _opposes(vote, verdict) ? seats * _fine(c) : 0;
         emit Settled(id, round, juror, pay, fine);
         if (pay != 0) TOKEN.transfer(STAKING.payeeOf(juror), pay);
         if (fine != 0) STAKING.slash(juror, fine, 0, address(0));
@@ -254,7 +298,7 @@ contract Court is ICourt {
         ballot.fined += uint16(silent);
         emit Silent(id, round, juror, silent);
         // Nothing for who reports it: silence can be provoked by cases about nothing.
-        STAKING.slash(juror, silent * FINE, 0, address(0));
+        STAKING.slash(juror, silent * _fine(c), 0, address(0));
     }
 
     // Views
@@ -277,6 +321,16 @@ contract Court is ICourt {
     /// @inheritdoc ICourt
     function records(address node) external view returns (Record memory) {
         return _records[node];
+    }
+
+    /// @inheritdoc ICourt
+    function rates() external view returns (uint256 bondBps, uint256 unitBps) {
+        return (_rates.bondBps, _rates.unitBps);
+    }
+
+    /// @inheritdoc ICourt
+    function beacon() external view returns (IBeacon) {
+        return beacons[_rates.beacon];
     }
 
     /// @inheritdoc ICourt
@@ -309,8 +363,7 @@ contract Court is ICourt {
 
     /// @inheritdoc ICourt
     function bondFor(address node, uint256 signedAt) public view returns (uint256) {
-        // Twice the bounty, which is a quarter of the slash.
-        return STAKING.nodes(node).stake * _slashBps(_records[node], signedAt) / BPS / 2;
+        return STAKING.stakeOf(node) * _slashBps(_records[node], signedAt) / BPS * _rates.bondBps / BPS;
     }
 
     /// @inheritdoc ICourt
@@ -343,6 +396,10 @@ contract Court is ICourt {
         require(from <= block.timestamp && block.timestamp < until, OutOfTime(block.timestamp, from, until));
     }
 
+    function _checkRate(uint256 rate, uint256 least, uint256 most) private pure {
+        require(least <= rate && rate <= most, OutOfBounds(rate, least, most));
+    }
+
     function _checkSigned(address node, bytes32 digest, bytes calldata signature) private view {
         (address signer, ECDSA.RecoverError err,) = ECDSA.tryRecoverCalldata(digest, signature);
         require(err == ECDSA.RecoverError.NoError && STAKING.nodeOf(signer) == node, NotSigned(signer, node));
@@ -363,6 +420,11 @@ contract Court is ICourt {
             require(i == 0 || seats[i] > seats[i - 1], BadSeats());
             require(seats[i] < units && _wins(seed, juror, seats[i], threshold), NoSeat(juror, seats[i]));
         }
+    }
+
+    /// What a seat of this case is fined.
+    function _fine(Case storage c) private view returns (uint256) {
+        return UNIT * c.unitBps / BPS / FINE_PART;
     }
 
     function _juror() private view returns (address) {
@@ -479,7 +541,7 @@ contract Court is ICourt {
         if (bps != 0) record.slashedAt = uint48(block.timestamp);
         record.slashedBps += uint16(bps);
         (_offences[offence], _records[accused]) = (Offence.Convicted, record);
-        uint256 amount = STAKING.nodes(accused).stake * bps / BPS;
+        uint256 amount = STAKING.stakeOf(accused) * bps / BPS;
         return STAKING.slash(accused, amount, amount / 2, address(this));
     }
 

@@ -9,7 +9,8 @@ import {IToken} from "./interfaces/IToken.sol";
 /// @dev Invariants:
 /// (M1) a node's reward for an epoch is less than the fees that it burned in it, and is paid once;
 /// (M2) all rewards of an epoch are at most its budget and GAMMA_BPS of the fees burned in it;
-/// (M3) all budgets together fit what the token had left to mint at deployment.
+/// (M3) nothing is paid to a node in jail;
+/// (M4) all budgets together fit what the token had left to mint at deployment.
 ///
 /// TOKEN, STAKING and ESCROW are our own and call nobody else, so there is no reentrancy to guard against.
 contract Emissions is IEmissions {
@@ -48,6 +49,7 @@ contract Emissions is IEmissions {
         uint256 newest = block.timestamp / EPOCH;
         require(epoch < newest, Early(epoch, newest));
         require(!claimed[epoch][node], Claimed(epoch, node));
+        require(!STAKING.isJailed(node), InJail(node));
         uint256 own = ESCROW.burnedBy(epoch, node);
         require(own != 0, NothingBurned(epoch, node));
         uint256 all = ESCROW.burned(epoch);

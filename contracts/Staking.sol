@@ -14,22 +14,23 @@ import {IToken} from "./interfaces/IToken.sol";
 /// (S4) a slash takes no more than asked and no more than the stake, and burns at least half;
 /// (S5) without slashes, stake(t') >= active(t) for every t' < t + UNBONDING;
 /// (S6) nothing is withdrawn while held;
-/// (S7) unitsAt is what the node had at the epoch's beginning, totalUnitsAt the sum of it over all nodes.
+/// (S7) unitsAt is what the node had at the epoch's beginning, totalUnitsAt the sum of it over all nodes;
+/// (S8) a jailed node has no weight, and nobody is jailed within STALE of its last sign of life.
 ///
 /// TOKEN is our own and calls nobody, so there is no reentrancy to guard against. Its cap is below 2^90, so that amounts
-/// fit 104 bits once they have been transferred.
+/// fit 96 bits once they have been transferred.
 contract Staking is IStaking, EIP712 {
     /// @dev `past` holds `units` at the beginning of epoch `since`, the last in which they changed, in its lowest BITS, and
     /// at the beginnings of the epochs before in the next ones.
     struct Total {
         uint24 units;
         uint32 since;
-        uint168 past;
+        uint152 past;
     }
 
     bytes32 private constant BIND_TYPEHASH = keccak256("Bind(address node,uint256 deadline)");
     uint256 private constant MAX_ENDPOINT = 256;
-    uint8 private constant BITS = 24;
+    uint256 private constant BITS = 21;
     uint256 private constant BOUNDARIES = 7;
 
     IToken public immutable TOKEN;
@@ -39,25 +40,35 @@ contract Staking is IStaking, EIP712 {
     uint256 public immutable UNIT;
     uint256 public immutable UNBONDING;
     uint256 public immutable EPOCH;
+    uint256 public immutable STALE;
 
     mapping(address node => Node) private _nodes;
     Total private _total;
     mapping(bytes32 model => uint256) public weights;
     mapping(address signer => address node) public nodeOf;
 
-    constructor(IToken token, IModels models, address slasher, uint256 minStake, uint256 unbonding, uint256 epoch)
-        EIP712("Tallystick", "1")
-    {
+    constructor(
+        IToken token,
+        IModels models,
+        address slasher,
+        uint256 minStake,
+        uint256 unbonding,
+        uint256 epoch,
+        uint256 stale
+    ) EIP712("Tallystick", "1") {
         // Half of the least stake, so that a fine does not cost a node its only unit.
         UNIT = minStake / 2;
         uint256 units = token.CAP() / UNIT;
         require(units < 1 << BITS, TooManyUnits(units, (1 << BITS) - 1));
+        // Else a node could be jailed before its next beat is due.
+        require(stale > epoch, TooShortStale(stale, epoch));
         TOKEN = token;
         MODELS = models;
         SLASHER = slasher;
         MIN_STAKE = minStake;
         UNBONDING = unbonding;
         EPOCH = epoch;
+        STALE = stale;
     }
 
     modifier onlySlasher() {
@@ -74,9 +85,10 @@ contract Staking is IStaking, EIP712 {
         require(remaining >= MIN_STAKE, TooLittle(remaining, MIN_STAKE));
         uint256 before = _active(n);
         // No truncation: an amount above the token's cap fails in the transfer.
-        n.stake += uint104(amount);
+        uint96 all = n.stake + uint96(amount);
+        n.stake = all;
         _reweigh(n, before);
-        emit Staked(node, msg.sender, amount, n.stake);
+        emit Staked(node, msg.sender, amount, all);
         TOKEN.transferFrom(msg.sender, address(this), amount);
     }
 
@@ -107,19 +119,25 @@ contract Staking is IStaking, EIP712 {
         address operator
     ) external {
         Node storage n = _nodes[msg.sender];
-        uint104 bonded = n.stake - n.leaving;
+        uint256 bonded = n.stake - n.leaving;
         uint256 layers = MODELS.layersOf(model);
         // No check for a bound signer: without one nobody can be shown a signature, so nobody will pay.
         require(start < end && end <= layers, BadRange(start, end, layers));
         require(bonded != 0 && bonded >= MIN_STAKE, TooLittle(bonded, MIN_STAKE));
         require(endpoint.length <= MAX_ENDPOINT, EndpointTooLong(endpoint.length, MAX_ENDPOINT));
-        if (n.model != model) {
-            if (n.model != 0) weights[n.model] -= bonded;
-            else _count(n, 0, bonded / UNIT);
+        (n.start, n.end, n.seenAt) = (start, end, uint40(block.timestamp));
+        (bytes32 old, bool jailed) = (n.model, n.jailed);
+        if (old != model || jailed) {
+            uint256 before = jailed || old == 0 ? 0 : bonded;
+            if (before != 0) weights[old] -= before;
             weights[model] += bonded;
             n.model = model;
+            if (jailed) {
+                n.jailed = false;
+                emit Freed(msg.sender);
+            }
+            _count(n, before / UNIT, bonded / UNIT);
         }
-        (n.start, n.end) = (start, end);
         emit Serving(msg.sender, model, start, end, operator, price, endpoint);
     }
 
@@ -131,8 +149,8 @@ contract Staking is IStaking, EIP712 {
         uint256 remaining = bonded - amount;
         require(remaining == 0 || remaining >= MIN_STAKE, TooLittle(remaining, MIN_STAKE));
         uint256 before = _active(n);
-        n.leaving += uint104(amount);
-        n.leaveAt = uint48(block.timestamp + UNBONDING);
+        n.leaving += uint96(amount);
+        n.leaveAt = uint40(block.timestamp + UNBONDING);
         _reweigh(n, before);
         emit Unbonding(msg.sender, amount, n.leaving, n.leaveAt);
     }
@@ -146,6 +164,36 @@ contract Staking is IStaking, EIP712 {
         (n.stake, n.leaving) = (n.stake - n.leaving, 0);
         emit Withdrawn(msg.sender, amount);
         TOKEN.transfer(msg.sender, amount);
+    }
+
+    // Signs of life
+
+    /// @inheritdoc IStaking
+    function beat() external {
+        address node = nodeOf[msg.sender];
+        if (node == address(0)) node = msg.sender;
+        Node storage n = _nodes[node];
+        require(n.end != 0, NotServing(node));
+        bool jailed = n.jailed;
+        require(jailed || block.timestamp >= n.seenAt + EPOCH, NotReady(block.timestamp, n.seenAt + EPOCH));
+        n.seenAt = uint40(block.timestamp);
+        if (jailed) {
+            n.jailed = false;
+            _reweigh(n, 0);
+            emit Freed(node);
+        }
+    }
+
+    /// @inheritdoc IStaking
+    function jail(address node) external {
+        Node storage n = _nodes[node];
+        require(n.end != 0, NotServing(node));
+        require(!n.jailed, InJail(node));
+        require(block.timestamp >= n.seenAt + STALE, NotReady(block.timestamp, n.seenAt + STALE));
+        uint256 before = _active(n);
+        n.jailed = true;
+        _reweigh(n, before);
+        emit Jailed(node, msg.sender, n.seenAt);
     }
 
     // The slasher's word
@@ -168,7 +216,7 @@ contract Staking is IStaking, EIP712 {
         uint256 before = _active(n);
         taken = amount < n.stake ? amount : n.stake;
         uint256 paid = bounty < taken / 2 ? bounty : taken / 2;
-        n.stake -= uint104(taken);
+        n.stake -= uint96(taken);
         // Active stake pays first; no proportional rounding.
         if (n.leaving > n.stake) n.leaving = n.stake;
         _reweigh(n, before);
@@ -185,6 +233,11 @@ contract Staking is IStaking, EIP712 {
     }
 
     /// @inheritdoc IStaking
+    function stakeOf(address node) external view returns (uint256) {
+        return _nodes[node].stake;
+    }
+
+    /// @inheritdoc IStaking
     function payeeOf(address node) external view returns (address) {
         address payee = _nodes[node].payee;
         return payee == address(0) ? node : payee;
@@ -193,6 +246,11 @@ contract Staking is IStaking, EIP712 {
     /// @inheritdoc IStaking
     function active(address node) external view returns (uint256) {
         return _active(_nodes[node]);
+    }
+
+    /// @inheritdoc IStaking
+    function isJailed(address node) external view returns (bool) {
+        return _nodes[node].jailed;
     }
 
     /// @inheritdoc IStaking
@@ -210,14 +268,15 @@ contract Staking is IStaking, EIP712 {
     // Weights
 
     function _active(Node storage n) private view returns (uint256) {
-        return n.model == 0 ? 0 : n.stake - n.leaving;
+        return n.jailed || n.model == 0 ? 0 : n.stake - n.leaving;
     }
 
     /// Notes that the node's weight was `before` until now, in its own record and in the sums.
     function _reweigh(Node storage n, uint256 before) private {
         uint256 current = _active(n);
         if (current == before) return;
-        weights[n.model] = weights[n.model] - before + current;
+        bytes32 model = n.model;
+        weights[model] = weights[model] - before + current;
         _count(n, before / UNIT, current / UNIT);
     }
 
@@ -227,17 +286,18 @@ contract Staking is IStaking, EIP712 {
         uint32 epoch = uint32(block.timestamp / EPOCH);
         (n.past, n.since) = (_remember(n.past, n.since, before, epoch), epoch);
         Total memory total = _total;
-        uint168 past = _remember(total.past, total.since, total.units, epoch);
+        uint152 past = _remember(total.past, total.since, total.units, epoch);
         // No truncation: all units together are at most CAP / UNIT.
         _total = Total(uint24(total.units - before + current), epoch, past);
     }
 
     /// `past` with `units`, which held since epoch `since`, as the value at every epoch's beginning from there to `epoch`.
-    function _remember(uint168 past, uint256 since, uint256 units, uint256 epoch) private pure returns (uint168) {
-        for (uint256 i = 0; i < BOUNDARIES && since + i < epoch; i++) {
-            past = past << BITS | uint168(units);
-        }
-        return past;
+    function _remember(uint152 past, uint256 since, uint256 units, uint256 epoch) private pure returns (uint152) {
+        uint256 missing = epoch - since < BOUNDARIES ? epoch - since : BOUNDARIES;
+        // A one at the lowest bit of each missing boundary.
+        uint256 ones = ((1 << BITS * missing) - 1) / ((1 << BITS) - 1);
+        // What is shifted out is forgotten.
+        return uint152(uint256(past) << BITS * missing | units * ones);
     }
 
     /// The units at the beginning of `time`'s epoch, out of those now and those remembered.

@@ -1,7 +1,8 @@
 // Deploys the contracts to any JSON-RPC and writes the address book that nodes and clients read.
 //
-//   node scripts/deploy.js --rpc URL [--out deployments/<chainId>.json] [--key-env NAME] [--treasury ADDRESS] [--scale N]
+//   node scripts/deploy.js --rpc URL [--out deployments/<chainId>.json] [--key-env NAME] [--treasury ADDRESS] [--proposer ADDRESS] [--scale N]
 //
+// --proposer may announce what the timelock carries out (default: the deployer; on a public chain name a multisig).
 // Without --key-env, account 0 of a development node signs. --treasury gets the genesis supply (default: the deployer).
 // --scale N divides every delay (seconds and blocks) and the epoch by N, for test networks.
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
@@ -24,13 +25,13 @@ import {
 
 const ROOT = join(dirname(fileURLToPath(import.meta.url)), "..");
 const USAGE =
-  "usage: node scripts/deploy.js --rpc URL [--out FILE] [--key-env NAME] [--treasury ADDRESS] [--scale N]";
+  "usage: node scripts/deploy.js --rpc URL [--out FILE] [--key-env NAME] [--treasury ADDRESS] [--proposer ADDRESS] [--scale N]";
 const BUILD = "node node_modules/hardhat/dist/src/cli.js build";
 const DEV_CHAINS = [31337n, 1337n];
 const DEV_MNEMONIC = "test test test test test test test test test test test junk"; // everybody's: anvil, Hardhat
-const ABI_VERSION = 2;
-const DELAYS = ["UNBONDING", "EXIT_DELAY", "EPOCH", "EVIDENCE", "COMMIT", "REVEAL", "APPEAL", "RELAPSE", "LOOKAHEAD"];
-const NAMES = ["Token", "Models", "Staking", "Escrow", "Beacon", "Court", "Emissions"]; // in the order of deployment
+const ABI_VERSION = 3;
+const DELAYS = ["UNBONDING", "STALE", "NOTICE", "EXIT_DELAY", "EPOCH", "EVIDENCE", "COMMIT", "REVEAL", "APPEAL", "RELAPSE", "LOOKAHEAD"];
+const NAMES = JSON.parse(readFileSync(join(ROOT, "contracts", "names.json"), "utf8")); // in the order of deployment
 
 /** A failure the person at the keyboard can mend: its message is all they see. */
 class Failure extends Error {}
@@ -40,14 +41,16 @@ function options() {
   let values;
   try {
     values = parseArgs({
-      options: { rpc: text, out: text, "key-env": text, treasury: text, scale: { type: "string", default: "1" } },
+      options: { rpc: text, out: text, "key-env": text, treasury: text, proposer: text, scale: { type: "string", default: "1" } },
     }).values;
   } catch (error) {
     throw new Failure(`${error.message}; ${USAGE}`);
   }
   if (!values.rpc) throw new Failure(`--rpc is missing; ${USAGE}`);
   if (!/^[1-9]\d{0,6}$/.test(values.scale)) throw new Failure(`--scale must be a whole number from 1 up, not ${values.scale}.`);
-  if (values.treasury && !isAddress(values.treasury)) throw new Failure(`--treasury is not an address: ${values.treasury}.`);
+  for (const name of ["treasury", "proposer"]) {
+    if (values[name] && !isAddress(values[name])) throw new Failure(`--${name} is not an address: ${values[name]}.`);
+  }
   return values;
 }
 
@@ -118,17 +121,18 @@ function devAddress(index) {
 }
 
 /** What to deploy, in order: [name, constructor arguments], with the addresses the deployer's next nonces give. */
-function plan(from, nonce, treasury, p) {
+function plan(from, nonce, treasury, proposer, p) {
   const at = Object.fromEntries(NAMES.map((name, i) => [name, getCreateAddress({ from, nonce: nonce + i })]));
   const terms = [p.EVIDENCE, p.COMMIT, p.REVEAL, p.APPEAL, p.RELAPSE, p.LOOKAHEAD, p.HEADERS, p.MIN_UNITS];
   // Token and Staking name contracts that come later: the one that mints, the one that slashes.
   const args = {
     Token: [at.Emissions, treasury, p.GENESIS],
     Models: [],
-    Staking: [at.Token, at.Models, at.Court, p.MIN_STAKE, p.UNBONDING, p.EPOCH],
+    Staking: [at.Token, at.Models, at.Court, p.MIN_STAKE, p.UNBONDING, p.EPOCH, p.STALE],
     Escrow: [at.Staking, p.FEE_BPS, p.EXIT_DELAY],
     Beacon: [],
-    Court: [at.Staking, at.Beacon, terms],
+    Timelock: [at.Court, p.NOTICE, [proposer]],
+    Court: [at.Staking, at.Beacon, at.Timelock, terms],
     Emissions: [at.Escrow, p.GAMMA_BPS, p.BUDGET, p.HALVING],
   };
   return NAMES.map((name) => {
@@ -167,17 +171,17 @@ async function deploy(signer, steps, nonce) {
   return contracts;
 }
 
-/** The cycle is closed: who may mint and who may slash are the contracts that were deployed. */
+/** The cycle is closed: who may mint, slash and govern are the contracts that were deployed. */
 async function checkAuthorities(provider, contracts) {
   const read = (name, getter) => new Contract(contracts[name].address, artifact(name).abi, provider)[getter]();
-  for (const [name, getter, expected] of [["Token", "MINTER", "Emissions"], ["Staking", "SLASHER", "Court"]]) {
+  for (const [name, getter, expected] of [["Token", "MINTER", "Emissions"], ["Staking", "SLASHER", "Court"], ["Court", "GOVERNOR", "Timelock"], ["Timelock", "COURT", "Court"]]) {
     const found = await read(name, getter);
     if (found !== contracts[expected].address) throw new Failure(`${name}.${getter} is ${found}, not ${expected}; deploy again.`);
   }
 }
 
 async function main() {
-  const { rpc, out, treasury, scale, "key-env": keyEnv } = options();
+  const { rpc, out, treasury, proposer, scale, "key-env": keyEnv } = options();
   const { provider, chainId } = await connect(rpc);
   const file = out ?? join(ROOT, "deployments", `${chainId}.json`);
   if (existsSync(file) && !DEV_CHAINS.includes(chainId)) {
@@ -185,7 +189,7 @@ async function main() {
   }
   const signer = await deployer(provider, chainId, keyEnv);
   const nonce = await provider.getTransactionCount(signer.address, "pending");
-  const steps = plan(signer.address, nonce, treasury ?? signer.address, parameters(Number(scale)));
+  const steps = plan(signer.address, nonce, treasury ?? signer.address, proposer ?? signer.address, parameters(Number(scale)));
   await checkFunds(provider, signer.address, steps);
   const contracts = await deploy(signer, steps, nonce);
   await checkAuthorities(provider, contracts);

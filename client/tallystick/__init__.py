@@ -9,8 +9,9 @@ with tallystick.Client(key) as client:
 from typing import Any
 
 from tallystick.blocking import Client
-from tallystick.client import AsyncClient, Embedding, Settings
+from tallystick.client import AsyncClient, Embedding
 from tallystick.generation import Answer, Retracted, Stream, Token
+from tallystick.settings import Settings
 from tallystick.verdict import Verdict
 from tallystick_protocol.sampling import Sampling
 

@@ -7,8 +7,9 @@ import threading
 from collections.abc import Coroutine, Generator
 from typing import Any, TypeVar
 
-from tallystick.client import AsyncClient, Embedding, Settings
+from tallystick.client import AsyncClient, Embedding
 from tallystick.generation import Answer, Retracted, Token
+from tallystick.settings import Settings
 from tallystick.tasks.api import WaitingTasks
 from tallystick_protocol.signing import Key
 

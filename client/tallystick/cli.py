@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tallystick.calibration import cli as calibration
 from tallystick.channels import cli as channels
-from tallystick.client import AsyncClient, Settings
+from tallystick.client import AsyncClient
 from tallystick.court import cli as court
 from tallystick.generation import Answer, Retracted, Token
 from tallystick.inspection import list_models, verify_model
@@ -25,6 +26,7 @@ from tallystick.progress import ProgressBar
 from tallystick.publishing import check_can_register, cut, register, serve_content
 from tallystick.routing import cli as routing
 from tallystick.session.setting import SKETCHES
+from tallystick.settings import Settings
 from tallystick.speculation.steps import named
 from tallystick.tasks import cli as tasks
 from tallystick.verdict import POLICIES
@@ -170,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("--no-register", action="store_true", help="do not record it on chain")
     publish.set_defaults(command=_publish)
 
+    calibration.add(commands, _registrar, _sources)
+
     content = commands.add_parser("content", help="serve what `publish` put into a store, so that nodes can fetch it")
     content.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
     content.add_argument("--host", default="127.0.0.1")
@@ -213,8 +217,11 @@ async def _generate(options: argparse.Namespace) -> int:
             speculate=named(options.speculate),
             mode=options.mode,
         )
-        print(options.prompt, end="", flush=True)
+        begun = False
         async for event in stream:
+            if not begun:  # behind an error that comes before anything else, the prompt would only be in the way
+                print(options.prompt, end="", flush=True)
+                begun = True
             show(event)
         print()
         answer = stream.answer

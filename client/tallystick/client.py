@@ -6,16 +6,14 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tallystick.admission import find_route, note_stock
+from tallystick.admission import note_stock
 from tallystick.agreement.agreement import Agreement
-from tallystick.agreement.routes import disjoint
 from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Mode, Stream
@@ -23,18 +21,16 @@ from tallystick.lanes import Workshop
 from tallystick.network import Network, Survey
 from tallystick.passes import Passes
 from tallystick.payments import Need, Purse
+from tallystick.planning import Planning
 from tallystick.prefixes import Prefix, Prefixes
 from tallystick.recomputing import Recomputer, can_recompute
-from tallystick.routing.candidates import Candidate, Weights
+from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import checkable
-from tallystick.routing.cost import Workload
-from tallystick.routing.planner import as_whole
-from tallystick.routing.reputation import Reputation
-from tallystick.routing.route import Route, choose, route_over
-from tallystick.routing.survey import PER_LAYER
+from tallystick.routing.route import Route, route_over
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
-from tallystick.session.setting import Setting, Sides, Sketches
+from tallystick.session.setting import Setting, Sides
+from tallystick.settings import Settings
 from tallystick.speculation.drafters import Drafter
 from tallystick.tasks.api import Tasks
 from tallystick.tasks.features import pool, to_unit_length
@@ -43,24 +39,21 @@ from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.reads import Chain, ModelRecord
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.store import LocalStore
-from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, NoRoute, TallystickError
+from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, TallystickError
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.passes import MAX_ROWS
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
-from tallystick_protocol.types import Address, Digest, Span, Wei
-from tallystick_protocol.wire import Wire
+from tallystick_protocol.types import Address, Digest, Span
 
 log = logging.getLogger(__name__)
 
 MAX_DEARER = 1.5
 """Times the planned route's price, for nodes that hold the beginning of a prompt."""
 
-AUDIT_PROBABILITY = 0.05
 TOP_K = 64
-DEFAULT_MAX_COST = Wei(10**19)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,41 +78,6 @@ class Encoded:
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Where a client finds its world. numeric_class: insist on one class.
-
-    admit_stock: with verify="off", use nodes of no numeric class for layers that nobody else serves (`admission`).
-    wire: how hidden rows travel between hops: "f32", or rounded to "bf16" or "int8", which changes answers a little.
-    sketches: whether hops are asked for sketches, by which nodes of other classes can audit them: "auto" where nobody
-    else could, "on" or "off". Only of rows that travel as "f32".
-    wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
-    evidence: folder of a content store for evidence against nodes that were found wrong, which holds the session's text
-    or what it can be told from; None: none is kept. accuse: put it up in Court, with a bond of the key's own tokens;
-    evidence_sources: where jurors find it.
-    recompute_bytes: pieces of one span that may be fetched so that the client itself is the third one where no other
-    node can say who is wrong; with the extra `[node]` alone, and on a machine of the class in question. 0: it never is.
-    """
-
-    rpc: str = "http://127.0.0.1:8545"
-    book: Path = Path("deployments/31337.json")
-    cache: Path = Path("~/.cache/tallystick")
-    sources: list[str] = field(default_factory=list)
-    max_cost: Wei = DEFAULT_MAX_COST
-    numeric_class: Digest | None = None
-    admit_stock: bool = False
-    audit_probability: float = AUDIT_PROBABILITY
-    weights: Weights = field(default_factory=Weights)
-    wire: Wire = "f32"
-    sketches: Sketches = "auto"
-    wait_s: float = 30.0
-    evidence: Path | None = None
-    accuse: bool = False
-    evidence_sources: list[str] = field(default_factory=list)
-    recompute_bytes: int = 1 << 30
-    notify: Callable[[str], None] = log.warning
-
-
 class AsyncClient(Tasks):
     """A client of the network. Use as an async context manager."""
 
@@ -127,13 +85,12 @@ class AsyncClient(Tasks):
         """key: pays for what is asked; its address must hold tokens, or channels that hold some."""
         self.settings = settings or Settings()
         self.chain = Chain(self.settings.rpc, load_book(self.settings.book.expanduser()))
-        self.banned: set[Address] = set()
         self._key = key
         self._peers = Peers()
         self.network = Network(self.chain, self._peers, self.settings.cache.expanduser(), self.settings.sources)
         self.prefixes = Prefixes()
         self._purse = Purse(self.chain, key, self.settings.max_cost)
-        self.reputation = Reputation(self.settings.cache.expanduser() / "reputation.json")
+        self.planning = Planning(self.network, self.settings)
         self._checked = False
 
     async def __aenter__(self) -> AsyncClient:
@@ -142,9 +99,14 @@ class AsyncClient(Tasks):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def banned(self) -> set[Address]:
+        """Nodes that are never used again; add to it."""
+        return self.planning.banned
+
     async def close(self) -> None:
         await self.network.close()
-        await asyncio.to_thread(self.reputation.save)
+        await asyncio.to_thread(self.planning.save)
         await self._peers.close()
 
     async def generate(self, prompt: str, **options: Any) -> Answer:
@@ -236,7 +198,7 @@ class AsyncClient(Tasks):
         if num_routes(verify) > 1:
             session = await self.open_agreement(record, manifest, len(ids), verdict, len(ids), dense=True, sides=sides)
         else:
-            survey, route = await self.plan(record, manifest, stack, verify, prompt=len(ids), new=1)
+            survey, route = await self.planning.route(record, manifest, stack, verify, prompt=len(ids), new=1)
             setting = self._setting(record, manifest, stack, survey, len(ids), dense=True, sides=sides)
             session = await self._open(setting, route, verdict)
         try:
@@ -280,7 +242,7 @@ class AsyncClient(Tasks):
                 raise ConfigError(f"{manifest.name} is bidirectional: it takes a text whole; use `run`")
             self._check_length(manifest, max_length, 0)
             sides = Sides(memory=_memory_rows(manifest, memory))
-            survey, route = await self.plan(record, manifest, stack, verify, new=max_length)
+            survey, route = await self.planning.route(record, manifest, stack, verify, new=max_length)
             setting = self._setting(record, manifest, stack, survey, max_length, dense, sides)
             await self._prepay([setting.need(candidate, count) for candidate in route])
             opened: list[Session] = []
@@ -305,7 +267,7 @@ class AsyncClient(Tasks):
         _check_policy(verify, one_route=True)
         record, manifest = await self.model(model)
         stack = Span(manifest.encoder_layers, manifest.layers)
-        survey, route = await self.plan(record, manifest, stack, verify, prompt=max_length, new=1, whole=True)
+        survey, route = await self.planning.route(record, manifest, stack, verify, prompt=max_length, new=1, whole=True)
         verdict = Verdict(verify)
         note_stock(verdict, route)
         workshop = Workshop(
@@ -318,7 +280,7 @@ class AsyncClient(Tasks):
             max_length=min(max_length, manifest.max_length, MAX_ROWS),
             verdict=verdict,
             audit_probability=self.settings.audit_probability,
-            avoid=self.banned,
+            avoid=self.planning.shunned(record.id),
         )
         return Passes(workshop, route)
 
@@ -339,7 +301,7 @@ class AsyncClient(Tasks):
         returns; the caller feeds the rest.
         """
         stack, new = manifest.stack_of(Span(0, 1)), max(max_length - len(prompt), 1)
-        survey, route = await self.plan(record, manifest, stack, verdict.policy, len(prompt), new)
+        survey, route = await self.planning.route(record, manifest, stack, verdict.policy, len(prompt), new)
         setting = self._setting(record, manifest, stack, survey, max_length)
         held, shared, route = self._held(setting, route, prompt, verdict.policy)
         session = await self._open(setting, route, verdict)
@@ -365,13 +327,13 @@ class AsyncClient(Tasks):
         """Plan the routes of a policy `agree=k` and open them. prompt: positions that are given. Raises NoRoute."""
         stack, count = manifest.stack_of(Span(0, 1)), num_routes(verdict.policy)
         new = max(max_length - prompt, 1)
-        survey, routes = await self.plan_apart(record, manifest, stack, count, prompt, new)
+        survey, routes = await self.planning.routes_apart(record, manifest, stack, count, prompt, new)
         sessions = [
             Session(self._setting(record, manifest, stack, survey, max_length, dense, sides), route, verdict)
             for route in routes
         ]
         for session in sessions:
-            session.avoid |= self.banned
+            session.avoid |= self.planning.shunned(record.id)
         agreed = Agreement(sessions, verdict)
         try:
             await agreed.open()
@@ -380,32 +342,14 @@ class AsyncClient(Tasks):
             raise
         return agreed
 
-    async def plan_apart(
-        self, record: ModelRecord, manifest: Manifest, stack: Span, count: int, prompt: int = 0, new: int = 64
-    ) -> tuple[Survey, list[list[Candidate]]]:
-        """The nodes there are, and `count` routes that share no owner, of one numeric class. Raises NoRoute."""
-        work, enough = self._workload(manifest, prompt, new), max(PER_LAYER, count + 1)
-        wanted = self.settings.numeric_class
-
-        def find(usable: list[Candidate]) -> list[Candidate]:
-            return choose(usable, work, stack, avoid=self.banned, numeric_class=wanted).hops
-
-        async def attempt(fresh: bool) -> tuple[Survey, list[list[Candidate]]]:
-            survey = self._informed(await self.network.survey(record, self.banned, fresh, enough), whole=False)
-            return survey, disjoint([c for c in survey.candidates if c.node not in self.banned], count, find)
-
-        try:
-            return await attempt(fresh=False)
-        except NoRoute:
-            return await attempt(fresh=True)
-
     def _held(
         self, setting: Setting, planned: list[Candidate], ids: Sequence[int], verify: Policy
     ) -> tuple[Prefix | None, int, list[Candidate]]:
         """An earlier session that began with the same ids, how many, and its nodes, if they are still good enough."""
-        usable = [c for c in setting.candidates if c.node not in self.banned]
+        shunned = self.planning.shunned(setting.manifest.model_id)
+        usable = [c for c in setting.candidates if c.node not in shunned]
         if verify == "full":
-            usable = checkable(usable, self.banned, self._compares)
+            usable = checkable(usable, shunned, self.planning.compares)
         if (wanted := self.settings.numeric_class) is not None:
             usable = [c for c in usable if c.offer.numeric_class == wanted]
         for held, shared in self.prefixes.find(setting.form, ids):
@@ -414,70 +358,18 @@ class AsyncClient(Tasks):
                 return held, shared, route
         return None, 0, planned
 
-    async def plan(
-        self,
-        record: ModelRecord,
-        manifest: Manifest,
-        stack: Span,
-        verify: Policy = "audit",
-        prompt: int = 0,
-        new: int = 64,
-        whole: bool = False,
-    ) -> tuple[Survey, list[Candidate]]:
-        """The nodes there are, and a route over a stack, near the best (`routing`). Raises NoRoute.
-
-        prompt, new: positions that are given, and tokens that are expected. whole: of nodes that serve all they offer.
-        """
-        survey = self._informed(await self.network.survey(record, self.banned), whole)
-        try:
-            return survey, self._route(survey, manifest, stack, verify, prompt, new)
-        except NoRoute:
-            survey = self._informed(await self.network.survey(record, self.banned, fresh=True), whole)
-            return survey, self._route(survey, manifest, stack, verify, prompt, new)
-
     async def route(
         self, model: str = "", *, prompt: int = 0, new: int = 64, verify: Policy = "audit"
     ) -> tuple[Manifest, Route]:
         """The route that a session over a model's first stack would take at present, with standbys. Raises NoRoute."""
         record, manifest = await self.model(model)
-        survey, hops = await self.plan(record, manifest, manifest.stack_of(Span(0, 1)), verify, prompt, new)
-        return manifest, route_over(survey.candidates, hops, self._workload(manifest, prompt, new), self.banned)
-
-    def _informed(self, survey: Survey, whole: bool) -> Survey:
-        """The nodes with what is expected of them after what was seen of them."""
-        known = self.reputation.inform(survey.candidates)
-        return replace(survey, candidates=as_whole(known) if whole else known)
-
-    def _workload(self, manifest: Manifest, prompt: int, new: int) -> Workload:
-        return Workload(manifest.layers, prompt, max(new, 1), 4 * manifest.width, self.settings.weights)
-
-    def _route(
-        self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy, prompt: int, new: int
-    ) -> list[Candidate]:
-        settings, work = self.settings, self._workload(manifest, prompt, new)
-
-        def find(usable: list[Candidate]) -> list[Candidate]:
-            if verify == "full":
-                for across in (False, True) if self._compares else (False,):
-                    try:
-                        return among(checkable(usable, self.banned, across))
-                    except NoRoute:
-                        continue  # then opening says which span nobody else can recompute
-            return among(usable)
-
-        def among(usable: list[Candidate]) -> list[Candidate]:
-            return choose(usable, work, stack, avoid=self.banned, numeric_class=settings.numeric_class).hops
-
-        return find_route(survey.candidates, find, admit_stock=settings.admit_stock, policy=verify)
-
-    @property
-    def _compares(self) -> bool:
-        """Whether nodes of other classes can be auditors."""
-        return self.settings.sketches != "off" and self.settings.wire == "f32"
+        survey, hops = await self.planning.route(record, manifest, manifest.stack_of(Span(0, 1)), verify, prompt, new)
+        work = self.planning.workload(manifest, prompt, new)
+        return manifest, route_over(survey.candidates, hops, work, self.planning.shunned(record.id))
 
     def ban(self, verdict: Verdict) -> None:
         """Never again use the nodes that a verdict accuses."""
-        self.banned |= {accusation.node for accusation in verdict.accusations}
+        self.planning.banned |= {accusation.node for accusation in verdict.accusations}
 
     def _setting(
         self,
@@ -489,10 +381,6 @@ class AsyncClient(Tasks):
         dense: bool = False,
         sides: Sides | None = None,
     ) -> Setting:
-        async def look_again() -> list[Candidate]:
-            survey = await self.network.survey(record, self.banned, fresh=True)
-            return list(self._informed(survey, whole=False).candidates)
-
         return Setting(
             peers=self._peers,
             key=self._key,
@@ -507,12 +395,13 @@ class AsyncClient(Tasks):
             sides=sides or Sides(),
             wire=self.settings.wire,
             wait_s=self.settings.wait_s,
-            look_again=look_again,
+            look_again=partial(self.planning.look_again, record),
             on_waiting=lambda error: self.settings.notify(
                 f"waiting up to {self.settings.wait_s:g} s for a node: {error.message}"
             ),
-            work=self._workload(manifest, 0, max_length),
-            reputation=self.reputation,
+            work=self.planning.workload(manifest, 0, max_length),
+            reputation=self.planning.reputation,
+            suspicions=self.planning.suspicions,
             sketches=self.settings.sketches,
             numeric_class=self.settings.numeric_class,
             keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
@@ -559,7 +448,7 @@ class AsyncClient(Tasks):
     async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
         note_stock(verdict, route)
         session = Session(setting, route, verdict)
-        session.avoid |= self.banned
+        session.avoid |= self.planning.shunned(setting.manifest.model_id)
         try:
             await session.open(list(range(len(route))) if verdict.policy == "full" else [])
         except BaseException:
@@ -568,15 +457,20 @@ class AsyncClient(Tasks):
         return session
 
     async def finish(self, session: Session | Agreement, verify: Policy) -> None:
-        """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed."""
+        """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed;
+        that of a node under suspicion always is."""
         await session.finish()
         if isinstance(session, Agreement):
             await session.take_leave()
             return
         if verify == "audit" and not session.has_audits:
-            coin = secrets.SystemRandom()
-            if coin.random() < self.settings.audit_probability:
-                await session.audit_at_end(coin.randrange(len(session.route)))
+            coin, route = secrets.SystemRandom(), session.route
+            model, suspicions = session.setting.manifest.model_id, self.planning.suspicions
+            suspect = [i for i, hop in enumerate(route) if suspicions.is_suspect(model, hop.node, hop.span)]
+            if session.sketching.is_on and suspect:
+                await session.audit_at_end(coin.choice(suspect))
+            elif coin.random() < self.settings.audit_probability:
+                await session.audit_at_end(coin.randrange(len(route)))
         await session.take_leave()
         setting = session.setting
         is_plain = setting.top_k and setting.sides.memory is None and not session.sketching.is_on

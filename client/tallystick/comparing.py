@@ -10,7 +10,7 @@ from tallystick.checks import agree, same_work
 from tallystick_protocol.errors import CorruptResult
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.sketching import logits, statistic
+from tallystick_protocol.sketching import accumulating, logits, statistic
 from tallystick_protocol.sketching.rows import Sketches
 from tallystick_protocol.sketching.thresholds import Zone, logits_thresholds, thresholds
 
@@ -28,12 +28,14 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Found:
     """error: against `tolerance`, up to which it is clear. squares: of the window's rows, for later windows; None where
-    results were compared."""
+    results were compared. scores: what the window adds to slow evidence; None for too few
+    rows."""
 
     zone: Zone
     error: float
     tolerance: float
     squares: Any = None
+    scores: tuple[float, float] | None = None
 
 
 def across(claim: Work, answer: Work, manifest: Manifest, top_k: int, earlier: Sequence[Any] = ()) -> Found:
@@ -51,11 +53,14 @@ def across(claim: Work, answer: Work, manifest: Manifest, top_k: int, earlier: S
         if not statistic.states_its_scale(theirs):
             raise CorruptResult(f"{answer.receipt.node} understates what it added", hop=answer.receipt.node)
         limits, squares = thresholds(manifest, span), statistic.squares(mine, theirs)
-        return Found(limits.zone([*earlier, squares]), statistic.rms(squares), limits.clear, squares)
+        error, level = statistic.rms(squares), accumulating.level(manifest, span)
+        scores = accumulating.scores(error, level) if accumulating.counts(len(squares)) else None
+        return Found(limits.zone([*earlier, squares]), error, limits.clear, squares, scores)
     ranked = manifest.output == "logits" and top_k > 0
     apart = logits.compare(list(claim.results), list(answer.results), theirs.scales, ranked)
-    of_results = logits_thresholds(manifest)
-    return Found(of_results.zone(apart), of_results.share(apart) * of_results.row, of_results.row)
+    of_results, level = logits_thresholds(manifest), accumulating.level(manifest, span)
+    scores = accumulating.scores(apart.window, level) if accumulating.results_count(apart) else None
+    return Found(of_results.zone(apart), of_results.share(apart) * of_results.row, of_results.row, scores=scores)
 
 
 def is_alike(claim: Work, answer: Work, manifest: Manifest, top_k: int) -> bool:

@@ -29,10 +29,15 @@ class Entry:
     record: ModelRecord
     manifest: Manifest | None
 
+    @property
+    def cid(self) -> Cid:
+        """Of the manifest."""
+        return Cid(Codec.RAW, self.record.manifest)
+
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "id": "0x" + self.record.id.hex(),
-            "manifest": str(Cid(Codec.RAW, self.record.manifest)),
+            "manifest": str(self.cid),
             "layers": self.record.layers,
         }
         manifest = self.manifest
@@ -58,7 +63,7 @@ class Entry:
             amount = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
             said = ", ".join((known.task, said, known.numerics, f"{weights_of(known)} weights", amount, known.licence))
         name = "(its manifest is not found)" if known is None else known.name
-        return [f"0x{self.record.id.hex()}", f"  {name}: {said}"]
+        return [f"0x{self.record.id.hex()}", f"  {name}: {said}", f"  manifest {self.cid}"]
 
 
 def weights_of(manifest: Manifest) -> str:
@@ -77,7 +82,7 @@ async def list_models(chain: Chain, store: Path, sources: Sequence[str]) -> list
             serving = await asyncio.to_thread(chain.serving, record.id)
             nodes = [source for node in serving[:8] for source in node.contact.sources]
             local = LocalStore(store) if store.is_dir() else None
-            desk = _Desk(local, [*sources, *nodes], Path(folder))
+            desk = Desk(local, [*sources, *nodes], Path(folder))
             manifest = None
             with suppress(TallystickError):
                 path = await desk.file(Cid(Codec.RAW, record.manifest), MAX_BYTES)
@@ -136,7 +141,7 @@ async def verify_model(text: str, store: Path, sources: Sequence[str], *, deep: 
         raise ConfigError(f"{text[:80]!r} is not the CID of a manifest ({error.message})") from None
     report = Report(str(cid), deep=deep)
     with tempfile.TemporaryDirectory(prefix="tallystick-verify-") as folder:
-        desk = _Desk(LocalStore(store) if store.is_dir() else None, sources, Path(folder))
+        desk = Desk(LocalStore(store) if store.is_dir() else None, sources, Path(folder))
         inspection = _Inspection(report, desk)
         manifest = await inspection.manifest(cid)
         if manifest is not None:
@@ -145,7 +150,7 @@ async def verify_model(text: str, store: Path, sources: Sequence[str], *, deep: 
     return report
 
 
-class _Desk:
+class Desk:
     """Files on the table for a look: from a local store, else from a source through a store that goes afterwards."""
 
     def __init__(self, store: LocalStore | None, sources: Sequence[str], folder: Path) -> None:
@@ -175,7 +180,7 @@ class _Desk:
 
 
 class _Inspection:
-    def __init__(self, report: Report, desk: _Desk) -> None:
+    def __init__(self, report: Report, desk: Desk) -> None:
         self._report, self._desk = report, desk
 
     async def manifest(self, cid: Cid) -> Manifest | None:

@@ -83,7 +83,8 @@ class Network:
             return found[0]
         known = ", ".join("0x" + record.id.hex()[:12] for record in models[:5]) or "none"
         known += f"; of {len(unread)} the manifest cannot be read ({unread[0].message})" if unread else ""
-        raise UnknownModel(f"{len(found)} models match {text!r}; on chain: {known}; list them: tallystick models")
+        which = "" if text or not found else ": say which one (--model)"
+        raise UnknownModel(f"{len(found)} models match {text!r}{which}; on chain: {known}; all: tallystick models")
 
     async def _named(self, name: str, models: Iterable[ModelRecord]) -> tuple[list[ModelRecord], list[TallystickError]]:
         """Models of that name, and why manifests of others cannot be read: anybody may register what nobody holds."""

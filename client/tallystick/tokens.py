@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,10 @@ class Tokens:
             return " ".join(tokens)
         text: str = self._tokenizer.decoder.decode(tokens)
         return text
+
+    def matching(self, pattern: re.Pattern[str]) -> list[str]:
+        """The tokens of the vocabulary that are of a form, sorted."""
+        return sorted(token for token in self._tokenizer.get_vocab() if pattern.fullmatch(token))
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it."""

@@ -74,6 +74,8 @@ struct Record {
 /// @param seedBlock its prevrandao is this round's seed.
 /// @param commitEnd until when this round's seats may commit.
 /// @param tally this round's seats by vote, 16 bits each, guilty lowest, in the order of `Vote`.
+/// @param unitBps what a seat's fine is a thousandth of, in 1/10,000 of Staking's UNIT.
+/// @param beacon the number of the beacon that tells its seeds.
 /// @param earlier the tallies of the rounds before, added up.
 struct Case {
     address accuser;
@@ -89,6 +91,8 @@ struct Case {
     uint48 seedBlock;
     uint48 commitEnd;
     uint80 tally;
+    uint16 unitBps;
+    uint16 beacon;
     uint80 earlier;
 }
 
@@ -147,10 +151,15 @@ interface ICourt {
         uint256 share
     );
     event Settled(bytes32 indexed id, uint256 round, address indexed juror, uint256 paid, uint256 fined);
+    event RatesSet(uint256 bondBps, uint256 unitBps);
+    event BeaconSet(uint256 indexed number, IBeacon beacon);
     event Silent(bytes32 indexed id, uint256 round, address indexed juror, uint256 seats);
 
     error TooShortUnbonding(uint256 unbonding, uint256 needed);
     error TooLongTrial(uint256 trial, uint256 remembered);
+    error NotGovernor(address caller, address governor);
+    error OutOfBounds(uint256 rate, uint256 least, uint256 most);
+    error NoBeacon(address given);
     error NotSigned(address signer, address node);
     error OutOfTime(uint256 time, uint256 from, uint256 until);
     error CaseKnown(bytes32 id);
@@ -177,7 +186,8 @@ interface ICourt {
 
     function TOKEN() external view returns (IToken);
 
-    function BEACON() external view returns (IBeacon);
+    /// @notice The timelock, the one address that may call `setRates` and `setBeacon`.
+    function GOVERNOR() external view returns (address);
 
     /// @notice Seconds after a receipt's `at` in which a case can be opened.
     function EVIDENCE() external view returns (uint256);
@@ -202,6 +212,14 @@ interface ICourt {
 
     /// @notice The least units outside the accused's for which there is a Court.
     function MIN_UNITS() external view returns (uint256);
+
+    /// @notice For cases opened from now on: `bondBps`, the bond as a part of the slash that it may bring, 1,250 to 5,000 (twice
+    /// the bounty); `unitBps`, what a seat's fine is a thousandth of, as a part of Staking's UNIT, 2,500 to 40,000. In 1/10,000. Only the
+    /// governor.
+    function setRates(uint256 bondBps, uint256 unitBps) external;
+
+    /// @notice Names the beacon of cases opened from now on. Only the governor.
+    function setBeacon(IBeacon next) external;
 
     /// @notice Accuses the node of a wrong receipt, for a bond of the caller's: `bondFor`, doubled `doublings` times. The node's
     /// stake is held until the ruling.
@@ -254,6 +272,15 @@ interface ICourt {
 
     /// @notice The round's seed, zero before its draw.
     function seeds(bytes32 id, uint256 round) external view returns (bytes32);
+
+    /// @notice What `setRates` set last; 5,000 and 10,000 before.
+    function rates() external view returns (uint256 bondBps, uint256 unitBps);
+
+    /// @notice The beacon of a case opened now.
+    function beacon() external view returns (IBeacon);
+
+    /// @notice All beacons so far, from 0; a case names its own.
+    function beacons(uint256 number) external view returns (IBeacon);
 
     /// @notice Was there a ruling on the merits of this receipt?
     function receiptClosed(bytes32 receipt) external view returns (bool);

@@ -12,6 +12,7 @@ interface IEmissions {
 
     error Early(uint256 epoch, uint256 newest);
     error Claimed(uint256 epoch, address node);
+    error InJail(address node);
     error NothingBurned(uint256 epoch, address node);
     error BadGamma(uint256 gammaBps, uint256 limit);
     error OverCap(uint256 planned, uint256 room);
@@ -36,7 +37,7 @@ interface IEmissions {
 
     /// @notice Mints the node's reward for an epoch that is over into its stake. Anybody may, once per epoch and node.
     /// @dev A node whose stake that is not leaving would stay below MIN_STAKE is refused by Staking; it may claim once it has
-    /// staked again. What nobody claims is not handed to others.
+    /// staked again, and one in jail once it has beaten. What nobody claims is not handed to others.
     /// @return amount `min(budget, GAMMA_BPS of all fees burned) * fees burned by the node / all fees burned`, rounded down.
     function claim(uint256 epoch, address node) external returns (uint256 amount);
 

@@ -9,25 +9,29 @@ import {IToken} from "./IToken.sol";
 /// @param leaving the part of `stake` that is unbonding: slashable, but no security. leaving <= stake.
 /// @param leaveAt when `leaving` may be withdrawn, in seconds.
 /// @param holds number of open cases; while it is not zero nothing can be withdrawn.
+/// @param jailed silent for too long: no weight until it beats.
 /// @param start first layer served; [start, end) is half-open.
+/// @param seenAt its last beat or `serve`, in seconds.
 /// @param since the last epoch in which the node's units changed.
-/// @param past its units at the beginning of epoch `since` in the lowest 24 bits, of the six epochs before in the next ones.
+/// @param past its units at the beginning of epoch `since` in the lowest 21 bits, of the six epochs before in the next ones.
 struct Node {
-    uint104 stake;
-    uint104 leaving;
-    uint48 leaveAt;
-    uint24 holds;
+    uint96 stake;
+    uint96 leaving;
+    uint40 leaveAt;
+    uint16 holds;
+    bool jailed;
     uint16 start;
     uint16 end;
+    uint40 seenAt;
     uint32 since;
-    uint168 past;
+    uint152 past;
     bytes32 model;
     address payee;
 }
 
 /// @title The registry of nodes and their stake
 /// @notice A node's owner stakes, binds hot keys and says what the node serves. Only the slasher (the Court) can hold or slash.
-/// A node's weight is its active stake, `stake - leaving`, while it serves a model.
+/// A node's weight is its active stake, `stake - leaving`, while it serves a model and is not jailed.
 interface IStaking {
     event Staked(address indexed node, address indexed by, uint256 amount, uint256 stake);
     event SignerBound(address indexed node, address indexed signer);
@@ -46,6 +50,10 @@ interface IStaking {
     );
     event Unbonding(address indexed node, uint256 amount, uint256 leaving, uint256 leaveAt);
     event Withdrawn(address indexed node, uint256 amount);
+    /// @notice A beat, or a `serve`, has freed the node; other beats leave no trace but `seenAt`.
+    event Freed(address indexed node);
+    /// @param seenAt the node's last sign of life, in seconds.
+    event Jailed(address indexed node, address indexed by, uint256 seenAt);
     event HoldSet(address indexed node, uint256 holds);
     event Slashed(address indexed node, uint256 amount, uint256 bounty, address indexed to);
 
@@ -55,6 +63,8 @@ interface IStaking {
     error TooLittle(uint256 active, uint256 minimum);
     error BadRange(uint256 start, uint256 end, uint256 layers);
     error EndpointTooLong(uint256 length, uint256 maximum);
+    error NotServing(address node);
+    error InJail(address node);
     error Held(uint256 holds);
     error NotHeld(address node);
     error KeyTaken(address signer, address node);
@@ -62,6 +72,7 @@ interface IStaking {
     error BadProof(address recovered, address signer);
     error UnknownEpoch(uint256 epoch, uint256 changed, uint256 newest);
     error TooManyUnits(uint256 units, uint256 maximum);
+    error TooShortStale(uint256 stale, uint256 epoch);
 
     function TOKEN() external view returns (IToken);
 
@@ -82,6 +93,9 @@ interface IStaking {
     /// @notice Seconds per epoch. Epoch e is [e * EPOCH, (e + 1) * EPOCH).
     function EPOCH() external view returns (uint256);
 
+    /// @notice Seconds of silence after which a serving node can be jailed. More than an epoch, the time between two beats.
+    function STALE() external view returns (uint256);
+
     /// @notice Adds `amount` of the caller's tokens to `node`'s stake. Anybody may; it cannot be taken back by the giver.
     function stake(address node, uint256 amount) external;
 
@@ -94,7 +108,7 @@ interface IStaking {
     /// @notice Where the node's earnings go; zero for the node's own address.
     function setPayee(address payee) external;
 
-    /// @notice Declares what the caller's node serves, replacing what it declared before.
+    /// @notice Declares what the caller's node serves, replacing what it declared before. Counts as a beat.
     /// @param price token base units per position and layer; only in the event.
     /// @param endpoint how to reach the node, at most 256 bytes; only in the event.
     /// @param operator see the event.
@@ -114,6 +128,14 @@ interface IStaking {
     /// @notice Pays out what is leaving to the caller, from `leaveAt` on and while no case is open.
     function withdraw() external;
 
+    /// @notice Says that the node lives, and frees it from jail. Caller: a hot key of the node, or its owner. From an EPOCH
+    /// after the last sign of life on; at any time when jailed.
+    function beat() external;
+
+    /// @notice Takes the weight of a node that serves, and that nobody has seen for STALE, until it beats. Anybody may. Its
+    /// stake stays whole; its units count until the epoch ends.
+    function jail(address node) external;
+
     /// @notice Blocks (`on`) withdrawal for one more open case, or releases one. Only the slasher.
     function hold(address node, bool on) external;
 
@@ -124,14 +146,19 @@ interface IStaking {
     /// @notice The whole state of a node, all zero when unknown.
     function nodes(address node) external view returns (Node memory);
 
+    /// @notice All that lies here for the node, leaving or not.
+    function stakeOf(address node) external view returns (uint256);
+
     /// @notice The node that a hot key signs for, zero when unbound.
     function nodeOf(address signer) external view returns (address node);
 
     /// @notice Where to pay the node's earnings.
     function payeeOf(address node) external view returns (address);
 
-    /// @notice The node's weight now: its stake that is not leaving; 0 while it serves no model.
+    /// @notice The node's weight now: its stake that is not leaving; 0 while it serves no model or is jailed.
     function active(address node) external view returns (uint256);
+
+    function isJailed(address node) external view returns (bool);
 
     /// @notice The sum of the weights of all nodes of a model, now. A client checks that the nodes it found add up to it.
     function weights(bytes32 model) external view returns (uint256);

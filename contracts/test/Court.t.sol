@@ -27,7 +27,7 @@ contract CourtTest is CourtWorld {
     // Construction
 
     function refuses(Terms memory changed, bytes memory reason) private {
-        bytes memory code = initcode("Court", abi.encode(staking, beacon, changed));
+        bytes memory code = initcode("Court", abi.encode(staking, beacon, timelock, changed));
         refusesToDeploy(code, reason);
     }
 
@@ -42,7 +42,8 @@ contract CourtTest is CourtWorld {
         assertEq(court.MIN_UNITS(), parameter("MIN_UNITS"));
         assertEq(address(court.STAKING()), address(staking));
         assertEq(address(court.TOKEN()), address(token));
-        assertEq(address(court.BEACON()), address(beacon));
+        assertEq(address(court.beacon()), address(beacon));
+        assertEq(court.GOVERNOR(), address(timelock));
         // A stake that was there when the receipt was signed is there at the ruling.
         assertEq(3 * (court.COMMIT() + court.REVEAL()) + 2 * court.APPEAL(), parameter("TRIAL"));
         assertLe(court.EVIDENCE() + parameter("TRIAL"), staking.UNBONDING(), "unbonding");
@@ -51,7 +52,7 @@ contract CourtTest is CourtWorld {
     function test_unbonding_outlasts_evidence_and_trial() public {
         Terms memory changed = terms;
         changed.evidence = unbonding - parameter("TRIAL");
-        deploy("Court", abi.encode(staking, beacon, changed));
+        deploy("Court", abi.encode(staking, beacon, timelock, changed));
         changed.evidence += 1;
         refuses(changed, abi.encodeWithSelector(ICourt.TooShortUnbonding.selector, unbonding, unbonding + 1));
     }
@@ -60,7 +61,7 @@ contract CourtTest is CourtWorld {
     function test_a_trial_ends_before_its_units_are_forgotten() public {
         Terms memory changed = terms;
         changed.appeal = (5 * epoch - 3 * (terms.commit + terms.reveal)) / 2;
-        deploy("Court", abi.encode(staking, beacon, changed));
+        deploy("Court", abi.encode(staking, beacon, timelock, changed));
         changed.appeal += 1;
         refuses(changed, abi.encodeWithSelector(ICourt.TooLongTrial.selector, 6 * epoch + 2, 6 * epoch));
     }
@@ -89,6 +90,22 @@ contract CourtTest is CourtWorld {
         assertEq(c.seedBlock, BLOCK + terms.lookahead);
         assertEq(uint256(c.state), uint256(State.Open));
         assertEq(court.bondFor(node, opened), BOND);
+    }
+
+    function test_who_is_in_jail_sits_in_no_jury_of_the_next_epoch() public {
+        vm.warp(START + stale);
+        staking.jail(juror(0));
+        assertEq(court.cases(open("first", block.timestamp, EVIDENCE_CID)).units, 120);
+        vm.warp(block.timestamp + epoch);
+        Receipt memory r = receiptOf("second", block.timestamp);
+        bytes memory signature = signed(r);
+        vm.expectRevert(abi.encodeWithSelector(ICourt.TooFewUnits.selector, 96, 120));
+        vm.prank(accuser);
+        court.open(r, signature, EVIDENCE_CID);
+        vm.prank(juror(0));
+        staking.beat();
+        vm.warp(block.timestamp + epoch);
+        assertEq(court.cases(open("third", block.timestamp, EVIDENCE_CID)).units, 120);
     }
 
     function test_the_digest_is_what_nodes_sign() public view {

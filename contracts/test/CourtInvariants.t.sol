@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {IBeacon} from "../interfaces/IBeacon.sol";
 import {Ballot, Case, Receipt, Record, State, Verdict, Vote} from "../interfaces/ICourt.sol";
 import {Node} from "../interfaces/IStaking.sol";
 import {CourtWorld} from "./CourtWorld.sol";
@@ -14,6 +15,8 @@ contract CourtHandler is CourtWorld {
         bytes32 session;
         uint256 time;
         bytes32 evidence;
+        uint256 unitBps;
+        address beacon;
     }
 
     struct Slash {
@@ -46,7 +49,8 @@ contract CourtHandler is CourtWorld {
         if (tried.length == 6) return;
         bytes32 sessionId = bytes32(which % 3 + 1);
         uint256 time = block.timestamp - within(ago, 0, 2 days);
-        Tried memory t = Tried(0, sessionId, time, bytes32(tried.length + 1));
+        Tried memory t = Tried(0, sessionId, time, bytes32(tried.length + 1), 0, address(court.beacon()));
+        (, t.unitBps) = court.rates();
         // Half of the time another case over a receipt that was tried already.
         if (other && tried.length != 0) {
             Tried memory before = tried[which % tried.length];
@@ -227,7 +231,7 @@ contract CourtHandler is CourtWorld {
         uint256 told = within(count, known + 1, seats.length);
         court.report(t.id, number, juror(i), firstOf(seats, told));
         reached[4]++;
-        assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * unitSize / 1000, "fined too much");
+        assertLe(stake - staking.nodes(juror(i)).stake, (told - known) * unitSize * t.unitBps / 1e7, "fined too much");
     }
 
     function unbond(uint256 n, uint256 amount) external {
@@ -254,6 +258,25 @@ contract CourtHandler is CourtWorld {
         Node memory state = staking.nodes(who);
         uint256 active = state.stake - state.leaving;
         staking.stake(who, within(amount, active < minStake ? minStake - active : 0, 2 * minStake));
+    }
+
+    function jail(uint256 n) external {
+        try staking.jail(juror(n % JURORS)) {} catch {}
+    }
+
+    function beat(uint256 n) external {
+        vm.prank(juror(n % JURORS));
+        try staking.beat() {} catch {}
+    }
+
+    function govern(uint256 bond, uint256 unit, bool another) external {
+        vm.prank(address(timelock));
+        court.setRates(within(bond, 1250, 5000), within(unit, 2500, 40_000));
+        if (!another) return;
+        // Another address with the same code: cases must ask the one that they were opened with.
+        address next = deploy("Beacon", "");
+        vm.prank(address(timelock));
+        court.setBeacon(IBeacon(next));
     }
 
     function pass(uint256 time) external {
@@ -301,6 +324,17 @@ contract CourtHandler is CourtWorld {
             if (c.verdict == Verdict.Void) same = b.vote == Vote.Guilty || b.vote == Vote.Clear || b.vote == Vote.Fault;
             if (c.verdict == Verdict.Fault) same = b.vote == Vote.Fault || b.vote == Vote.Guilty;
             if (same && !b.settled) sum += uint256(b.seats) * c.purse;
+        }
+    }
+
+    /// C8.
+    function checkRates() external view {
+        (uint256 bond, uint256 unit) = court.rates();
+        require(1250 <= bond && bond <= 5000 && 2500 <= unit && unit <= 40_000, "C8: out of bounds");
+        for (uint256 i = 0; i < tried.length; i++) {
+            Case memory c = court.cases(tried[i].id);
+            assertEq(c.unitBps, tried[i].unitBps);
+            assertEq(address(court.beacons(c.beacon)), tried[i].beacon);
         }
     }
 
@@ -355,6 +389,8 @@ contract CourtInvariants is Invariants {
             if (x % 8 == 5) handler.tell(x >> 8, x >> 16, x >> 32, x >> 64);
             if (x % 8 == 6) handler.pass(x >> 8);
             if (x % 8 == 7) handler.withdraw();
+            if (x % 32 == 7) handler.govern(x >> 8, x >> 16, x & 256 == 0);
+            handler.checkRates();
             handler.checkBalance();
             handler.checkHolds();
             handler.checkCap();
@@ -370,6 +406,10 @@ contract CourtInvariants is Invariants {
 
     function invariant_C3_C4_holds_are_open_cases() public view {
         handler.checkHolds();
+    }
+
+    function invariant_C8_a_case_keeps_its_terms() public view {
+        handler.checkRates();
     }
 
     function invariant_C5_no_evidence_period_sees_more_than_the_cap() public view {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 pragma solidity 0.8.37;
 
+import {Timelock} from "../Timelock.sol";
 import {IBeacon} from "../interfaces/IBeacon.sol";
 import {Case, ICourt, Receipt, Terms, Verdict, Vote} from "../interfaces/ICourt.sol";
 import {IEmissions} from "../interfaces/IEmissions.sol";
 import {World, vm} from "./World.sol";
 
-/// All seven contracts, wired as the deploy script wires them; an accused node with 20 units and five jurors with 120.
+/// All contracts, wired as the deploy script wires them; an accused node with 20 units and five jurors with 120.
 abstract contract CourtWorld is World {
     uint256 internal constant JUROR_KEY = 0x10000;
     uint256 internal constant JURORS = 5;
@@ -16,12 +17,14 @@ abstract contract CourtWorld is World {
     bytes32 internal constant ROOTS = "roots";
 
     IBeacon internal beacon;
+    Timelock internal timelock;
     ICourt internal court;
     IEmissions internal emissions;
     Terms internal terms;
 
     address internal accuser = address(0xACC);
     address internal reporter = address(0x4E90);
+    address internal proposer = address(0x9409);
     uint256 internal opened; // when the jurors' units count
 
     function setUp() public virtual override {
@@ -38,7 +41,9 @@ abstract contract CourtWorld is World {
             minUnits: parameter("MIN_UNITS")
         });
         beacon = IBeacon(deploy("Beacon", ""));
-        court = ICourt(deploy("Court", abi.encode(staking, beacon, terms)));
+        address next = vm.computeCreateAddress(address(this), vm.getNonce(address(this)) + 1);
+        timelock = Timelock(payable(deploy("Timelock", abi.encode(next, parameter("NOTICE"), only(proposer)))));
+        court = ICourt(deploy("Court", abi.encode(staking, beacon, timelock, terms)));
         emissions = IEmissions(
             deploy("Emissions", abi.encode(escrow, parameter("GAMMA_BPS"), parameter("BUDGET"), parameter("HALVING")))
         );
@@ -59,10 +64,15 @@ abstract contract CourtWorld is World {
         vm.warp(opened);
     }
 
-    /// Token, Models, Staking, Escrow, Beacon, Court, Emissions: one after the other.
+    function only(address who) internal pure returns (address[] memory list) {
+        list = new address[](1);
+        list[0] = who;
+    }
+
+    /// Token, Models, Staking, Escrow, Beacon, Timelock, Court, Emissions: one after the other.
     function authorities() internal view virtual override returns (address minter, address slasher) {
         uint256 nonce = vm.getNonce(address(this));
-        return (vm.computeCreateAddress(address(this), nonce + 6), vm.computeCreateAddress(address(this), nonce + 5));
+        return (vm.computeCreateAddress(address(this), nonce + 7), vm.computeCreateAddress(address(this), nonce + 6));
     }
 
     function juror(uint256 i) internal pure returns (address) {

@@ -97,6 +97,18 @@ contract EmissionsTest is CourtWorld {
         assertEq(emissions.claim(epoch_, juror(0)), emissions.BUDGET() / 4);
     }
 
+    function test_jail_is_out_of_rewards_until_the_beat() public {
+        work(node, PAID);
+        uint256 epoch_ = today();
+        vm.warp(START + stale);
+        staking.jail(node);
+        vm.expectRevert(abi.encodeWithSelector(IEmissions.InJail.selector, node));
+        emissions.claim(epoch_, node);
+        vm.prank(node);
+        staking.beat();
+        assertEq(emissions.claim(epoch_, node), 45 ether);
+    }
+
     function test_who_left_must_stake_again() public {
         work(node, PAID);
         uint256 epoch_ = today();
@@ -160,14 +172,25 @@ contract EmissionsHandler is CourtWorld {
         uint256 newest = block.timestamp / epoch;
         uint256 which = newest - within(ago, 0, newest - firstEpoch);
         uint256 minted = token.minted();
+        bool jailed = staking.nodes(worker).jailed;
         try emissions.claim(which, worker) returns (uint256 amount) {
             assertEq(token.minted() - minted, amount);
+            require(!jailed, "M3: paid in jail");
             (rewarded[which], rewards) = (rewarded[which] + amount, rewards + amount);
             assertEq(++claims[which][worker], 1);
         } catch {
             bool reason = which == newest || claims[which][worker] != 0 || escrow.burnedBy(which, worker) == 0;
-            require(reason, "refused without a reason");
+            require(reason || jailed, "refused without a reason");
         }
+    }
+
+    function jail(uint256 who) external {
+        try staking.jail(juror(who % 2)) {} catch {}
+    }
+
+    function beat(uint256 who) external {
+        vm.prank(juror(who % 2));
+        try staking.beat() {} catch {}
     }
 
     function pass(uint256 time) external {
@@ -197,7 +220,7 @@ contract EmissionsInvariants is Invariants {
         }
     }
 
-    function invariant_M3_the_supply_is_what_was_minted() public view {
+    function invariant_M4_the_supply_is_what_was_minted() public view {
         assertEq(token.minted(), genesis + handler.rewards());
         assertLe(token.minted(), token.CAP(), "cap");
         assertEq(token.balanceOf(address(emissions)), 0);

@@ -88,6 +88,16 @@ contract GasTest is GasRecorder {
         vm.prank(node);
         staking.setPayee(payee);
         record("setPayee", 47_000);
+        vm.prank(session);
+        staking.beat();
+        record("beat", 32_000);
+        vm.warp(block.timestamp + stale);
+        vm.prank(stranger);
+        staking.jail(node);
+        record("jail", 45_000);
+        vm.prank(session);
+        staking.beat();
+        record("beat from jail", 70_000);
         staking.hold(node, true);
         record("hold", 32_000);
         staking.slash(node, 10 ether, 5 ether, client);
@@ -126,19 +136,19 @@ contract GasTest is GasRecorder {
 
     function test_redeem_first_and_steady() public {
         fundClients(1);
-        redeem(1, 1 ether, "redeem 1 first", 110_500);
+        redeem(1, 1 ether, "redeem 1 first", 110_600);
         redeem(1, 2 ether, "redeem 1 steady", 77_000);
     }
 
     function test_redeem_10() public {
         fundClients(10);
-        redeem(1, 1 ether, "redeem 1 first", 110_500);
+        redeem(1, 1 ether, "redeem 1 first", 110_600);
         redeem(10, 2 ether, "redeem 10", 200_000);
     }
 
     function test_redeem_48() public {
         fundClients(48);
-        redeem(1, 1 ether, "redeem 1 first", 110_500);
+        redeem(1, 1 ether, "redeem 1 first", 110_600);
         redeem(48, 2 ether, "redeem 48", 715_000);
     }
 
@@ -193,7 +203,7 @@ contract CourtGasTest is GasRecorder, CourtWorld {
         bytes32 digest = court.digestOf(r);
         vm.prank(accuser);
         id = court.open(r, signature, EVIDENCE_CID);
-        record("court.open", 205_000);
+        record("court.open", 200_000);
         uint256 randao = 1;
         while (!enough(keccak256(abi.encode(randao, id, uint256(0))))) randao++;
         bytes memory header = mine(id, randao);
@@ -227,13 +237,13 @@ contract CourtGasTest is GasRecorder, CourtWorld {
     }
 
     function test_guilty() public {
-        bytes32 id = round("session 1", Vote.Guilty, "guilty first", 185_000);
+        bytes32 id = round("session 1", Vote.Guilty, "guilty first", 170_000);
         uint256[] memory seats = winning(court.seeds(id, 0), 0, juror(0));
         vm.prank(reporter);
         court.report(id, 0, juror(0), seats);
         record("court.report", 120_000);
         vm.warp(block.timestamp + 1);
-        round("session 2", Vote.Guilty, "guilty again", 165_000);
+        round("session 2", Vote.Guilty, "guilty again", 150_000);
     }
 
     function test_appeal() public {

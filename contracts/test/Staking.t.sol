@@ -405,10 +405,154 @@ contract StakingTest is World {
     }
 
     function test_units_fit_their_records() public {
-        uint256 least = 2 * (token.CAP() / (1 << 24) + 1);
-        deploy("Staking", abi.encode(token, models, this, least, unbonding, epoch));
-        bytes memory code = initcode("Staking", abi.encode(token, models, this, 2 * (token.CAP() >> 24), unbonding, epoch));
-        refusesToDeploy(code, abi.encodeWithSelector(IStaking.TooManyUnits.selector, 1 << 24, (1 << 24) - 1));
+        uint256 least = 2 * (token.CAP() / (1 << 21) + 1);
+        deploy("Staking", abi.encode(token, models, this, least, unbonding, epoch, stale));
+        bytes memory args = abi.encode(token, models, this, 2 * (token.CAP() >> 21), unbonding, epoch, stale);
+        bytes memory reason = abi.encodeWithSelector(IStaking.TooManyUnits.selector, 1 << 21, (1 << 21) - 1);
+        refusesToDeploy(initcode("Staking", args), reason);
+    }
+
+    function test_a_beat_is_due_before_a_node_is_stale() public {
+        assertEq(staking.STALE(), stale);
+        deploy("Staking", abi.encode(token, models, this, minStake, unbonding, epoch, epoch + 1));
+        bytes memory code = initcode("Staking", abi.encode(token, models, this, minStake, unbonding, epoch, epoch));
+        refusesToDeploy(code, abi.encodeWithSelector(IStaking.TooShortStale.selector, epoch, epoch));
+    }
+
+    // Signs of life
+
+    function beat(address by) private {
+        vm.prank(by);
+        staking.beat();
+    }
+
+    function notReady(uint256 readyAt) private {
+        revertsWith(IStaking.NotReady.selector, block.timestamp, readyAt);
+    }
+
+    function jailed() private {
+        serving(node, llama, BIG);
+        vm.warp(START + stale);
+        staking.jail(node);
+    }
+
+    function test_serving_is_a_sign_of_life() public {
+        serving(node, llama, BIG);
+        assertEq(staking.nodes(node).seenAt, START);
+        vm.warp(START + 5);
+        vm.prank(node);
+        staking.serve(llama, 0, 2, 0, "", node);
+        assertEq(staking.nodes(node).seenAt, START + 5);
+    }
+
+    function test_a_hot_key_beats_once_an_epoch() public {
+        serving(node, llama, BIG);
+        vm.prank(node);
+        staking.bind(session, START, proof(SESSION_KEY, node, START));
+        vm.warp(START + epoch - 1);
+        notReady(START + epoch);
+        beat(session);
+        vm.warp(START + epoch);
+        beat(session);
+        assertEq(staking.nodes(node).seenAt, START + epoch);
+        notReady(START + 2 * epoch);
+        beat(node);
+        vm.warp(START + 2 * epoch);
+        beat(node); // the owner's key will do
+        assertEq(staking.nodes(node).seenAt, START + 2 * epoch);
+        assertEq(staking.active(node), BIG);
+    }
+
+    function test_who_serves_nothing_does_not_beat() public {
+        staking.stake(node, minStake);
+        vm.warp(START + 2 * epoch);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.NotServing.selector, node));
+        beat(node);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.NotServing.selector, stranger));
+        beat(stranger);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.NotServing.selector, node));
+        staking.jail(node);
+    }
+
+    function test_a_silent_node_goes_to_jail_to_the_second() public {
+        serving(node, llama, BIG);
+        serving(client, llama, minStake);
+        vm.warp(START + epoch);
+        beat(node);
+        vm.warp(START + epoch + stale - 1);
+        notReady(START + epoch + stale);
+        staking.jail(node);
+        vm.warp(START + epoch + stale);
+        vm.expectEmit(address(staking));
+        emit IStaking.Jailed(node, stranger, START + epoch);
+        vm.prank(stranger); // anybody
+        staking.jail(node);
+        require(staking.nodes(node).jailed, "free");
+        assertEq(staking.active(node), 0);
+        assertEq(staking.weights(llama), minStake);
+        assertEq(staking.stakeOf(node), BIG); // nothing is slashed
+        vm.expectRevert(abi.encodeWithSelector(IStaking.InJail.selector, node));
+        staking.jail(node);
+    }
+
+    /// As stake that left: a juror owes its seats in the cases of the epoch.
+    function test_jail_takes_the_units_of_the_next_epoch() public {
+        jailed();
+        units(node, block.timestamp, 20);
+        assertEq(staking.totalUnitsAt(block.timestamp), 20);
+        vm.warp(START + stale + epoch);
+        units(node, block.timestamp, 0);
+        units(node, START + stale, 20);
+        assertEq(staking.totalUnitsAt(block.timestamp), 0);
+    }
+
+    function test_a_beat_frees_from_jail_at_once() public {
+        jailed();
+        vm.warp(START + stale + epoch);
+        require(staking.isJailed(node), "free");
+        vm.expectEmit(address(staking));
+        emit IStaking.Freed(node);
+        beat(node);
+        require(!staking.isJailed(node), "still in jail");
+        require(!staking.nodes(node).jailed, "still in jail");
+        assertEq(staking.active(node), BIG);
+        assertEq(staking.weights(llama), BIG);
+        units(node, block.timestamp, 0);
+        notReady(START + 2 * stale + epoch);
+        staking.jail(node);
+        vm.warp(START + stale + 2 * epoch);
+        units(node, block.timestamp, 20);
+    }
+
+    function test_serving_frees_from_jail() public {
+        jailed();
+        vm.expectEmit(address(staking));
+        emit IStaking.Freed(node);
+        vm.prank(node);
+        staking.serve(llama, 0, 4, 0, "", node);
+        assertEq(staking.active(node), BIG);
+        assertEq(staking.weights(llama), BIG);
+        vm.warp(START + 2 * stale);
+        staking.jail(node);
+        vm.prank(node);
+        staking.serve(bert, 0, 4, 0, "", node);
+        assertEq(staking.weights(llama), 0);
+        assertEq(staking.weights(bert), BIG);
+        assertEq(staking.nodes(node).seenAt, START + 2 * stale);
+    }
+
+    /// Whatever happens to its stake in jail, the sums stay right.
+    function test_stake_moves_in_jail() public {
+        jailed();
+        staking.stake(node, minStake);
+        staking.slash(node, 1 ether, 0, address(0));
+        vm.prank(node);
+        staking.unbond(minStake);
+        assertEq(staking.active(node), 0);
+        assertEq(staking.weights(llama), 0);
+        beat(node);
+        assertEq(staking.active(node), BIG - 1 ether);
+        assertEq(staking.weights(llama), BIG - 1 ether);
     }
 
     function testFuzz_weights_add_up(uint96 a, uint96 b, uint96 out) public {
@@ -517,7 +661,32 @@ contract StakingHandler is World {
 
     function fault(uint256 n) external {
         address accused = nodeAt(n);
-        faults.push(Fault(accused, block.timestamp, staking.active(accused), slashed[accused]));
+        Node memory state = staking.nodes(accused);
+        // Jail changes nothing about it.
+        uint256 weight = state.model == 0 ? 0 : state.stake - state.leaving;
+        faults.push(Fault(accused, block.timestamp, weight, slashed[accused]));
+    }
+
+    function beat(uint256 n) external {
+        Node memory state = staking.nodes(nodeAt(n));
+        vm.prank(nodeAt(n));
+        try staking.beat() {
+            require(state.jailed || block.timestamp >= state.seenAt + epoch, "too early");
+            assertEq(staking.active(nodeAt(n)), state.stake - state.leaving); // S8
+        } catch {
+            require(state.model == 0 || block.timestamp < state.seenAt + epoch, "refused without a reason");
+            require(!state.jailed, "kept in jail");
+        }
+    }
+
+    function jail(uint256 n) external {
+        Node memory state = staking.nodes(nodeAt(n));
+        try staking.jail(nodeAt(n)) {
+            assertLe(state.seenAt + stale, block.timestamp, "S8: within STALE");
+            assertEq(staking.nodes(nodeAt(n)).stake, state.stake);
+        } catch {
+            require(state.model == 0 || state.jailed || block.timestamp < state.seenAt + stale, "refused without a reason");
+        }
     }
 
     function pass(uint256 time) external {
@@ -526,7 +695,7 @@ contract StakingHandler is World {
         for (uint256 e = before + 1; e <= block.timestamp / epoch; e++) {
             for (uint256 i = 0; i < 3; i++) {
                 Node memory n = staking.nodes(nodeAt(i));
-                boundary[e][nodeAt(i)] = n.model == 0 ? 0 : (n.stake - n.leaving) / unitSize;
+                boundary[e][nodeAt(i)] = n.model == 0 || n.jailed ? 0 : (n.stake - n.leaving) / unitSize;
             }
         }
     }
@@ -578,13 +747,14 @@ contract StakingInvariants is Invariants {
         assertEq(token.balanceOf(address(staking)), sum);
     }
 
-    function invariant_S3_a_models_weight_is_its_nodes() public view {
+    function invariant_S3_S8_a_models_weight_is_its_nodes() public view {
         for (uint256 m = 0; m < 2; m++) {
             uint256 active;
             for (uint256 i = 0; i < 3; i++) {
                 address node = handler.nodeAt(i);
                 if (staking.nodes(node).model != models[m]) continue;
                 active += staking.active(node);
+                if (staking.nodes(node).jailed) assertEq(staking.active(node), 0); // S8
             }
             assertEq(staking.weights(models[m]), active);
         }

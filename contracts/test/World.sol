@@ -68,6 +68,7 @@ abstract contract World is Assertions {
     uint256 internal unitSize;
     uint256 internal unbonding;
     uint256 internal epoch;
+    uint256 internal stale;
     uint256 internal feeBps;
     uint256 internal exitDelay;
 
@@ -85,12 +86,13 @@ abstract contract World is Assertions {
         unitSize = minStake / 2;
         unbonding = parameter("UNBONDING");
         epoch = parameter("EPOCH");
+        stale = parameter("STALE");
         feeBps = parameter("FEE_BPS");
         exitDelay = parameter("EXIT_DELAY");
         (address minter, address slasher) = authorities();
         token = IToken(deploy("Token", abi.encode(minter, this, genesis)));
         models = IModels(deploy("Models", ""));
-        staking = IStaking(deploy("Staking", abi.encode(token, models, slasher, minStake, unbonding, epoch)));
+        staking = IStaking(deploy("Staking", abi.encode(token, models, slasher, minStake, unbonding, epoch, stale)));
         escrow = IEscrow(deploy("Escrow", abi.encode(staking, feeBps, exitDelay)));
         llama = models.add("llama", "pieces", 8);
         bert = models.add("bert", "pieces", 4);

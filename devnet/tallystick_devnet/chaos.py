@@ -20,8 +20,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tallystick.client import AsyncClient, Settings
+from tallystick.client import AsyncClient
 from tallystick.generation import Mode, Stream, Token
+from tallystick.settings import Settings
 from tallystick.verdict import Policy
 from tallystick_devnet.demo import default_model
 from tallystick_devnet.faults import Faults, Victim

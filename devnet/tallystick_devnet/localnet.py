@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from tallystick.client import Settings
 from tallystick.publishing import cut, register, serve_content
 from tallystick.routing.candidates import Weights
+from tallystick.settings import Settings
 from tallystick_devnet.localchain import ETHER, LocalChain, rich_key, start_chain
 from tallystick_devnet.nursery import Nursery
 from tallystick_devnet.processes import Process, stop_all

@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     relay.add_argument("--show", action="store_true", help="show every setting, its value and what it means; then end")
     relay.set_defaults(command=_relay)
     _add_settings(relay, RelayConfig)
+    jail = commands.add_parser("jail", help="jail a node that has not beaten on chain for two days; costs gas")
+    jail.add_argument("dead", metavar="NODE", help="its address")
+    jail.set_defaults(command=_jail)
+    _add_settings(jail)
     show = commands.add_parser("config", help="show every setting, its value and what it means")
     show.add_argument("what", choices=["show"])
     show.set_defaults(command=_show)
@@ -104,6 +108,14 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
     node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_until_stopped(node.run(lambda url: print(f"serving at {url}", flush=True))))
+
+
+def _jail(options: argparse.Namespace, _: MakeEngine | None) -> int:
+    from tallystick_node.heartbeat import jail
+
+    config = _settings(options)
+    print(jail(config, open_keystore(config.hot_key, _password(config.password_file)), options.dead))
+    return 0
 
 
 def _relay(options: argparse.Namespace, _: MakeEngine | None) -> int:

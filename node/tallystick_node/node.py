@@ -8,12 +8,14 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.alone import alone, set_threads
 from tallystick_node.config import NodeConfig
+from tallystick_node.heartbeat import Heartbeat
 from tallystick_node.journal import Journal
 from tallystick_node.jury.juror import Juror
 from tallystick_node.listener import Listener, bind
@@ -178,12 +180,14 @@ class Node:
             self._offers.clear()
             self._renew_offer(shop, manifest)
             wallet = Wallet(chain, self.keys.cold or self.keys.hot)
+            heartbeat = Heartbeat(wallet, self.keys.node)
             juror = None
             if config.jury == "on":
                 juror = Juror(config, self.keys.node, wallet, loading.store, presence.may_dial, state)
                 stack.callback(juror.close)
             blocks = _block_answers(loading.store, *([juror.holding.store] if juror else []))
-            app = create_app(sessions, lambda: self._info(sessions, shop), lambda: self._ready, blocks, presence.desk)
+            info = partial(self._info, sessions, shop, heartbeat)
+            app = create_app(sessions, info, lambda: self._ready, blocks, presence.desk)
             listener = Listener(app, presence.keys)
             redeemer = Redeemer(wallet, self.keys.node, till)
             check = self_check(loading, loaded)
@@ -191,6 +195,7 @@ class Node:
                 write_plans(engine),
                 self._renew_offers(shop, manifest),
                 self._redeem_now_and_then(redeemer),
+                heartbeat.run(lambda: self._ready),
                 watch_class(
                     engine, sessions, check, loaded.numeric_class, span, config.check_class_s, loaded.class_age_s
                 ),
@@ -207,6 +212,7 @@ class Node:
                 if self._joins:
                     await asyncio.to_thread(self._register, chain, model_id, contact)
                 await asyncio.to_thread(self._check_registered, chain, model_id)
+                await asyncio.to_thread(heartbeat.leave_jail)
                 return contact.url
 
             try:
@@ -326,7 +332,7 @@ class Node:
             except ChainError as error:
                 log.warning("vouchers stay unredeemed for now: %s", error)
 
-    def _info(self, sessions: Sessions, shop: Shop) -> dict[str, Any]:
+    def _info(self, sessions: Sessions, shop: Shop, heartbeat: Heartbeat) -> dict[str, Any]:
         """The signed offer, and what nobody signs: load, clock, version."""
         return {
             "offer": self._current.hex(),
@@ -336,6 +342,7 @@ class Node:
                 "sessions": len(sessions),
                 "reserved_bytes": sessions.reserved_bytes,
                 "draining": sessions.draining,
+                "seen_at": heartbeat.seen_at,
                 **pace(shop, self._rows_per_s),
             },
         }

@@ -31,13 +31,15 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
                   decoder gets as memory), in norms and rows alike; the decoder's canary runs on the same ids over it
     clear         only where the publisher has measured it: the largest error across classes that is nothing but noise,
                   if that is less than the protocol's (`sketching.thresholds`)
+    margins       only where they were measured: [[start, end, rare, usual], ...], the errors that honest windows of a
+                  span seldom and at times exceed, if less than the protocol's (`sketching.accumulating`)
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 from eth_abi.abi import encode as abi_encode
@@ -51,6 +53,7 @@ from tallystick_protocol.types import Digest, ModelId, Span
 
 FORMAT = "tallystick/1"
 MAX_BYTES = 1 << 20
+_OPTIONAL = {"clear", "margins"}
 
 Output = Literal["logits", "hidden", "scores", "label"]
 Numerics = Literal["fp32", "bf16w"]
@@ -114,6 +117,17 @@ class Pooling:
 
 
 @dataclass(frozen=True, slots=True)
+class Margin:
+    """What was measured of one span between honest nodes of different classes: the errors that a window seldom has, and
+    that it has at times (`sketching.accumulating`); of results, over a window."""
+
+    start: int
+    end: int
+    rare: float
+    usual: float
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """Weight-only: matrices as integers of `bits`, one fp32 scale for `group` consecutive values of a row."""
 
@@ -146,6 +160,7 @@ class Manifest:
     norms: tuple[tuple[float, float], ...]
     canary: Canary
     clear: float | None = None
+    margins: tuple[Margin, ...] = ()
 
     def stack_of(self, span: Span) -> Span:
         """The layers of the stack that a span belongs to. Raises ManifestError for one that crosses stacks."""
@@ -302,6 +317,7 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "output": _link(manifest.canary.output),
         },
         **({} if manifest.clear is None else {"clear": manifest.clear}),
+        **({} if not manifest.margins else {"margins": [list(astuple(one)) for one in manifest.margins]}),
     }
 
 
@@ -310,12 +326,13 @@ def _from_json(value: Any) -> Manifest:
         if value["format"] != FORMAT:
             raise ManifestError(f"manifest format {str(value['format'])[:40]!r}; this version reads {FORMAT!r}")
         keys = {*Manifest.__slots__, "format"}
-        if set(value) | {"clear"} != keys:
+        if set(value) | _OPTIONAL != keys:
             raise ManifestError(f"manifest fields differ: {sorted(set(value) ^ keys)[:5]}")
         return Manifest(
             **{
-                **{key: value[key] for key in keys - {"format", "clear"}},
+                **{key: value[key] for key in keys - {"format"} - _OPTIONAL},
                 "clear": value.get("clear"),
+                "margins": tuple(Margin(*one) for one in value.get("margins", ())),
                 "labels": tuple(value["labels"]),
                 "quantization": None if value["quantization"] is None else Quantization(**value["quantization"]),
                 "pieces": tuple(_piece(piece) for piece in value["pieces"]),

@@ -66,11 +66,23 @@ def check(manifest: Manifest) -> None:
         _bounded("canary id", token, 0, manifest.vocab - 1)
     if manifest.clear is not None and not (type(manifest.clear) is float and 0 < manifest.clear < 1):
         raise ManifestError("clear is a number between 0 and 1, or missing")
+    _check_margins(manifest)
     for name, ref in manifest.tokenizer.items():
         unsafe = name != name.strip() or not name.isprintable() or any(part in name for part in ("/", "\\", ".."))
         if unsafe or not 0 < len(name) <= 100:
             raise ManifestError(f"tokenizer file name {name[:40]!r}")
         _bounded(f"bytes of {name}", ref.bytes, 1, 1 << 28)
+
+
+def _check_margins(manifest: Manifest) -> None:
+    for one in manifest.margins:
+        _bounded("a margin's start", one.start, 0, manifest.layers - 1)
+        _bounded("a margin's end", one.end, one.start + 1, manifest.layers)
+        if not (type(one.rare) is type(one.usual) is float and 0 < one.usual <= one.rare < 1):
+            raise ManifestError("a margin's levels are numbers between 0 and 1, the usual one at most the rare one")
+    spans = [(one.start, one.end) for one in manifest.margins]
+    if spans != sorted(set(spans)):
+        raise ManifestError("margins are in the order of their spans, one for each")
 
 
 def _check_labels(manifest: Manifest) -> None:

@@ -5,24 +5,32 @@ Pieces, class, signatures and receipts of such a node are all in order; only its
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from tallystick_model.calibrating.cheaters import (
+    answering,
+    corrupt_row,
+    layers,
+    linears,
+    noise,
+    other_layer,
+    pass_by,
+    quantised,
+    set_weight,
+    skipped_layer,
+)
 from tallystick_model.canonical.attention import TiledSeat
-from tallystick_model.canonical.kernels import CanonicalLinear
-from tallystick_model.publishing.quantize import GROUPS, MIN_VALUES, dequantise, scales_of, values_of
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_node.session import rows as rows_of_node
 from tallystick_protocol.errors import ConfigError, CorruptResult, TallystickError
-from tallystick_protocol.manifest import Manifest, Quantization
+from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sketching.matrix import matrix
 from tallystick_protocol.sketching.thresholds import logits_thresholds, thresholds
 
@@ -36,9 +44,6 @@ HIDDEN_ERROR = 0.05
 """Of what the span adds."""
 
 KNOWN_CHALLENGE = bytes(32)
-
-Weigh = Callable[[torch.Tensor], torch.Tensor]
-Answer = Callable[[Segment, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,51 +68,11 @@ class Computing:
         self.alter(model)
 
 
-# What a span is made of
-
-
-def layers(model: SpanModel) -> list[torch.nn.Module]:
-    """The modules of the span's layers."""
-    spliced, span = model._spliced, model.span
-    shapes = [spliced.anatomy.layers[index] for index in range(span.start, span.end)]
-    return [spliced.skeleton.stack(shape.stack)[shape.module] for shape in shapes]
-
-
-def linears(layer: torch.nn.Module) -> dict[str, CanonicalLinear]:
-    return {name: module for name, module in layer.named_modules() if isinstance(module, CanonicalLinear)}
-
-
-def set_weight(linear: CanonicalLinear, weight: torch.Tensor) -> None:
-    """weight: (out, in) fp32. The bias stays."""
-    linear.weight = CanonicalLinear(weight, None, numerics="bf16w" if linear.rounds else "fp32").weight
-
-
 # Rows that were never computed
-
-
-def answering(model: SpanModel, answer: Answer) -> None:
-    """Whatever the span has computed for a segment, it returns `answer` of it."""
-    forward = model.forward
-
-    def lie(segments: Sequence[Segment]) -> list[torch.Tensor]:
-        return [answer(segment, rows) for segment, rows in zip(segments, forward(segments), strict=True)]
-
-    model.forward = lie  # type: ignore[method-assign]
 
 
 def zeros(model: SpanModel) -> None:
     answering(model, lambda _, rows: torch.zeros_like(rows))
-
-
-def noise(model: SpanModel) -> None:
-    """Random rows, as long as the true ones."""
-    generator = torch.Generator().manual_seed(0)
-
-    def answer(_: Segment, rows: torch.Tensor) -> torch.Tensor:
-        drawn = torch.randn(rows.shape, generator=generator)
-        return drawn * (rows.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
-
-    answering(model, answer)
 
 
 def stale(model: SpanModel) -> None:
@@ -142,25 +107,6 @@ def answers_unchecked() -> Iterator[None]:
 # Less than the whole model
 
 
-def pass_by(model: SpanModel, layer: torch.nn.Module) -> None:
-    """A layer hands on what it gets."""
-    turn, spliced = layer.forward, model._spliced
-    here = (spliced.skeleton.stack(shape.stack)[shape.module] is layer for shape in spliced.anatomy.layers)
-    shape = next(itertools.compress(spliced.anatomy.layers, here))
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten(shape.output)
-        hidden = shape.hidden.get(args, kwargs)
-        return tree_unflatten([hidden if leaf else None for leaf in leaves], spec)
-
-    turn._forward = forward  # type: ignore[attr-defined]
-
-
-def skipped_layer(model: SpanModel) -> None:
-    """All layers of the span but its first one."""
-    pass_by(model, layers(model)[0])
-
-
 def early_exit(model: SpanModel) -> None:
     """The first half of the span's layers; the head, if it has one, on what leaves them."""
     for layer in layers(model)[-(len(model.span) // 2) :]:
@@ -177,34 +123,6 @@ def truncated_context(model: SpanModel) -> None:
 # Other weights than the manifest's
 
 
-def reweighed(model: SpanModel, weigh: Weigh) -> None:
-    for layer in layers(model):
-        for linear in linears(layer).values():
-            set_weight(linear, weigh(linear.plain_weight()))
-
-
-def other_layer(model: SpanModel) -> None:
-    """The span's first and last layer have each other's matrices."""
-    first, *_, last = layers(model)
-    there = linears(last)
-    for name, linear in linears(first).items():
-        mine, theirs = linear.plain_weight(), there[name].plain_weight()
-        set_weight(linear, theirs)
-        set_weight(there[name], mine)
-
-
-def quantised(model: SpanModel, bits: int) -> None:
-    """All matrices of the layers that publishing would quantise, as it does."""
-    how = Quantization(bits, GROUPS[bits])  # type: ignore[arg-type]
-
-    def weigh(weight: torch.Tensor) -> torch.Tensor:
-        if weight.numel() < MIN_VALUES or weight.shape[1] % 2:
-            return weight
-        return dequantise("", values_of(weight, how), scales_of(weight, how), how)
-
-    reweighed(model, weigh)
-
-
 def smaller_model(model: SpanModel) -> None:
     """Half as many neurons, half as long values: what ends a layer's parts reads the heavier half of its inputs."""
 
@@ -218,15 +136,6 @@ def smaller_model(model: SpanModel) -> None:
         for linear in linears(layer).values():
             if linear.out_features == model.manifest.width:
                 set_weight(linear, weigh(linear.plain_weight()))
-
-
-def corrupt_row(model: SpanModel, row: int = 0, scale: float = 0.01) -> None:
-    """Noise of `scale` times its own size on one row of the span's first matrix."""
-    linear = next(iter(linears(layers(model)[0]).values()))
-    weight = linear.plain_weight().clone()
-    drawn = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
-    weight[row] += scale * weight[row].norm() / drawn.norm() * drawn
-    set_weight(linear, weight)
 
 
 # Errors that are made for the tolerances between classes

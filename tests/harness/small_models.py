@@ -16,7 +16,7 @@ from harness import samples
 from harness.in_memory import InMemory
 from harness.one_loop import FastLoop
 from harness.small_world import Inline, World
-from tallystick_protocol.manifest import Numerics
+from tallystick_protocol.manifest import Margin, Numerics
 from tallystick_protocol.types import Span
 
 T = TypeVar("T")
@@ -35,7 +35,8 @@ class Models:
         for numerics in kinds:
             model = InMemory(LlamaForCausalLM, config, numerics)
             pieces, anything = samples.manifest().pieces, ((0.0, 1e9),) * 4  # a model without them has no id
-            model.manifest = replace(model.manifest, pieces=pieces, norms=anything)
+            measured = (Margin(1, 2, 1e-6, 1e-6),) if numerics == "fp32" else ()
+            model.manifest = replace(model.manifest, pieces=pieces, norms=anything, margins=measured)
             self.found[numerics] = model, {span.span: Inline(span) for span in model.cut(1, 2)}
 
     def world(self, folder: Path, copies: int = 2, numerics: Numerics = "fp32") -> World:

@@ -21,6 +21,7 @@ from harness.in_memory import InMemory
 from harness.one_loop import End
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.suspicions import Suspicions
 from tallystick.session.repair import RolledBack
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
@@ -230,6 +231,7 @@ class World:
         self.purse = Purse(self.chain, self.key, Wei(10**24))  # type: ignore[arg-type]
         self.waited: list[str] = []
         self.sketches: Sketches = "auto"
+        self.suspicions = Suspicions()
         self.client_ends: set[End] = set()
 
     async def connect(self, node: Address, by: Node | None = None) -> End:
@@ -277,6 +279,7 @@ class World:
             stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16, wire=wire,
             on_replaced=lambda: None, wait_s=wait_s, look_again=self.look,
             on_waiting=lambda error: self.waited.append(error.message), sketches=self.sketches,
+            suspicions=self.suspicions,
         )  # fmt: skip
         route = [next(c for c in candidates if c.offer.span == span) for span in self.spans]
         return Session(setting, route, Verdict(policy))
@@ -337,3 +340,17 @@ async def generate(
                 await steps.start(known)
     finally:
         await steps.close()
+
+
+async def audit_at_end(session: Session, index: int, prompt: list[int], ids: list[int]) -> list[int]:
+    """Have a hop audited behind an answer's last token; what that takes back is generated again. Returns the tokens."""
+    count = len(ids)
+    while True:
+        try:
+            if not session.has_audits:
+                await session.audit_at_end(index)
+            await session.finish()
+            return ids
+        except RolledBack as back:
+            kept = max(back.position + 1 - len(prompt), 0)
+            ids = ids[:kept] + await generate(session, prompt + ids[:kept], count - kept)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from conftest import Running
 from harness import checkpoints
 from tallystick import AsyncClient, cli
-from tallystick.client import Settings
 from tallystick.publishing import contents, cut, register, serve_content
+from tallystick.settings import Settings
 from tallystick_devnet.localchain import rich_key
 from tallystick_devnet.localnet import PASSWORD, STAKE, LocalNet
 from tallystick_node import cli as node_cli
@@ -563,7 +563,7 @@ async def ask(
 ):
     settings: Settings = replace(running.net.settings(), max_cost=Wei(max_cost))
     async with AsyncClient(key, settings) as client:
-        client.banned = banned or set()
+        client.banned.update(banned or ())
         return await client.generate("The function", max_tokens=4, ignore_eos=True, **options)
 
 

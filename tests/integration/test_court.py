@@ -16,7 +16,7 @@ from web3.types import RPCEndpoint
 from tallystick_devnet.localchain import LocalChain, repository, rich_key, start_chain
 from tallystick_protocol.chain.book import load_book
 from tallystick_protocol.chain.court import State, Verdict, Vote, case_id, commitment, header_rlp, winning_seats
-from tallystick_protocol.chain.reads import Chain
+from tallystick_protocol.chain.reads import Chain, abi
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.errors import ChainError
 from tallystick_protocol.receipts import Receipt
@@ -255,11 +255,11 @@ def test_a_wrong_header_draws_nothing(bench: Bench) -> None:
         bench.stranger.send("drawing", bench.chain.court.functions.draw(id_, other))
 
 
-def deploy(bench: Bench, out: Path, scale: str) -> subprocess.CompletedProcess[str]:
+def deploy(bench: Bench, out: Path, scale: str, *more: str) -> subprocess.CompletedProcess[str]:
     root = repository()
     node = shutil.which("node", path=f"{root}/.venv/bin:{os.environ['PATH']}")
     assert node is not None, "Node.js is not installed; run scripts/install"
-    command = [node, root / "scripts" / "deploy.js", "--rpc", bench.local.rpc, "--out", out, "--scale", scale]
+    command = [node, root / "scripts" / "deploy.js", "--rpc", bench.local.rpc, "--out", out, "--scale", scale, *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -274,6 +274,35 @@ def test_a_test_networks_trials_are_short(bench: Bench, tmp_path: Path) -> None:
     assert staking.SLASHER().call() == chain.court.address
     assert chain.token.functions.MINTER().call() == chain.emissions.address
     assert staking.UNBONDING().call() >= 6048 + 6 * 432 + 2 * 864
+    assert [staking.EPOCH().call(), staking.STALE().call()] == [864, 1728]
+
+
+def test_who_proposes_is_named_at_the_deployment(bench: Bench, tmp_path: Path) -> None:
+    done = deploy(bench, tmp_path / "book.json", "1", "--proposer", bench.stranger.address)
+    assert done.returncode == 0, done.stderr
+    for book, proposer in ((tmp_path / "book.json", bench.stranger.address), (bench.local.book, rich_key().address)):
+        chain = Chain(bench.local.rpc, load_book(book))
+        timelock = chain.web3.eth.contract(chain.book.contracts["Timelock"].address, abi=abi("Timelock")).functions
+        role, everybody = timelock.PROPOSER_ROLE().call(), (bench.stranger.address, rich_key().address)
+        assert [who for who in everybody if timelock.hasRole(role, who).call()] == [proposer]
+        assert timelock.getMinDelay().call() == 7 * 86_400
+        assert timelock.COURT().call() == chain.court.address
+        assert chain.court.functions.GOVERNOR().call() == chain.book.contracts["Timelock"].address
+    done = deploy(bench, tmp_path / "other.json", "1", "--proposer", "0x12")
+    assert done.returncode == 1 and "--proposer is not an address" in done.stderr
+
+
+def test_what_the_proposer_announces_holds_a_week_later(bench: Bench) -> None:
+    chain, proposer = bench.chain, Wallet(bench.chain, rich_key())
+    timelock = chain.web3.eth.contract(chain.book.contracts["Timelock"].address, abi=abi("Timelock")).functions
+    data = chain.court.encode_abi("setRates", [1250, 20_000])
+    what = (chain.court.address, 0, data, b"\0" * 32, b"\0" * 32)
+    proposer.send("announcing", timelock.schedule(*what, 7 * 86_400))
+    with pytest.raises(ChainError):
+        bench.stranger.send("carrying out", timelock.execute(*what))
+    bench.wait(7 * 86_400)
+    bench.stranger.send("carrying out", timelock.execute(*what))
+    assert chain.court.functions.rates().call() == [1250, 20_000]
 
 
 def test_a_scale_that_leaves_no_time_for_a_trial_is_refused(bench: Bench, tmp_path: Path) -> None:

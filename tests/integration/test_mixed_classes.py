@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ import torch
 
 from tallystick import AsyncClient
 from tallystick.generation import Answer
+from tallystick.routing.suspicions import Suspicions
 from tallystick_devnet.demo import default_model
-from tallystick_devnet.localnet import LocalNet, LocalNode
+from tallystick_devnet.localnet import READY_TIMEOUT_S, LocalNet, LocalNode
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import ModelId, Span
 
@@ -27,6 +29,10 @@ PINS = ("DNNL_VERBOSE=0", "ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2", "M
 """Three classes of one machine: as it is, as if it had AVX2 only, and with MKL's sums in the order of any CPU."""
 
 PROMPT = "The function returns a list of"
+PROMPTS = (
+    "If the file does not exist,", "This module provides", "A list of all", "Raises an error when the", "def",
+    "Return the number of", "The default value is", "Create a new",
+)  # fmt: skip
 TOKENS = 40
 
 
@@ -44,10 +50,10 @@ class Mixed:
     spans: list[Span]
     nodes: list[list[LocalNode]]
 
-    async def answer(self, verify: str, **settings: object) -> Answer:
+    async def answer(self, verify: str, prompt: str = PROMPT, **settings: object) -> Answer:
         async with AsyncClient(self.key, replace(self.net.settings(), **settings)) as client:  # type: ignore[arg-type]
             return await client.generate(
-                PROMPT,
+                prompt,
                 max_tokens=TOKENS,
                 model="0x" + self.model.hex(),
                 verify=verify,
@@ -80,3 +86,24 @@ async def test_honest_nodes_of_other_classes_pass_each_others_audits(mixed: Mixe
     assert not any(verdict.withheld.values())
     audited = await mixed.answer("audit", audit_probability=1.0)
     assert audited.verdict.passed and {check.how for check in audited.verdict.checks} == {"sketch"}
+
+
+async def test_a_cheater_that_no_audit_convicts_is_avoided_after_a_few_sessions(mixed: Mixed) -> None:
+    """One corrupted row: too far off to be paid, too near to be guilty. Each session goes on with the other two nodes
+    of the span, which are of two other classes and check each other."""
+    cheater, program = mixed.nodes[0][0], str(FAULTS / "cheating_node.py")
+    await asyncio.to_thread(cheater.process.stop)
+    mixed.net.restart(cheater, mixed.model, command(PINS[0], program, "corrupt_row"), ["--price", "1000000000"])
+    await asyncio.to_thread(cheater.process.wait_for, "fault: corrupt_row", READY_TIMEOUT_S)
+    await asyncio.to_thread(cheater.wait)
+    met, sessions = True, 0
+    while met and sessions < len(PROMPTS):
+        answer = await mixed.answer("full", PROMPTS[sessions])
+        verdict, sessions = answer.verdict, sessions + 1
+        assert verdict.accusations == [] and len(answer.ids) == TOKENS
+        assert {check.node for check in verdict.checks if check.passed is not True} <= {cheater.address}
+        assert verdict.paid.get(cheater.address, 0) == 0 and cheater.address not in {hop.node for hop in answer.route}
+        met = cheater.address in {lost for lost, _, _ in verdict.replaced}
+    assert not met and 1 < sessions <= 7, "four windows with each of two auditors, one a session"
+    remembered = Suspicions(mixed.net.settings().cache / "suspicions.json")
+    assert remembered.avoided(mixed.model) == {cheater.address}

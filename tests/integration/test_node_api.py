@@ -1072,6 +1072,8 @@ async def test_metrics_have_the_documented_names_and_no_secrets(running: Running
     assert "{" not in text, "no label takes a value"
     info = json.loads((await spoken(field.first, request("/v1/info"))).decode().partition("\r\n\r\n")[2])
     assert set(info) == {"offer", "status"}
+    seen_at = running.net.chain.chain().node(field.first.node).seen_at
+    assert info["status"]["seen_at"] == seen_at > 0, "its last sign of life on chain"
     assert set(info["status"].pop("links_ms")) <= {node.address for node in running.nodes}, "the nodes on chain"
     for public in (text, json.dumps(info)):
         for secret in (field.attacker.key.address, "0x", str(running.net.folder), "password"):

@@ -14,8 +14,8 @@ import pytest
 from conftest import Running
 from tallystick import AsyncClient
 from tallystick.cli import main
-from tallystick.client import Settings
 from tallystick.routing.candidates import Weights
+from tallystick.settings import Settings
 from tallystick.verdict import Verdict
 from tallystick_devnet.localnet import LocalNode
 from tallystick_protocol.errors import Unreachable, WrongLayers
@@ -58,7 +58,7 @@ async def test_spans_are_left_early_and_entered_late_with_every_part_recomputed_
     cheap = {node.address for node in overlapping.nodes}
     async with client_of(running, tmp_path) as client:
         answer = await client.generate(PROMPT, max_tokens=TOKENS, model=running.id, verify="full", ignore_eos=True)
-        client.banned |= cheap
+        client.banned.update(cheap)
         usual = await client.generate(PROMPT, max_tokens=TOKENS, model=running.id, verify="off", ignore_eos=True)
     assert [hop.span for hop in answer.route] == ends
     assert [hop.span for hop in usual.route] == running.spans
@@ -87,7 +87,7 @@ async def test_a_part_that_is_lost_is_taken_over_by_who_covers_it(
         second = await session.result(39)
         await client.finish(session, "off")
         await session.close()
-        client.banned |= {node.address for node in overlapping.nodes}
+        client.banned.update({node.address for node in overlapping.nodes})
         usual = await client.open_session(record, manifest, 80, Verdict("off"))
         await usual.feed(ids, [index in (35, 39) for index in range(40)])
         expected = await usual.result(35), await usual.result(39)
@@ -128,13 +128,13 @@ async def test_a_node_that_advertises_what_it_does_not_deliver_loses_its_session
     ids = list(range(20, 130))
     async with client_of(running, tmp_path, 0.0) as client:
         record, manifest = await client.model(running.id)
-        client.banned |= others
+        client.banned.update(others)
         verdict = Verdict("off")
         session = await client.open_session(record, manifest, 128, verdict)
         (lie,) = [hop for hop in session.route if hop.node == liar.address]
         assert lie.claimed.layer_s < 1e-4, "it says that it is the fastest"
         session.avoid -= others
-        client.banned -= others
+        client.banned.difference_update(others)
         rows: list[bytes] = []
         moved_at = None
         while len(rows) < len(ids) and len(rows) != moved_at:

@@ -235,7 +235,7 @@ async def test_a_translation_by_beams_is_generates_though_nodes_of_both_stacks_g
     async with Watched(running.key, running.net.settings()) as client:
         client.watch(4, strike)
         record, manifest = await client.model(served.id)
-        _, route = await client.plan(record, manifest, Span(0, 2))
+        _, route = await client.planning.route(record, manifest, Span(0, 2))
         served.kill(route[0].node)
         found = await client.translation(text, model=served.id, verify="off", num_beams=3, max_length=8)
     tokenizer = checkpoints.fast_tokenizer(served.folder)

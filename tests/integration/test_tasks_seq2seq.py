@@ -77,7 +77,7 @@ async def test_nodes_of_both_stacks_go_away_and_the_summary_is_the_same(running:
 
         client.watch(5, strike)
         record, manifest = await client.model(served.id)
-        _, route = await client.plan(record, manifest, Span(0, 2))
+        _, route = await client.planning.route(record, manifest, Span(0, 2))
         served.kill(route[0].node)
         found = await client.summarization(TEXT, model=served.id, verify="off", num_beams=3)
     assert list(found) == [await asyncio.to_thread(served.expected, num_beams=3)]

@@ -12,10 +12,9 @@ import pytest
 
 from harness.agreeing import corrupt
 from harness.small_models import Models, fast, small_models
-from harness.small_world import PRICE, Node, World, generate
+from harness.small_world import PRICE, Node, World, audit_at_end, generate
 from tallystick.session import books
 from tallystick.session.auditing import Audit, Disagreement, Ruling, arbitrate
-from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick.verdict import Policy
 from tallystick_node.session.hop import Hop
@@ -56,15 +55,8 @@ async def answer(
 
     try:
         ids = await generate(session, PROMPT, TOKENS, on_token=on_token)
-        while audit is not None:
-            try:
-                if not session.has_audits:
-                    await session.audit_at_end(audit)
-                await session.finish()
-                break
-            except RolledBack as back:
-                kept = max(back.position + 1 - len(PROMPT), 0)
-                ids = ids[:kept] + await generate(session, PROMPT + ids[:kept], TOKENS - kept)
+        if audit is not None:
+            ids = await audit_at_end(session, audit, PROMPT, ids)
         await session.take_leave()
     finally:
         await session.close()

@@ -11,9 +11,8 @@ import pytest
 
 from harness.agreeing import corrupt
 from harness.small_models import Models, fast, small_models
-from harness.small_world import World, audited, generate
+from harness.small_world import World, audit_at_end, audited, generate
 from harness.third import recomputing
-from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick_protocol.errors import NoAuditor
 from tallystick_protocol.types import Span
@@ -38,15 +37,7 @@ async def audited_at_end(
     task = asyncio.ensure_future(beside(world, session))
     try:
         ids = await generate(session, PROMPT, TOKENS)
-        while True:
-            try:
-                if not session.has_audits:
-                    await session.audit_at_end(HOP)
-                await session.finish()
-                break
-            except RolledBack as back:
-                kept = max(back.position + 1 - len(PROMPT), 0)
-                ids = ids[:kept] + await generate(session, PROMPT + ids[:kept], TOKENS - kept)
+        ids = await audit_at_end(session, HOP, PROMPT, ids)
         await session.take_leave()
     finally:
         await session.close()

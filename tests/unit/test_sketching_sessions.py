@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import itertools
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from harness.small_models import Models, fast, small_models
 from harness.small_world import PRICE, Node, World, generate
 from harness.small_world import audited as audited_hops
+from tallystick.routing.suspicions import Suspicions
+from tallystick.session.repair import RolledBack
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
 from tallystick.speculation.steps import Speculation, Steps
@@ -22,7 +25,7 @@ from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import digest, unseal
-from tallystick_protocol.types import ZERO32, SessionId
+from tallystick_protocol.types import ZERO32, Address, SessionId
 
 PROMPT = [7 + 3 * i % 90 for i in range(40)]
 COUNT = 45
@@ -384,3 +387,47 @@ def test_where_only_one_other_class_is_left_and_cannot_say_the_answer_ends_witho
     with pytest.raises(TallystickError) as raised:
         play(models, tmp_path, answer, prepare=drift)
     assert raised.value.code in ("no_route", "no_auditor")
+
+
+# -- evidence over several sessions
+
+
+def test_two_undecided_auditors_leave_the_hop_and_neither_of_them(
+    models: Models, tmp_path: Path, expected: list[int]
+) -> None:
+    """With three nodes for a span, one of the two auditors takes its place and the other one checks it."""
+
+    def drift(world: World) -> None:
+        copies_of(world, 0)[1].device.noise = 3e-5
+
+    world, session, ids = play(models, tmp_path, answer, prepare=drift, classes=3)
+    drifter = copies_of(world, 0)[1].address
+    assert ids == expected and session.verdict.moved == [drifter] and session.verdict.accusations == []
+    assert session.verdict.paid.get(drifter, 0) == 0
+    assert {check.node for check in session.verdict.checks if check.passed is None} == {drifter}
+    assert session.verdict.passed >= 9
+
+
+def test_an_error_that_is_clear_by_itself_is_found_over_sessions(models: Models, tmp_path: Path) -> None:
+    """Less than what another class tolerates; the manifest's publisher has measured what honest nodes stay below."""
+    suspicions, sessions = Suspicions(), 0
+
+    async def ask(world: World, session: Session) -> list[int]:
+        ids = await generate(session, [(7 * sessions + 3 * i) % 90 for i in range(40)], COUNT)
+        with suppress(RolledBack):  # two auditors disagree with it for good: it is replaced there and then
+            for index in range(3):
+                await session.audit_at_end(index)
+        return ids
+
+    def drift(world: World) -> None:
+        copies_of(world, 0)[1].device.noise = 3e-6
+        world.suspicions = suspicions
+
+    found: set[Address] = set()
+    while not found and sessions < 30:
+        world, session, _ = play(models, tmp_path / str(sessions), ask, "audit", prepare=drift, classes=3)
+        assert session.verdict.accusations == []
+        sessions += 1
+        found = suspicions.avoided(session.setting.manifest.model_id)
+    assert found == {copies_of(world, 0)[1].address}
+    assert sessions > 1 and len(suspicions) > 2, "the honest pairs are remembered, too"

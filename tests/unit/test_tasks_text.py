@@ -18,7 +18,7 @@ from harness import task_checkpoints as checkpoints
 from harness.local_backend import LocalBackend, manifest_of
 from tallystick.tasks.languages import source_ids
 from tallystick.tokens import Tokens
-from tallystick_protocol.errors import ConfigError, CorruptResult
+from tallystick_protocol.errors import ConfigError, ContextLengthExceeded, CorruptResult
 from tallystick_protocol.manifest import Pooling
 
 TEXTS = ["Tom Brown of Berlin sold the stick", "the two halves bear notches, and each party keeps one half. naïve 東京"]
@@ -321,6 +321,28 @@ async def test_translation_and_summary_are_those_of_the_whole_encoder_decoder(tm
         expected = tokenizer.decode(out[0], skip_special_tokens=True)
         assert list(await backend.translation(text)) == [{"translation_text": expected}]
         assert list(await backend.summarization(text)) == [{"summary_text": expected}]
+
+
+def test_a_language_that_a_model_of_several_has_no_mark_for_is_refused(tmp_path: Path) -> None:
+    checkpoints.metaspace([">>fra<<", ">>deu<<"], "$A </s>").save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"no language 'spa'; the model has 2: >>deu<<, >>fra<<"):
+        source_ids(Tokens(tmp_path / "tokenizer.json"), "a", None, "spa")
+
+
+async def test_what_is_no_text_and_what_leaves_no_room_is_said(tmp_path: Path) -> None:
+    backend = served(checkpoints.llama(tmp_path), "AutoModelForCausalLM", "text-generation", "logits")
+    limit = (await backend.model(""))[1].max_length
+    for wrong in (5, None, b"text"):
+        with pytest.raises(ConfigError, match="inputs="):
+            await backend.text_generation(wrong)
+    with pytest.raises(ConfigError, match="max_length=2 leaves no room"):
+        await backend.text_generation("the mill by the river", max_length=2)
+    with pytest.raises(ContextLengthExceeded):
+        await backend.text_generation("mill " * limit)
+    with pytest.raises(ConfigError, match="temperature"):
+        await backend.text_generation("the mill", temperature=-1.0)
+    with pytest.raises(ConfigError, match="1000000000"):
+        await backend.decode([10**9])
 
 
 @pytest.mark.parametrize("source, target", [("eng_Latn", "fra_Latn"), ("deu_Latn", "eng_Latn")])

@@ -22,6 +22,9 @@ from zoo.protocol import SCENARIOS, perform
 from zoo.run import PAGE
 from zoo.table import read_table, sessions_to_99, to_99
 
+SLOW = ("int8", "corrupt_row")
+"""Cheaters that lie between the zones of other classes."""
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
@@ -95,12 +98,21 @@ def test_an_error_in_the_null_space_passes_under_a_known_challenge_and_fails_und
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("numerics", "column"), [("fp32", 3), ("bf16w", 4)])
-def test_the_table_says_what_another_class_finds(numerics: Numerics, column: int) -> None:
-    found, table = measure_across(4, 0, numerics), read_table(PAGE)
+@pytest.mark.parametrize(("numerics", "column", "place"), [("fp32", 3, 1), ("bf16w", 4, 2)])
+def test_the_table_says_what_another_class_finds(numerics: Numerics, column: int, place: int) -> None:
+    found, table = measure_across(8, 0, numerics), read_table(PAGE)
     assert judge(found[HONEST], 0).detected == 0
     for name in COMPUTING:
         assert judge(found[name], 0).detected == pytest.approx(float(table[name][column]), abs=0.1), name
+    for name in SLOW:
+        needed, stated = judge(found[name], 0).audits_to_99, int(table[name][5].split(", ")[place])
+        assert needed is not None and stated / 2 <= needed <= 2 * stated, name
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_int8_and_one_corrupted_row_are_found_by_other_classes_too(name: str) -> None:
+    detected, counts = read_table(PAGE)[name][3:5], read_table(PAGE)[name][5].split(", ")
+    assert all(float(share) >= 0.99 for share in detected) and all(count.isdigit() for count in counts)
 
 
 def test_audits_to_99_percent() -> None:

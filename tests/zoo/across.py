@@ -1,4 +1,5 @@
-"""Audits by a node of another numeric class: bits differ, so sketches are compared against thresholds."""
+"""Audits by nodes of another numeric class: bits differ, so sketches are compared against thresholds, and what lies
+below them adds up (docs/verification.md, "Slow evidence")."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from faults.computing import matching
+from tallystick_model.calibrating.judging import judge as levels_of
+from tallystick_model.calibrating.measuring import Measured
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_protocol.manifest import Numerics
+from tallystick_protocol.sketching.accumulating import Capital, Level, counts, results_count, scores
 from tallystick_protocol.sketching.logits import Apart, compare
 from tallystick_protocol.sketching.rows import Sketches, sketch
 from tallystick_protocol.sketching.statistic import rms, squares
@@ -23,24 +27,34 @@ from zoo.cheaters import spoilt, walk
 from zoo.other_class import Answer, OtherClass
 
 HONEST = "honest"
-BUDGET = 32
+BUDGET = 128
 """Audits of one node that are looked at before it counts as never found."""
 
+AUDITORS = 2
+"""That take turns: a client avoids a node that disagrees for good with two others."""
+
+CALIBRATED_ON, CALIBRATED_LENGTH = 26, 160
+"""Longer pieces of the same text, which give the levels of slow evidence, as `tallystick calibrate` does."""
+
 RUNS = 200
+FEW = 16
+"""Audits whose windows a zone looks back on: eight whole windows, or 128 rows."""
+
 Windows = list[Any]
 """Of one audit: for each window what `squares` gave, or an `Apart` where results are compared."""
 
 
 @dataclass(slots=True)
 class Seen:
-    """audits: of one node, over one span, by one auditor of another class. worst: the largest error of a window."""
+    """audits: of one node, over one span, by auditors of another class. level: what honest windows stay below."""
 
     model: SpanModel
+    level: Level
     audits: list[Windows] = field(default_factory=list)
 
     @property
     def worst(self) -> float:
-        """As a share of `guilty`."""
+        """The largest error of a window as a share of `guilty`."""
         return max(self._share(window) for audit in self.audits for window in audit)
 
     def _share(self, window: Any) -> float:
@@ -58,12 +72,23 @@ class Seen:
         limits_of_rows = thresholds(self.model.manifest, self.model.span)
         return limits_of_rows.zone(windows) is Zone.GUILTY
 
-    def audits_needed(self, draw: random.Random) -> int | None:
-        """After how many audits, in some order and perhaps again, it is found; None beyond the budget."""
+    def scored(self, audit: Windows) -> list[tuple[float, float]]:
+        """What an audit adds to slow evidence."""
+        errors = [(w.window, results_count(w)) if isinstance(w, Apart) else (rms(w), counts(len(w))) for w in audit]
+        return [scores(error, self.level) for error, is_whole in errors if is_whole]
+
+    def audits_needed(self, draw: random.Random, zones: bool = True) -> int | None:
+        """After how many audits, in some order and perhaps again, it is found; None beyond the budget.
+
+        zones: or is it slow evidence alone that counts?
+        """
         looked: list[Windows] = []
-        for _ in range(BUDGET):
+        pairs = [Capital()] * AUDITORS
+        for number in range(BUDGET):
             looked.append(draw.choice(self.audits))
-            if self.is_found(looked):
+            for one in self.scored(looked[-1]):
+                pairs[number % AUDITORS] = pairs[number % AUDITORS].after(one)
+            if all(pair.is_conclusive for pair in pairs) or (zones and self.is_found(looked[-FEW:])):
                 return len(looked)
         return None
 
@@ -102,18 +127,32 @@ def measure_across(
     """For honest nodes and every cheater what an auditor of another class sees in each of three spans."""
     draw, found = random.Random(seed), dict[str, list[Seen]]()
     with OtherClass() as other:
-        for span, right, tasks in walk(count, seed, numerics):
+        longer = walk(CALIBRATED_ON, seed + 1, numerics, CALIBRATED_LENGTH)
+        for (span, right, tasks), (_, _, others) in zip(walk(count, seed, numerics), longer, strict=True):
+            level = calibrate(right, others, other.compute(numerics, span, others), draw)
             answers = other.compute(numerics, span, tasks)
             rows = [entered(right, task) for task in tasks]
             for name in (HONEST, *matching(right)):
                 model = right if name == HONEST else spoilt(span, name, numerics)
-                seen = Seen(model)
+                seen = Seen(model, level)
                 for session, task, x, answer in zip(serve(model, tasks), tasks, rows, answers, strict=True):
                     claimed = session.record._outputs
                     seen.audits.append(windows_of(model, task, x, claimed, answer, lambda: draw.randbytes(32)))
                 found.setdefault(name, []).append(seen)
-            say(f"{numerics}, layers {span}, across classes: honest at {found[HONEST][-1].worst:.1e} of guilty")
+            told = f"honest at {found[HONEST][-1].worst:.1e} of guilty, levels {level.rare:.1e} and {level.usual:.1e}"
+            say(f"{numerics}, layers {span}, across classes: {told}")
     return found
+
+
+def calibrate(right: SpanModel, tasks: Sequence[Task], answers: Sequence[Answer], draw: random.Random) -> Level:
+    """The levels of a span, from honest nodes of two classes."""
+    errors = []
+    for session, task, answer in zip(serve(right, tasks), tasks, answers, strict=True):
+        found = windows_of(
+            right, task, entered(right, task), session.record._outputs, answer, lambda: draw.randbytes(32)
+        )
+        errors.append([w.window if isinstance(w, Apart) else rms(w) for w in found[right.is_last :]])
+    return levels_of(Measured(right.span, 1, {"as it is / AVX2": np.array(errors)})).level
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +163,10 @@ class Across:
     audits_to_99: int | None
 
 
-def judge(seen: Sequence[Seen], seed: int, runs: int = RUNS) -> Across:
+def judge(seen: Sequence[Seen], seed: int, runs: int = RUNS, zones: bool = True) -> Across:
     """A node in one of the spans, drawn at random, audited until it is found; so often."""
     draw = random.Random(seed)
-    needed = [draw.choice(seen).audits_needed(draw) for _ in range(runs)]
+    needed = [draw.choice(seen).audits_needed(draw, zones) for _ in range(runs)]
     counts = sorted(count for count in needed if count is not None)
     at = -(-99 * runs // 100) - 1
     return Across(len(counts) / runs, counts[at] if at < len(counts) else None)

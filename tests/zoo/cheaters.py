@@ -33,19 +33,21 @@ class Found:
         return self.caught / self.audits if self.audits else 0.0
 
 
-def texts(count: int, seed: int) -> list[Task]:
+def texts(count: int, seed: int, length: int = LENGTH) -> list[Task]:
     """Pieces of the text that the demo model was never shown."""
     tokenizer = Tokenizer.from_file(str(default_model() / "tokenizer.json"))
     ids = tokenizer.encode((default_model() / "heldout.txt").read_text()).ids
     draw = random.Random(seed)
-    starts = [draw.randrange(len(ids) - LENGTH) for _ in range(count)]
-    want = [at >= PROMPT - 1 for at in range(LENGTH)]
-    return [Task([token.to_bytes(4, "little") for token in ids[at : at + LENGTH]], want, PROMPT) for at in starts]
+    starts = [draw.randrange(len(ids) - length) for _ in range(count)]
+    want = [at >= PROMPT - 1 for at in range(length)]
+    return [Task([token.to_bytes(4, "little") for token in ids[at : at + length]], want, PROMPT) for at in starts]
 
 
-def walk(count: int, seed: int, numerics: Numerics) -> Iterator[tuple[Span, SpanModel, list[Task]]]:
+def walk(
+    count: int, seed: int, numerics: Numerics, length: int = LENGTH
+) -> Iterator[tuple[Span, SpanModel, list[Task]]]:
     """Each span with what enters it."""
-    model, tasks = demo(numerics), texts(count, seed)
+    model, tasks = demo(numerics), texts(count, seed, length)
     for span in thirds(model.manifest.layers):
         right = model.load(span)
         right.prepare()

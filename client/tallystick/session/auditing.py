@@ -42,7 +42,10 @@ class Ruling:
 
 
 class Disagreement(Exception):
-    """Two nodes signed different outputs for the same work. found: how far apart they are, in other classes."""
+    """Two nodes signed different outputs for the same work. found: how far apart they are, in other classes.
+
+    is_of_one: the hop differs from several, none of which is in question.
+    """
 
     def __init__(self, window: int, hop: Receipt, auditor: Receipt, found: Found | None = None) -> None:
         super().__init__(window)
@@ -50,6 +53,7 @@ class Disagreement(Exception):
         self.hop = hop
         self.auditor = auditor
         self.found = found
+        self.is_of_one = False
         self.ruling: Ruling | None = None
         self.failure: TallystickError | None = None
         self.evidence = ""
@@ -151,15 +155,15 @@ class Audit:
     def _judge_across(self, window: int, both: int) -> Found | None:
         """A window that is clear by sketches; None where that cannot be said yet. Raises Disagreement, Undecided."""
         sketching = self._session.sketching
-        found = bad = sketching.judge(self, window)
-        if found is None or found.zone is Zone.CLEAR:
-            return found
-        if found.zone is Zone.BETWEEN:
-            try:
+        try:
+            found = bad = sketching.judge(self, window)
+            if found is None or found.zone is Zone.CLEAR:
+                return found
+            if found.zone is Zone.BETWEEN:
                 bad = sketching.look_further(self, window, found, both)
-            except Undecided:
-                self._disputed = True
-                raise
+        except Undecided:
+            self._disputed = True
+            raise
         if bad is None:
             return None
         self._disputed = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from tallystick.checks import check_input, check_output, check_terms
@@ -37,7 +37,7 @@ class Books:
         self.disputes: dict[int, Disagreement] = {}
         self.arbitrations: dict[int, asyncio.Task[None]] = {}
         self._contradicted: dict[Remote, Address] = {}
-        self.undecided: Counter[Remote] = Counter()
+        self.undecided: dict[Remote, list[Address]] = defaultdict(list)
         self._session = session
 
     async def keep(self) -> None:
@@ -162,14 +162,16 @@ class Books:
         session, found = self._session, undecided.found
         claim = hop.standing.receipts[undecided.window]
         log.info("%s can neither clear nor blame %s in window %d", audit.remote.node, hop.node, undecided.window)
-        self.undecided[hop] += 1
+        asked = self.undecided[hop]
+        asked.append(audit.remote.node)
         try:
             await audit.remote.pay(audit.remote.rows_due, session.setting.purse)
         except Unreachable as error:
             log.info("the auditor %s is gone (%s)", audit.remote.node, error)
-        if self.undecided[hop] > 1:  # perhaps of the same one: there may be no other
+        if len(asked) > 1:  # perhaps of the same one: there may be no other
             dispute = Disagreement(undecided.window, claim, audit.remote.standing.receipts[undecided.window])
             dispute.failure = NoAuditor(f"two auditors could not say whether layers {claim.span} are right")
+            dispute.is_of_one = len(set(asked)) > 1
             self.disputes.setdefault(audit.index, dispute)
             return
         session.verdict.note(

@@ -348,7 +348,7 @@ class Repair:
             self._session.verdict.accusations.append(
                 Accusation(ruling.liar, span, positions, ruling.witnesses, disagreement.evidence)
             )
-        avoided = {hop.node, auditor} if liar is None else {liar}
+        avoided = {liar} if liar is not None else {hop.node} if disagreement.is_of_one else {hop.node, auditor}
         failure = hop.failure or (audit.remote.failure if audit is not None else None)
         self._session.avoid |= avoided
         self._session.verdict.attributions.append(

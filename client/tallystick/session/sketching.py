@@ -16,7 +16,9 @@ from tallystick.admission import has_class
 from tallystick.attribution import failed
 from tallystick.checks import check_output
 from tallystick.comparing import Found, Work, across
+from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import auditors, foreign_auditors
+from tallystick.routing.suspicions import Pair, Side
 from tallystick.session.remote import Remote
 from tallystick.session.sketchbook import Challenge
 from tallystick_protocol.errors import LinkMismatch, TallystickError, Unreachable
@@ -161,7 +163,18 @@ class Sketching:
         found = across(claim, answer, session.setting.manifest, session.setting.top_k, earlier)
         if found.squares is not None:
             audit.squares[window] = found.squares
+        if self._remember(audit, hop, claim.receipt, found):
+            raise Undecided(window, found)
         return found
+
+    def _remember(self, audit: Audit, hop: Remote, receipt: Receipt, found: Found) -> bool:
+        """Add a window to what is known of the two nodes; whether that shows that one of them computes something else,
+        though nobody knows which: then this auditor can clear nothing of this hop."""
+        suspicions, model = self._session.setting.suspicions, self._session.setting.manifest.model_id
+        pair = Pair(model.hex(), receipt.span, _side(hop.candidate), _side(audit.remote.candidate))
+        if found.scores is not None:
+            suspicions.note(pair, Digest(receipt.input), found.scores)
+        return found.zone is not Zone.GUILTY and suspicions.of(pair).is_conclusive
 
     def look_further(self, audit: Audit, window: int, found: Found, both: int) -> Found | None:
         """Behind a window that was neither clear nor bad: the first bad one, or None to wait. Raises Undecided when
@@ -248,6 +261,10 @@ def _shared(before: Sketches, after: Sketches) -> tuple[Any, Any]:
     wanted = ~np.isnan(after.rows).any(axis=1)
     cut = (Sketches(one.challenge, one.positions, one.rows[wanted]) for one in (before, after))
     return next(cut), next(cut)
+
+
+def _side(candidate: Candidate) -> Side:
+    return Side(candidate.node, candidate.operator)
 
 
 def _mismatch(hop: Remote, what: str) -> TallystickError:

@@ -17,6 +17,7 @@ from tallystick.tasks.question_answering import question_answering
 from tallystick.tasks.text2text import summarization, translation
 from tallystick.tasks.text_generation import text_generation
 from tallystick.verdict import Policy
+from tallystick_protocol.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -67,8 +68,11 @@ class Tasks:
         return (await self.network.tokens(record)).encode(text)
 
     async def decode(self: Backend, ids: list[int], *, model: str = "", special: bool = False) -> str:
-        """The text of token ids; special ones are left out unless wanted."""
-        record, _ = await self.model(model)
+        """The text of token ids; special ones are left out unless wanted. Raises ConfigError for other ids."""
+        record, manifest = await self.model(model)
+        for token in ids:
+            if type(token) is not int or not 0 <= token < manifest.vocab:
+                raise ConfigError(f"token id {str(token)[:20]} is not one of the {manifest.vocab} in the vocabulary")
         return (await self.network.tokens(record)).decode(ids, special=special)
 
     async def predictions(

@@ -141,8 +141,8 @@ def check_length(manifest: Manifest, positions: int) -> None:
     """Raises ContextLengthExceeded for more positions than the model has."""
     if positions > manifest.max_length:
         raise ContextLengthExceeded(
-            f"{manifest.name} takes {manifest.max_length} positions, not {positions}: shorten the text, or let it be"
-            " truncated",
+            f"{manifest.name} takes {manifest.max_length} positions, not {positions}: shorten the text, or use truncate"
+            " or stride where the task has them",
             limit=manifest.max_length,
         )
 

@@ -14,6 +14,8 @@ from tallystick_protocol.errors import ConfigError
 
 _CODE = re.compile(r"__[a-z]{2,8}__|[a-z]{2,3}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
 
+_MARK = re.compile(r">>[A-Za-z_-]{2,20}<<")
+
 
 def codes(tokens: Tokens) -> dict[str, int]:
     """The language codes among a tokenizer's special tokens, and their ids."""
@@ -47,6 +49,9 @@ def source_ids(tokens: Tokens, text: str, source: str | None, target: str | None
             return [wanted, *ids]
         return [wanted if i in marks else token for i, token in enumerate(ids)]
     mark = None if target is None else tokens.id_of(f">>{target}<<")
+    if target is not None and mark is None and (targets := tokens.matching(_MARK)):
+        some = ", ".join(targets[:8])
+        raise ConfigError(f"no language {target[:40]!r}; the model has {len(targets)}: {some}…")
     return ids if mark is None else [mark, *ids]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Coroutine, Sequence
 from types import UnionType
@@ -15,11 +16,12 @@ T = TypeVar("T")
 
 
 def checked(task: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The task, which raises ConfigError naming an option that is not of the type that its signature says."""
+    """The task, which raises ConfigError naming what is not of the type that its signature says."""
+    names = list(inspect.signature(task).parameters)
 
     @functools.wraps(task)
     async def call(*texts: P.args, **options: P.kwargs) -> T:
-        check(hints(task), options)
+        check(hints(task), {**dict(zip(names, texts, strict=False)), **options})
         return await task(*texts, **options)
 
     return call

@@ -150,7 +150,8 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _max_length(manifest: Manifest, prompt: int, own: dict[str, Any], given: dict[str, Any]) -> int:
-    """The caller's number of new tokens or length, else the checkpoint's, else 20 new ones; never beyond the model."""
+    """The caller's number of new tokens or length, else the checkpoint's, else 20 new ones; beyond the model
+    only where the prompt leaves no room in it."""
     new = given.get("max_new_tokens")
     if new is None and "max_length" not in given:
         new = own.get("max_new_tokens")
@@ -159,15 +160,19 @@ def _max_length(manifest: Manifest, prompt: int, own: dict[str, Any], given: dic
             raise ConfigError(f"max_new_tokens={new!r} is not an integer from 1 to {MAX_NEW_TOKENS}")
         return prompt + new
     if "max_length" in given:
+        if given["max_length"] <= prompt:
+            raise ConfigError(
+                f"max_length={given['max_length']} leaves no room after a prompt of {prompt} tokens: use max_new_tokens"
+            )
         return int(given["max_length"])
     if isinstance(own.get("max_length"), int) and own["max_length"] > prompt:
         return min(int(own["max_length"]), manifest.max_length)
-    return min(prompt + DEFAULT_NEW_TOKENS, manifest.max_length)
+    return max(min(prompt + DEFAULT_NEW_TOKENS, manifest.max_length), prompt + 1)
 
 
 def _sampling(own: dict[str, Any], given: dict[str, Any]) -> Sampling:
-    """Greedy unless sampling is asked for: do_sample, or a temperature above 0."""
-    wanted = given.get("do_sample", given.get("temperature", 0) > 0 or bool({"top_p", "min_p"} & set(given)))
+    """Greedy unless sampling is asked for: do_sample, or a temperature that is not 0."""
+    wanted = given.get("do_sample", given.get("temperature", 0) != 0 or bool({"top_p", "min_p"} & set(given)))
     if not wanted:
         return Sampling()
     chosen = {name: given.get(name, own.get(name, default)) for name, default in _DEFAULTS.items()}

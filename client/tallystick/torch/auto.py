@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tallystick.blocking import Client
-from tallystick.client import Settings
+from tallystick.settings import Settings
 from tallystick.torch.backend import NetworkBackend
 from tallystick.torch.causal_lm import NetworkModelForCausalLM
 from tallystick.verdict import Policy

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from tallystick.client import AUDIT_PROBABILITY, AsyncClient
+from tallystick.client import AsyncClient
 from tallystick.payments import Purse
 from tallystick.session.remote import Remote
+from tallystick.settings import AUDIT_PROBABILITY
 from tallystick_devnet.bench.accounts import Account
 from tallystick_devnet.bench.wires import Wires
 from tallystick_devnet.localchain import ETHER
@@ -89,7 +90,7 @@ class BenchNet:
         chance = AUDIT_PROBABILITY if audits else 0.0
         client = AsyncClient(self.key, replace(self.net.settings(), audit_probability=chance))
         allowed = {node.address for name in groups for node in self.groups[name]}
-        client.banned |= {node.address for node in self.nodes} - allowed
+        client.banned.update({node.address for node in self.nodes} - allowed)
         return client
 
     def by_address(self, address: Address) -> LocalNode:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tallystick_protocol.signing import (
 )
 from tallystick_protocol.types import Address
 
-NAMES = ("Token", "Models", "Staking", "Escrow", "Beacon", "Court", "Emissions")
+NAMES = tuple(sorted(path.name[:-5] for path in (files(__package__) / "abi").iterdir() if path.name.endswith(".json")))
+"""The contracts; `scripts/export_abi` ships an ABI of each."""
 LOCAL_CHAINS = (31337, 1337)
 
 

@@ -40,7 +40,10 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """A node on chain. active: stake less what is leaving, in token base units; span is None until it serves."""
+    """A node on chain. active: stake less what is leaving, in token base units; span is None until it serves.
+
+    seen_at: its last sign of life on chain, unix seconds; jailed: silent for too long, no node to send work to.
+    """
 
     node: Address
     active: Wei
@@ -48,6 +51,8 @@ class NodeRecord:
     model: ModelId
     span: Span | None
     payee: Address
+    seen_at: int = 0
+    jailed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +186,8 @@ class Chain:
         payee = checksum_address(address_bytes(value["payee"])) if int(value["payee"], 16) else node
         span = Span(value["start"], value["end"]) if value["end"] else None
         active = Wei(value["stake"] - value["leaving"])
-        return NodeRecord(node, active, Wei(value["leaving"]), ModelId(bytes(value["model"])), span, payee)
+        model, seen_at, jailed = ModelId(bytes(value["model"])), int(value["seenAt"]), bool(value["jailed"])
+        return NodeRecord(node, active, Wei(value["leaving"]), model, span, payee, seen_at, jailed)
 
     def node_of(self, signer: Address) -> Address | None:
         """The node that a hot key signs for, or None."""
@@ -189,7 +195,7 @@ class Chain:
         return Address(found) if int(found, 16) else None
 
     def serving(self, model: ModelId) -> list[Serving]:
-        """Every staked node that serves the model now."""
+        """Every staked node that serves the model now, and is not in jail."""
         latest = {Address(log["node"]): log for log in self.logs(self.staking, "Serving", {"model": model})}
         records = self.nodes(list(latest))
         found = [_serving(record, latest[record.node]) for record in records]
@@ -207,6 +213,12 @@ class Chain:
 
     def min_stake(self) -> Wei:
         return Wei(self.guard("reading the minimum stake", lambda: self.staking.functions.MIN_STAKE().call()))
+
+    def beating(self) -> tuple[int, int]:
+        """Seconds between two beats of a node, and seconds of silence after which it can be jailed."""
+        functions = self.staking.functions
+        epoch, stale = (self.guard("reading a delay", call.call) for call in (functions.EPOCH(), functions.STALE()))
+        return int(epoch), int(stale)
 
     def balance(self, owner: Address) -> Wei:
         return Wei(self.guard("reading a balance", lambda: self.token.functions.balanceOf(owner).call()))
@@ -253,7 +265,7 @@ class Chain:
 
 def _serving(record: NodeRecord, log: dict[str, Any]) -> Serving | None:
     """A node's record and its last declaration; None when it does not serve, or says nothing that can be read."""
-    if record.span is None or record.active == 0:
+    if record.span is None or record.active == 0 or record.jailed:
         return None
     try:
         contact = decode_endpoint(record.node, bytes(log["endpoint"]))

@@ -25,6 +25,8 @@ _HINTS = {
     "ERC3009InvalidAuthorizationTime": "it is too late: sign again",
     "ERC3009UsedAuthorization": "it was used already",
     "NotReady": "the delay has not passed yet",
+    "NotServing": "register what the node serves first: tallystick-node run --join",
+    "InJail": "a beat of the node frees it",
     "Held": "a dispute is open",
     "OutOfTime": "this step of the dispute has not begun, or is over",
     "NothingToWin": "the node has no stake, or was slashed as much as it may be for now",

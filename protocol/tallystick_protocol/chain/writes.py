@@ -106,6 +106,14 @@ class Wallet:
         call = self.chain.staking.functions.serve(model, span.start, span.end, price, data, operator)
         self.send("registering the span", call)
 
+    def beat(self) -> None:
+        """Say on chain that the node lives that this wallet's (hot or cold) key belongs to; frees it from jail."""
+        self.send("beating", self.chain.staking.functions.beat())
+
+    def jail(self, node: Address) -> None:
+        """Jail a node that nobody has seen for too long."""
+        self.send(f"jailing {node}", self.chain.staking.functions.jail(node))
+
     def fund(self, client: Address, deposits: list[tuple[Address, Wei]]) -> None:
         """Approve and put tokens of this wallet into a client's channels. Raises ChainError."""
         total = sum(amount for _, amount in deposits)

@@ -1,0 +1,1 @@
+"""`tallystick calibrate`: a model with thresholds of its own (docs/publishing.md)."""
