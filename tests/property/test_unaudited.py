@@ -15,7 +15,8 @@ from harness.small_world import World, audit_at_end, audited, generate
 from harness.third import recomputing
 from tallystick.session.session import Session
 from tallystick_protocol.errors import NoAuditor
-from tallystick_protocol.types import Span
+from tallystick_protocol.evidence import bundle
+from tallystick_protocol.types import WINDOW, Span
 
 PROMPT = [7 + 3 * i % 90 for i in range(40)]
 TOKENS = 24
@@ -66,6 +67,21 @@ def test_an_answer_that_nobody_can_audit_stands_and_says_so(models: Models, tmp_
         assert not (verdict.checks or verdict.attributions or verdict.replaced)
         assert all(hop.rows_paid == hop.rows_due == len(session.ids) for hop in session.hops)
         assert verdict.to_json()["unaudited"] == [{"node": session.route[HOP].node, "layers": [1, 2]}]
+
+    fast(run)
+
+
+def test_a_session_too_long_for_a_case_says_what_is_beyond(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is audited all the same."""
+    monkeypatch.setattr(bundle, "MAX_POSITIONS", WINDOW)
+
+    async def run() -> None:
+        world = models.world(tmp_path)
+        _, session = await audited_at_end(world, nothing)
+        assert session.verdict.not_slashable == len(session.ids) - WINDOW == session.verdict.to_json()["not_slashable"]
+        assert sum(len(check.positions) for check in session.verdict.checks if check.passed) == len(session.ids)
 
     fast(run)
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from harness import samples
 from harness.claims import claim
 from tallystick_protocol.errors import BadEvidence
-from tallystick_protocol.evidence.bundle import MAX_BYTES, MAX_POSITIONS, SEALED_BYTES, Bundle
+from tallystick_protocol.evidence.bundle import MAX_BYTES, MAX_POSITIONS, SEALED_BYTES, Bundle, most_positions
 from tallystick_protocol.evidence.checking import check_model, read_evidence
 from tallystick_protocol.receipts import Context, Receipt, leaf, merkle_root
 from tallystick_protocol.signing import digest, from_words, seal
+from tallystick_protocol.types import WINDOW
 
 KEY = samples.key("hot")
 MANIFEST = samples.manifest()
@@ -188,6 +189,19 @@ def test_too_many_bytes_are_refused_unread() -> None:
 
     with pytest.raises(BadEvidence, match="bytes"):
         Bundle.decode(Huge(GOOD.encode()))
+
+
+def test_a_session_fits_a_bundle_as_far_as_is_said() -> None:
+    size = 1 << 15
+    row, inner, most = bytes(size), samples.receipt(start=1, end=2), most_positions(size)
+    assert most % WINDOW == 0 and most_positions(256) == MAX_POSITIONS
+
+    def length(positions: int) -> int:
+        rows = [row] * positions
+        found = claim(inner, rows, rows, [False] * positions, context=CONTEXT, key=KEY, between=True)
+        return len(found.encode())
+
+    assert length(most) <= MAX_BYTES < length(most + WINDOW)
 
 
 def test_there_is_no_second_spelling() -> None:

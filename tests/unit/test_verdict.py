@@ -22,6 +22,7 @@ def test_what_one_session_cannot_vouch_for_the_whole_answer_cannot() -> None:
     assert merge([Verdict("audit"), moved]).moved == [A]
     assert merge([Verdict("audit"), stock]).unverifiable == [(B, Span(0, 1))]
     assert merge([Verdict("audit"), Verdict("audit", unaudited=[(B, Span(0, 1))])]).unaudited == [(B, Span(0, 1))]
+    assert merge([Verdict("audit", not_slashable=3), Verdict("audit", not_slashable=4)]).not_slashable == 7
     assert merge([Verdict("audit")]).exact
     assert not merge([Verdict("audit"), moved]).exact and not merge([stock, Verdict("audit")]).exact
 

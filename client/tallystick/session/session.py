@@ -30,6 +30,7 @@ from tallystick.session.sketching import Sketching
 from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import NoAuditor, TallystickError, Unreachable
+from tallystick_protocol.evidence.bundle import most_positions
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import Address, Positions, SessionId, window_of
@@ -250,6 +251,8 @@ class Session:
             return
         await self.flush()
         await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
+        beyond = len(self.ids) - most_positions(4 * self.setting.manifest.width)
+        self.verdict.not_slashable = max(self.verdict.not_slashable, beyond)
 
     async def flush_again(self, remote: Remote) -> None:
         """A hop that joins late is told what all others were told: to sign the last window as it is."""

@@ -165,6 +165,7 @@ def merge(verdicts: list[Verdict]) -> Verdict:
         total.replaced += verdict.replaced
         total.unverifiable += verdict.unverifiable
         total.unaudited += verdict.unaudited
+        total.not_slashable += verdict.not_slashable
         total.moved += verdict.moved
         for node, paid in verdict.paid.items():
             total.paid[node] = type(paid)(total.paid.get(node, 0) + paid)

@@ -49,6 +49,12 @@ _HEADER: Final = struct.Struct("<8sBBBBHHIIIII")
 _NONE, _ALL, _WANTED = range(3)
 
 
+def most_positions(row_bytes: int) -> int:
+    """Of a session between two hops, in whole windows: what is beyond fits no bundle, so no case can be made of it."""
+    one = row_bytes + SEALED_BYTES // WINDOW + 2
+    return min(MAX_POSITIONS, (MAX_BYTES - WINDOW * row_bytes) // one) // WINDOW * WINDOW
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """The parts, not checked against each other: `checking.check` does that.
