@@ -201,7 +201,9 @@ def test_a_session_fits_a_bundle_as_far_as_is_said() -> None:
         found = claim(inner, rows, rows, [False] * positions, context=CONTEXT, key=KEY, between=True)
         return len(found.encode())
 
-    assert length(most) <= MAX_BYTES < length(most + WINDOW)
+    assert MAX_BYTES - WINDOW * (size + 100) < length(most) <= MAX_BYTES
+    with pytest.raises(BadEvidence, match=f"to {MAX_BYTES} are read"):
+        length(most + WINDOW)
 
 
 def test_there_is_no_second_spelling() -> None:
