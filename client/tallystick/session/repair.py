@@ -165,10 +165,15 @@ class Repair:
         elif type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # the ring was fed with a false token
             self._session.hops[index].failure = None
             await self.expel(index, wrong // WINDOW * WINDOW, failure)
-        elif has_class(self._session.hops[index].candidate):
+        elif has_class(self._session.hops[index].candidate) and not self._moves(index, failure):
             await self._replace(index, failure)
         else:
             await self.expel(index, 0, failure)
+
+    def _moves(self, index: int, failure: TallystickError) -> bool:
+        """Whether another class takes over from a hop that is not trusted and whose own has no other node."""
+        untrusted = isinstance(failure, LinkMismatch) and not self.has_stand_in(index)
+        return untrusted and self._session.openings.admit_other_classes(index)
 
     async def _replace(self, index: int, failure: TallystickError) -> None:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
