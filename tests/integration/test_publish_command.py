@@ -129,5 +129,6 @@ def test_models_are_listed_with_what_their_manifests_say(
     assert main(listed) == 0
     lines = capsys.readouterr().out.splitlines()
     expected = f"  {EVIL}: text-generation, {LAYERS} layers, fp32, F32 weights, {size / 1e6:.1f} MB, cc0-1.0"
-    assert lines == ["0x" + manifest.model_id.hex(), expected, "0x" + unknown.model_id.hex(), lines[3]]
-    assert "its manifest is not found" in lines[3]
+    assert lines[:3] == ["0x" + manifest.model_id.hex(), expected, f"  manifest {manifest.cid}"]
+    assert lines[3:] == ["0x" + unknown.model_id.hex(), lines[4], f"  manifest {unknown.cid}"]
+    assert "its manifest is not found" in lines[4]
