@@ -161,8 +161,9 @@ def assemble(
         tensors.clear()  # so that a plain weight is free once it is packed
         if rules is not None:
             rules.fill({name for name, _ in weights})
-        while lent:
-            lent.pop().keep()
+        copies: dict[Any, torch.Tensor] = {}
+        for one in lent:
+            one.keep(copies)
         if size >= WORTH_RELEASING:
             release_freed_memory()
     if passage.spread:

@@ -174,13 +174,18 @@ class Lent:
         self._dtype: torch.dtype = getattr(self._owner, self._leaf).dtype
         _replace_tensor(model, name, value)
 
-    def keep(self) -> None:
-        """Where its module still holds it: in the model's dtype and memory of its own."""
+    def keep(self, copies: dict[Any, torch.Tensor]) -> None:
+        """Where its module still holds it: in the model's dtype and memory of its own. copies: those of this piece, for
+        what stands under several names is kept once."""
         owner, _, _ = self._name.rpartition(".")
         held = self._owner._parameters.get(self._leaf, self._owner._buffers.get(self._leaf))
         if held is None or held.is_meta or self._model.get_submodule(owner) is not self._owner:
             return
-        _replace_tensor(self._model, self._name, held.detach().to(self._dtype, copy=held.device.type == "cpu"))
+        key = (held.data_ptr(), held.shape, self._dtype)
+        if key not in copies:
+            copy = held.detach().to(self._dtype, copy=held.device.type == "cpu")
+            copies[key] = copies[copy.data_ptr(), copy.shape, self._dtype] = copy
+        _replace_tensor(self._model, self._name, copies[key])
 
 
 def _replace_tensor(model: Any, name: str, value: torch.Tensor) -> None:

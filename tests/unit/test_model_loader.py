@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, MixtralConfig, MixtralForCausalLM
 
 from harness import checkpoints
 from harness.checkpoints import Published, Session, published
@@ -82,6 +82,21 @@ def test_nothing_of_a_loaded_span_stays_in_the_mapping_of_its_pieces(
     gc.collect()
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
     del span
+
+
+def test_what_stands_under_several_names_is_kept_once(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(**sizes, **heads, vocab_size=320, max_position_embeddings=64)
+    served = published(checkpoints.save(BartForConditionalGeneration, config, tmp_path / "checkpoint", 0), tmp_path)
+    tables = [
+        module.weight.untyped_storage().data_ptr()
+        for span in (Span(0, 1), Span(1, 2))
+        for module in served.load(span)._spliced.skeleton.model.modules()
+        if type(module).__name__.endswith("WordEmbedding") and module.weight.numel() == 320 * 32
+        and module.weight.untyped_storage().nbytes() == 4 * 320 * 32
+    ]  # fmt: skip
+    assert len(tables) > len(set(tables)) > 0
 
 
 @pytest.mark.parametrize("what", sorted(CHANGES))
