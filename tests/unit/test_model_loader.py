@@ -9,17 +9,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BartConfig, BartForConditionalGeneration, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from harness import checkpoints
 from harness.checkpoints import Published, Session, published
 from tallystick_model.canary import check_canary
 from tallystick_model.loader import load_span, read_piece
 from tallystick_model.segments import Segment
+from tallystick_model.skeleton import Lent
 from tallystick_model.span import Execution
 from tallystick_protocol.errors import BadPosition, BadTensor, ContextLengthExceeded, CorruptResult, ManifestError
 from tallystick_protocol.manifest import Numerics, Piece, TensorSpec
@@ -84,19 +86,17 @@ def test_nothing_of_a_loaded_span_stays_in_the_mapping_of_its_pieces(
     del span
 
 
-def test_what_stands_under_several_names_is_kept_once(tmp_path: Path) -> None:
-    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 1, "decoder_layers": 1}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    config = BartConfig(**sizes, **heads, vocab_size=320, max_position_embeddings=64)
-    served = published(checkpoints.save(BartForConditionalGeneration, config, tmp_path / "checkpoint", 0), tmp_path)
-    tables = [
-        module.weight.untyped_storage().data_ptr()
-        for span in (Span(0, 1), Span(1, 2))
-        for module in served.load(span)._spliced.skeleton.model.modules()
-        if type(module).__name__.endswith("WordEmbedding") and module.weight.numel() == 320 * 32
-        and module.weight.untyped_storage().nbytes() == 4 * 320 * 32
-    ]  # fmt: skip
-    assert len(tables) > len(set(tables)) > 0
+def test_what_stands_under_several_names_is_kept_once_and_in_the_models_dtype() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 3, bias=False) for name in ("one", "other", "packed")})
+    stored = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
+    lent = [Lent(model, f"{name}.weight", stored) for name in model]
+    model["packed"] = torch.nn.Identity()
+    copies: dict[Any, torch.Tensor] = {}
+    for weight in lent:
+        weight.keep(copies)
+    one, other = model["one"].weight, model["other"].weight
+    assert one.dtype is torch.float32 and torch.equal(one, stored.float())
+    assert one.data_ptr() == other.data_ptr() != stored.data_ptr()
 
 
 @pytest.mark.parametrize("what", sorted(CHANGES))
