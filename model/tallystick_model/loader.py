@@ -156,7 +156,7 @@ def assemble(
         lent: list[Lent] = []
         for name, stored in weights:
             device = placement.of_weight("tied" if name in anatomy.tied else anatomy.roles[name])
-            lent.append(Lent(skeleton.model, name, tensors[stored].to(device)))
+            lent.append(Lent(skeleton.model, name, stored, tensors[stored].to(device)))
         size = sum(tensor.nbytes for tensor in tensors.values())
         tensors.clear()  # so that a plain weight is free once it is packed
         if rules is not None:

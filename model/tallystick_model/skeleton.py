@@ -168,9 +168,10 @@ def set_weight(model: Any, name: str, value: torch.Tensor) -> None:
 class Lent:
     """A weight that stands in a model as it is stored, perhaps in the mapping of a file, until its module is packed."""
 
-    def __init__(self, model: Any, name: str, value: torch.Tensor) -> None:
+    def __init__(self, model: Any, name: str, stored: str, value: torch.Tensor) -> None:
+        """stored: the name under which the value is in its piece."""
         owner, _, self._leaf = name.rpartition(".")
-        self._model, self._name, self._owner = model, name, model.get_submodule(owner)
+        self._stored, self._model, self._name, self._owner = stored, model, name, model.get_submodule(owner)
         self._dtype: torch.dtype = getattr(self._owner, self._leaf).dtype
         _replace_tensor(model, name, value)
 
@@ -181,10 +182,9 @@ class Lent:
         held = self._owner._parameters.get(self._leaf, self._owner._buffers.get(self._leaf))
         if held is None or held.is_meta or self._model.get_submodule(owner) is not self._owner:
             return
-        key = (held.data_ptr(), held.shape, self._dtype)
+        key = (self._stored, held.device, self._dtype)
         if key not in copies:
-            copy = held.detach().to(self._dtype, copy=held.device.type == "cpu")
-            copies[key] = copies[copy.data_ptr(), copy.shape, self._dtype] = copy
+            copies[key] = held.detach().to(self._dtype, copy=held.device.type == "cpu")
         _replace_tensor(self._model, self._name, copies[key])
 
 

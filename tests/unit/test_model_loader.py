@@ -89,7 +89,7 @@ def test_nothing_of_a_loaded_span_stays_in_the_mapping_of_its_pieces(
 def test_what_stands_under_several_names_is_kept_once_and_in_the_models_dtype() -> None:
     model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 3, bias=False) for name in ("one", "other", "packed")})
     stored = torch.arange(12, dtype=torch.bfloat16).view(3, 4)
-    lent = [Lent(model, f"{name}.weight", stored) for name in model]
+    lent = [Lent(model, f"{name}.weight", "table", stored) for name in model]
     model["packed"] = torch.nn.Identity()
     copies: dict[Any, torch.Tensor] = {}
     for weight in lent:
