@@ -34,7 +34,7 @@ from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Span
 
 PROMPT = "The function returns a list of"
-TOKENS, LONG = 40, 200
+TOKENS, LONG = 40, 440
 LONG_PROMPT = [5 + 7 * i % 4000 for i in range(400)]
 SLACK_S = 1.0
 """More than the longest step of an answer during which nothing happens: the machine does other things, too."""
