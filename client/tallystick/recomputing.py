@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from tallystick.network import Network
 from tallystick_protocol.chain.reads import ModelRecord
 from tallystick_protocol.errors import NoAuditor, TallystickError
+from tallystick_protocol.evidence.recomputing import Job, recompute
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import Domain, digest
 from tallystick_protocol.types import Digest
@@ -29,6 +28,7 @@ RECOMPUTE_S = 300.0
 _NEEDED = ("torch", "transformers", "safetensors", "pydantic_settings")
 
 
+@cache
 def can_recompute() -> bool:
     """Whether the extra `[node]` is installed."""
     return all(find_spec(name) is not None for name in _NEEDED)
@@ -59,24 +59,22 @@ class Recomputer:
                 folder = Path(name)
                 (folder / "evidence").write_bytes(evidence)
                 (folder / "manifest").write_bytes(manifest)
-                job = {
-                    "evidence": str(folder / "evidence"), "receipt": digest(self.domain, claim).hex(),
-                    "manifest": str(folder / "manifest"), "pieces": pieces,
-                    "chain_id": self.domain.chain_id, "staking": self.domain.contract,
-                    "class_cache": "" if self.classes is None else str(self.classes), "threads": 1, "memory": 0,
-                }  # fmt: skip
-                (folder / "job").write_text(json.dumps(job))
-                found = await _in_a_process(folder / "job")
+                job = Job(
+                    str(folder / "evidence"), digest(self.domain, claim).hex(), str(folder / "manifest"), pieces,
+                    self.domain.chain_id, self.domain.contract, "" if self.classes is None else str(self.classes), 1, 0,
+                )  # fmt: skip
+                told, status = await recompute(job, folder, RECOMPUTE_S)
         except TimeoutError:
             raise _unable(claim, "it took too long") from None
         except (TallystickError, OSError) as error:
             raise _unable(claim, str(error)) from None
-        if found.get("problem") or found.get("same_class") is not True:
-            raise _unable(claim, str(found.get("why") or "this machine is of another class"))
         try:
+            found = json.loads(told)
+            if found["problem"] or found["same_class"] is not True:
+                raise _unable(claim, str(found["why"] or "this machine is of another class"))
             return Digest(bytes.fromhex(found["root"]))
         except (KeyError, TypeError, ValueError):
-            raise _unable(claim, "nothing was found") from None
+            raise _unable(claim, f"the process ended with status {status}") from None
 
     async def _fetch(self, claim: Receipt) -> tuple[bytes, dict[str, str]]:
         """The manifest, and the file of each piece of the span by its CID."""
@@ -86,26 +84,6 @@ class Recomputer:
             raise NoAuditor(f"its pieces are {size} bytes, {self.max_bytes} may be fetched")
         paths = {str(piece.cid): str(await self.network.piece(self.record, piece.name)) for piece in pieces}
         return manifest.to_bytes(), paths
-
-
-async def _in_a_process(job: Path) -> dict[str, Any]:
-    """What the process says in its last line; nothing where it said nothing. Raises TimeoutError."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tallystick_node.jury.recompute", str(job),
-        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        async with asyncio.timeout(RECOMPUTE_S):
-            told, _ = await process.communicate()
-        found = json.loads(told.decode().splitlines()[-1])
-        return found if isinstance(found, dict) else {}
-    except (IndexError, ValueError):
-        return {"problem": "unable", "why": f"it ended with status {process.returncode}"}
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
 
 
 def _unable(claim: Receipt, why: str) -> NoAuditor:

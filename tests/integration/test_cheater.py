@@ -13,9 +13,10 @@ from tallystick_devnet.demo import cheating_command
 from tallystick_devnet.localnet import READY_TIMEOUT_S
 from tallystick_node.config import NodeConfig
 from tallystick_node.jury.judging import judge
-from tallystick_node.jury.recompute import Job, examine
+from tallystick_node.jury.recompute import examine
 from tallystick_protocol.chain.court import Vote
 from tallystick_protocol.content.store import LocalStore
+from tallystick_protocol.evidence.recomputing import Job
 
 PROMPT = "The function returns a list of"
 TOKENS = 40

@@ -22,11 +22,12 @@ from tallystick_model.kept_classes import KeptClasses
 from tallystick_model.loader import load_span
 from tallystick_node.config import process_environment
 from tallystick_node.jury.judging import Finding, judge
-from tallystick_node.jury.recompute import Job, examine
+from tallystick_node.jury.recompute import examine
 from tallystick_node.session.rows import RowFormat
 from tallystick_protocol.chain.court import Vote
 from tallystick_protocol.evidence.bundle import Bundle
 from tallystick_protocol.evidence.checking import read_evidence
+from tallystick_protocol.evidence.recomputing import Job
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.receipts import Context
 from tallystick_protocol.types import Digest, Span

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from tallystick_node.jury.duties import Duty, duty_in, is_late, turns
 from tallystick_node.jury.holding import Holding
 from tallystick_node.jury.judging import Finding, judge
 from tallystick_node.jury.ledger import Ledger
-from tallystick_node.jury.recompute import Job
 from tallystick_protocol.chain.court import State
 from tallystick_protocol.chain.docket import Docket, Opening, Standing, is_fined, is_silent
 from tallystick_protocol.chain.writes import Wallet
@@ -36,6 +33,7 @@ from tallystick_protocol.errors import (
     UnknownModel,
 )
 from tallystick_protocol.evidence.checking import Evidence, check_model, read_evidence
+from tallystick_protocol.evidence.recomputing import Job, recompute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.transport.scopes import MayDial, scope_of
 from tallystick_protocol.types import ZERO32, Address, Digest, ModelId
@@ -268,25 +266,14 @@ class Juror:
         return evidence
 
     async def _in_a_process(self, job: Job) -> Finding:
-        path = self._folder / "job.json"
-        job.write(path)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tallystick_node.jury.recompute", str(path),
-            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
         try:
-            async with asyncio.timeout(self._costs.seconds):
-                told, _ = await process.communicate()
-            return Finding.from_json(told.decode().splitlines()[-1])
+            told, status = await recompute(job, self._folder, self._costs.seconds)
         except TimeoutError:
             return Finding(_UNABLE, f"recomputing took more than the {self._costs.seconds:g} s of jury_seconds")
-        except (IndexError, ValueError, TypeError):
-            return Finding(_UNABLE, f"recomputing ended with status {process.returncode}")
-        finally:
-            if process.returncode is None:
-                with suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+        try:
+            return Finding.from_json(told)
+        except (ValueError, TypeError):
+            return Finding(_UNABLE, f"recomputing ended with status {status}")
 
     def _sources(self, opening: Opening) -> list[str]:
         """Who may have the evidence: whom the accuser names, itself if it is a node, who has voted, the settings'."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,40 +33,17 @@ from tallystick_node.session.rows import RowFormat, embedded, needed_ids
 from tallystick_protocol.errors import BadEvidence, CorruptResult, ProtocolError, TallystickError
 from tallystick_protocol.evidence.bundle import Bundle
 from tallystick_protocol.evidence.checking import Evidence, check_model, read_evidence
+from tallystick_protocol.evidence.recomputing import Job
 from tallystick_protocol.frames import DType, Kind, rows_frame
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.receipts import leaf, merkle_root
 from tallystick_protocol.sampling import parse_top_k
-from tallystick_protocol.signing import Domain, staking_domain
 from tallystick_protocol.sketching.thresholds import logits_thresholds, thresholds
-from tallystick_protocol.types import Address, Digest
+from tallystick_protocol.types import Digest
 from tallystick_protocol.wire import DTYPES, decode
 
 CHUNKS = (96, 64)
 """Rows of a forward, and of the one that a juror doubts itself with: canonical rows are the same bits either way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to judge. pieces: the file of each piece of the span, by its CID. class_cache: "" for the nodes' usual one.
-    memory: bytes for weights; 0: what is free."""
-
-    evidence: str
-    receipt: str
-    manifest: str
-    pieces: dict[str, str]
-    chain_id: int
-    staking: str
-    class_cache: str
-    threads: int
-    memory: int
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @property
-    def domain(self) -> Domain:
-        return staking_domain(self.chain_id, Address(self.staking))
 
 
 def examine(job: Job) -> Finding:
