@@ -25,7 +25,7 @@ from tallystick.planning import Planning
 from tallystick.prefixes import Prefix, Prefixes
 from tallystick.recomputing import Recomputer, can_recompute
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import checkable
+from tallystick.routing.choice import checkable, price_of
 from tallystick.routing.route import Route, route_over
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
@@ -328,13 +328,8 @@ class AsyncClient(Tasks):
         stack, count = manifest.stack_of(Span(0, 1)), num_routes(verdict.policy)
         new = max(max_length - prompt, 1)
         survey, routes = await self.planning.routes_apart(record, manifest, stack, count, prompt, new)
-        sessions = [
-            Session(self._setting(record, manifest, stack, survey, max_length, dense, sides), route, verdict)
-            for route in routes
-        ]
-        for session in sessions:
-            session.avoid |= self.planning.shunned(record.id)
-        agreed = Agreement(sessions, verdict)
+        settings = (self._setting(record, manifest, stack, survey, max_length, dense, sides) for _ in routes)
+        agreed = Agreement([self._session(*one, verdict) for one in zip(settings, routes, strict=True)], verdict)
         try:
             await agreed.open()
         except BaseException:
@@ -354,7 +349,7 @@ class AsyncClient(Tasks):
             usable = [c for c in usable if c.offer.numeric_class == wanted]
         for held, shared in self.prefixes.find(setting.form, ids):
             route = held.route(usable)
-            if route is not None and _price(route) <= MAX_DEARER * _price(planned):
+            if route is not None and price_of(route) <= MAX_DEARER * price_of(planned):
                 return held, shared, route
         return None, 0, planned
 
@@ -445,10 +440,14 @@ class AsyncClient(Tasks):
         await asyncio.to_thread(self._purse.reserve, needs)
         self._purse.release(needs)
 
-    async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
-        note_stock(verdict, route)
+    def _session(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
         session = Session(setting, route, verdict)
         session.avoid |= self.planning.shunned(setting.manifest.model_id)
+        return session
+
+    async def _open(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> Session:
+        note_stock(verdict, route)
+        session = self._session(setting, route, verdict)
         try:
             await session.open(list(range(len(route))) if verdict.policy == "full" else [])
         except BaseException:
@@ -484,10 +483,6 @@ class AsyncClient(Tasks):
                 " are more",
                 limit=manifest.max_length,
             )
-
-
-def _price(route: list[Candidate]) -> int:
-    return sum(candidate.offer.price * len(candidate.span) for candidate in route)
 
 
 def _check_policy(verify: str, one_route: bool = False) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from tallystick.admission import find_route
 from tallystick.agreement.routes import disjoint
@@ -21,6 +23,8 @@ from tallystick_protocol.chain.reads import ModelRecord
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Address, ModelId, Span
+
+T = TypeVar("T")
 
 
 class Planning:
@@ -54,12 +58,11 @@ class Planning:
         prompt, new: positions that are given, and tokens that are expected. whole: of nodes that serve all they offer.
         """
         shunned = self.shunned(record.id)
-        survey = self.informed(await self._network.survey(record, shunned), whole)
-        try:
-            return survey, self._route(survey, manifest, stack, verify, prompt, new)
-        except NoRoute:
-            survey = self.informed(await self._network.survey(record, shunned, fresh=True), whole)
-            return survey, self._route(survey, manifest, stack, verify, prompt, new)
+
+        def find(survey: Survey) -> list[Candidate]:
+            return self._route(survey, manifest, stack, verify, self.workload(manifest, prompt, new), shunned)
+
+        return await self._over(record, shunned, PER_LAYER, whole, find)
 
     async def routes_apart(
         self, record: ModelRecord, manifest: Manifest, stack: Span, count: int, prompt: int = 0, new: int = 64
@@ -71,9 +74,19 @@ class Planning:
         def find(usable: list[Candidate]) -> list[Candidate]:
             return choose(usable, work, stack, avoid=shunned, numeric_class=wanted).hops
 
-        async def attempt(fresh: bool) -> tuple[Survey, list[list[Candidate]]]:
-            survey = self.informed(await self._network.survey(record, shunned, fresh, enough), whole=False)
-            return survey, disjoint([c for c in survey.candidates if c.node not in shunned], count, find)
+        def find_all(survey: Survey) -> list[list[Candidate]]:
+            return disjoint([c for c in survey.candidates if c.node not in shunned], count, find)
+
+        return await self._over(record, shunned, enough, False, find_all)
+
+    async def _over(
+        self, record: ModelRecord, shunned: set[Address], enough: int, whole: bool, find: Callable[[Survey], T]
+    ) -> tuple[Survey, T]:
+        """The nodes that are known, and what is found over them; where that is nothing, those that are asked anew."""
+
+        async def attempt(fresh: bool) -> tuple[Survey, T]:
+            survey = self._informed(await self._network.survey(record, shunned, fresh, enough), whole)
+            return survey, find(survey)
 
         try:
             return await attempt(fresh=False)
@@ -83,9 +96,9 @@ class Planning:
     async def look_again(self, record: ModelRecord) -> list[Candidate]:
         """The nodes as they are now."""
         survey = await self._network.survey(record, self.shunned(record.id), fresh=True)
-        return list(self.informed(survey, whole=False).candidates)
+        return list(self._informed(survey, whole=False).candidates)
 
-    def informed(self, survey: Survey, whole: bool) -> Survey:
+    def _informed(self, survey: Survey, whole: bool) -> Survey:
         """The nodes with what is expected of them after what was seen of them."""
         known = self.reputation.inform(survey.candidates)
         return replace(survey, candidates=as_whole(known) if whole else known)
@@ -95,10 +108,9 @@ class Planning:
         return Workload(manifest.layers, prompt, max(new, 1), 4 * manifest.width, self._settings.weights)
 
     def _route(
-        self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy, prompt: int, new: int
+        self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy, work: Workload, shunned: set[Address]
     ) -> list[Candidate]:
-        settings, work = self._settings, self.workload(manifest, prompt, new)
-        shunned = self.shunned(manifest.model_id)
+        settings = self._settings
 
         def find(usable: list[Candidate]) -> list[Candidate]:
             if verify == "full":

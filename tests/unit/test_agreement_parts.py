@@ -13,7 +13,7 @@ from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import owners
 from tallystick.routing.cost import Workload
 from tallystick.routing.planner import plan
-from tallystick.session.ballot import winner
+from tallystick.session.ballot import Ballot
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.messages import Offer
 from tallystick_protocol.receipts import Receipt
@@ -141,4 +141,4 @@ def test_two_alike_win_unless_others_are_as_many(votes: dict[str, str], won: str
     ballots: dict[Digest, list[Address]] = {
         samples.digest(output): [samples.address(name) for name in names] for output, names in votes.items()
     }
-    assert winner(ballots) == (None if won is None else samples.digest(won))
+    assert Ballot(ballots).won == (None if won is None else samples.digest(won))

@@ -16,7 +16,7 @@ from tallystick.agreement.comparison import Comparison, Conflict, compare
 from tallystick.agreement.settling import Sentence, settle
 from tallystick.attribution import Attribution
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import owners
+from tallystick.routing.choice import apart, owners
 from tallystick.session.repair import SETTLE_TIMEOUT_S, RolledBack
 from tallystick.session.session import STEP_TIMEOUT_S, Session
 from tallystick.session.setting import Setting
@@ -168,13 +168,10 @@ class Agreement:
 
     def _taken_by_others(self, session: Session) -> set[Address]:
         """Nodes that may not work for a route: they have an owner in common with another one."""
-        taken = {
-            owner
-            for other in self.sessions
-            if other is not session
-            for owner in owners([*other.route, *other.repair.joining])
-        }
-        return {c.node for c in session.setting.candidates if c.operator in taken or c.payee in taken}
+        others = [other for other in self.sessions if other is not session]
+        taken = owners(node for other in others for node in (*other.route, *other.repair.joining))
+        known = session.setting.candidates
+        return {c.node for c in known} - {c.node for c in apart(known, taken)}
 
     # -- comparing
 
@@ -261,12 +258,10 @@ class Agreement:
 
     async def _execute(self, sentence: Sentence, window: int) -> None:
         place = sentence.place
-        if place.hop not in place.session.hops:
-            return  # it was lost meanwhile
         position = 0 if self.one_shot else window * WINDOW
 
         async def expel(session: Session) -> None:
-            if place.hop in session.hops:
+            if place.hop in session.hops:  # else it was lost meanwhile
                 await session.repair.expel(session.hops.index(place.hop), position)
 
         await self._attend(place.session, expel)

@@ -9,20 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tallystick.admission import has_class
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import owners
+from tallystick.routing.choice import apart, owners, price_of
 from tallystick_protocol.errors import NoRoute
-from tallystick_protocol.types import Address, Digest, Span
+from tallystick_protocol.types import Digest, Span
 
 Route = list[Candidate]
 Find = Callable[[list[Candidate]], Route]
 
 MAX_TRIES = 64
 """Routes that are looked for in all, before it is said that there are too few."""
-
-
-def apart(candidates: Sequence[Candidate], taken: set[Address]) -> list[Candidate]:
-    """Those of whom nobody in `taken` is the operator or the payee."""
-    return [c for c in candidates if c.operator not in taken and c.payee not in taken]
 
 
 def disjoint(candidates: Sequence[Candidate], count: int, find: Find) -> list[Route]:
@@ -39,7 +34,7 @@ def disjoint(candidates: Sequence[Candidate], count: int, find: Find) -> list[Ro
         except _Lacking as lack:
             lacking.append(lack)
     if found:
-        return min(found, key=lambda routes: sum(hop.offer.price * len(hop.span) for route in routes for hop in route))
+        return min(found, key=lambda routes: sum(map(price_of, routes)))
     raise _told(count, max(lacking, key=lambda lack: lack.routes, default=None))
 
 

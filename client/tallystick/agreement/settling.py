@@ -6,22 +6,17 @@ other routes that did the same work, and of nodes of yet other owners until two 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tallystick.agreement.comparison import Conflict
 from tallystick.attribution import Cause
-from tallystick.session.auditing import testify
 from tallystick.session.ballot import Ballot
 from tallystick.session.remote import Remote
 from tallystick.session.session import Session
-from tallystick.session.third import recompute
-from tallystick_protocol.errors import NoAuditor, TallystickError
+from tallystick.session.voting import hear, vote
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import Address, Span
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +95,10 @@ async def _hear_others(group: Sequence[Place], ballot: Ballot) -> None:
     heard = {place.hop.node for place in group}
     for place in group:
         for candidate in place.session.openings.draw_auditors(place.index, heard):
-            try:
-                answer = (await testify(place.session, place.index, candidate, place.claim)).receipt
-            except TallystickError as error:
-                log.info("%s cannot be a witness (%s)", candidate.node, error)
-                if place.index and error.fields.get("hop") == place.session.hops[place.index - 1].node:
-                    break  # it does not give its rows: another route's hop may
-                heard.add(candidate.node)
-                continue
+            error = await hear(place.session, place.index, candidate, place.claim, ballot)
+            if error and place.index and error.fields.get("hop") == place.session.hops[place.index - 1].node:
+                break  # it does not give its rows: another route's hop may
             heard.add(candidate.node)
-            if (answer.input, answer.numeric_class) == (place.claim.input, place.claim.numeric_class):
-                ballot.cast(answer)
             if ballot.won is not None:
                 return
 
@@ -118,10 +106,5 @@ async def _hear_others(group: Sequence[Place], ballot: Ballot) -> None:
 async def _compute(group: Sequence[Place], ballot: Ballot) -> None:
     """Vote as the client itself, on rows that the hop before has kept, of whichever route."""
     for place in group:
-        try:
-            root = await recompute(place.session, place.index, place.claim)
-        except NoAuditor as nobody:
-            log.info("%s", nobody)
-            continue
-        ballot.add(root, place.session.setting.key.address)
-        return
+        if await vote(place.session, place.index, place.claim, ballot):
+            return

@@ -63,8 +63,7 @@ def foreign_auditors(
 
 
 def _independent(found: list[Candidate], route: list[Candidate], index: int) -> list[Candidate]:
-    judged = owners(route[max(0, index - 1) : index + 1])
-    return [c for c in found if c.operator not in judged and c.payee not in judged]
+    return apart(found, owners(route[max(0, index - 1) : index + 1]))
 
 
 def checkable(candidates: list[Candidate], avoid: Collection[Address], across: bool = False) -> list[Candidate]:
@@ -83,3 +82,13 @@ def checkable(candidates: list[Candidate], avoid: Collection[Address], across: b
 def owners(nodes: Iterable[Candidate]) -> set[Address]:
     """Operators and payees: who may have no part in what checks these nodes, or runs beside them."""
     return {owner for node in nodes for owner in (node.operator, node.payee)}
+
+
+def apart(candidates: Iterable[Candidate], taken: Collection[Address]) -> list[Candidate]:
+    """Those of whom nobody in `taken` is the operator or the payee."""
+    return [c for c in candidates if c.operator not in taken and c.payee not in taken]
+
+
+def price_of(route: Iterable[Candidate]) -> int:
+    """Token base units for each position that goes through a route."""
+    return sum(hop.offer.price * len(hop.span) for hop in route)

@@ -9,10 +9,7 @@ A node that says it has become slower is believed; that it has become faster, if
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +18,8 @@ from typing import Any
 
 from tallystick.routing.candidates import Candidate, Expected
 from tallystick.routing.cost import HOP_S, LONGEST_S, bounded, links_s, measured_work
+from tallystick.routing.remembered import latest, newer, read, write
 from tallystick_protocol.types import Address
-
-log = logging.getLogger(__name__)
 
 HALF_LIFE_S = 3600.0
 LEAST_DOUBT = 1 / 16
@@ -68,7 +64,7 @@ class Reputation:
         """path: read if it is there; what cannot be read is started anew."""
         self._path = path
         self._clock = clock
-        self._beliefs: dict[Address, Belief] = {} if path is None else _read(path)
+        self._beliefs = _read(path)
 
     def __len__(self) -> int:
         return len(self._beliefs)
@@ -123,19 +119,10 @@ class Reputation:
         """Write the file, with what other processes have learned of other nodes meanwhile. Blocking."""
         if self._path is None:
             return
-        for node, theirs in _read(self._path).items():
-            ours = self._beliefs.get(node)
-            if ours is None or theirs.at > ours.at:
-                self._beliefs[node] = theirs
+        self._beliefs = newer(self._beliefs, _read(self._path))
         self._forget_some()
-        body = {"version": VERSION, "nodes": {node: asdict(belief) for node, belief in self._beliefs.items()}}
-        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(body))
-            draft.replace(self._path)
-        except OSError as error:
-            log.warning("what was learned of nodes is not kept: %s cannot be written (%s)", self._path, error.strerror)
+        kept = {node: asdict(belief) for node, belief in self._beliefs.items()}
+        write(self._path, VERSION, {"nodes": kept}, "nodes")
 
     def _now(self, node: Address, claim: float) -> Belief:
         """The belief about a node as time has left it, and as what it says today changes it."""
@@ -162,9 +149,7 @@ class Reputation:
         self._forget_some()
 
     def _forget_some(self) -> None:
-        if len(self._beliefs) > MAX_NODES:
-            newest = sorted(self._beliefs.items(), key=lambda item: -item[1].at)
-            self._beliefs = dict(newest[: MAX_NODES * 9 // 10])
+        self._beliefs = latest(self._beliefs, MAX_NODES)
 
 
 def per_layer(expected: Expected, num_layers: int) -> float:
@@ -206,18 +191,15 @@ def _told_apart(
     return told
 
 
-def _read(path: Path) -> dict[Address, Belief]:
-    """The beliefs in a file; none where it is missing or not ours."""
-    try:
-        empty: Any = {"version": VERSION, "nodes": {}}
-        body = json.loads(path.read_text()) if path.exists() else empty
-        if body["version"] != VERSION:
-            return {}
-        found = {Address(str(node)): Belief(**values) for node, values in body["nodes"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        log.warning("%s is not what this client wrote: what is known of nodes starts anew", path)
-        return {}
+def _read(path: Path | None) -> dict[Address, Belief]:
+    """The beliefs in a file, as far as they are sound."""
+    nothing: dict[Address, Belief] = {}
+    found = read(path, VERSION, _from_json, nothing, "nodes")
     return {node: belief for node, belief in found.items() if _is_sound(belief)}
+
+
+def _from_json(body: Any) -> dict[Address, Belief]:
+    return {Address(str(node)): Belief(**values) for node, values in body["nodes"].items()}
 
 
 def _is_sound(belief: Belief) -> bool:

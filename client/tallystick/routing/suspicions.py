@@ -7,20 +7,16 @@ of two other operators, over the same layers, is avoided. That is the client's o
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tallystick.routing.remembered import latest, newer, read, write
 from tallystick_protocol.sketching.accumulating import BETS, Capital
 from tallystick_protocol.types import Address, Digest, ModelId, Span
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 MAX_PAIRS = 10_000
@@ -80,9 +76,7 @@ class Suspicions:
             del self._seen[next(iter(self._seen))]
         capital = self.of(pair).after(scores)
         self._records[pair] = Record(capital, self._clock())
-        if len(self._records) > MAX_PAIRS:
-            newest = sorted(self._records.items(), key=lambda item: -item[1].at)
-            self._records = dict(newest[: MAX_PAIRS * 9 // 10])
+        self._records = latest(self._records, MAX_PAIRS)
         return capital
 
     def of(self, pair: Pair) -> Capital:
@@ -93,9 +87,7 @@ class Suspicions:
     def is_suspect(self, model: ModelId, node: Address, span: Span) -> bool:
         """Whether a node should be audited more often: some pair of it leans towards a disagreement."""
         return any(
-            pair.model == model.hex() and pair.span == span and node == pair.hop.node and record.capital.is_suspect
-            for pair, record in self._records.items()
-            if not self._is_old(record)
+            (pair.span, pair.hop.node) == (span, node) and capital.is_suspect for pair, capital in self._of_model(model)
         )
 
     def avoided(self, model: ModelId) -> set[Address]:
@@ -106,10 +98,8 @@ class Suspicions:
         would be one of two whom two cheaters contradict. Where the numbers are equal nobody is named.
         """
         spans: dict[Span, list[tuple[Side, Side]]] = {}
-        for pair, record in self._records.items():
-            if pair.model != model.hex():
-                continue
-            if record.capital.is_conclusive and not self._is_old(record) and pair.hop.operator != pair.auditor.operator:
+        for pair, capital in self._of_model(model):
+            if capital.is_conclusive and pair.hop.operator != pair.auditor.operator:
                 spans.setdefault(pair.span, []).append((pair.hop, pair.auditor))
         return {node for pairs in spans.values() for node in _named(pairs)}
 
@@ -119,18 +109,14 @@ class Suspicions:
             return
         records, seen = _read(self._path)
         self._seen = dict(list((seen | self._seen).items())[-MAX_SEEN:])
-        for pair, theirs in records.items():
-            ours = self._records.get(pair)
-            if ours is None or theirs.at > ours.at:
-                self._records[pair] = theirs
+        self._records = newer(self._records, records)
         kept = [_to_json(pair, record) for pair, record in self._records.items() if not self._is_old(record)]
-        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps({"version": VERSION, "pairs": kept, "seen": list(self._seen)}))
-            draft.replace(self._path)
-        except OSError as error:
-            log.warning("what was learned of pairs is not kept: %s cannot be written (%s)", self._path, error.strerror)
+        write(self._path, VERSION, {"pairs": kept, "seen": list(self._seen)}, "pairs")
+
+    def _of_model(self, model: ModelId) -> Iterator[tuple[Pair, Capital]]:
+        for pair, record in self._records.items():
+            if pair.model == model.hex() and not self._is_old(record):
+                yield pair, record.capital
 
     def _is_old(self, record: Record) -> bool:
         return self._clock() - record.at > FORGOTTEN_AFTER_S
@@ -171,17 +157,13 @@ def _window(pair: Pair, rows: Digest) -> str:
 
 
 def _read(path: Path | None) -> tuple[dict[Pair, Record], dict[str, None]]:
-    """The pairs in a file and the windows that were seen; none where it is missing or not ours."""
-    try:
-        if path is None or not path.exists():
-            return {}, {}
-        body = json.loads(path.read_text())
-        if body["version"] != VERSION:
-            return {}, {}
-        return dict(map(_from_json, body["pairs"])), dict.fromkeys(map(str, body["seen"][-MAX_SEEN:]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        log.warning("%s is not what this client wrote: what is known of pairs starts anew", path)
-        return {}, {}
+    """The pairs in a file and the windows that were seen."""
+    nothing: tuple[dict[Pair, Record], dict[str, None]] = {}, {}
+    return read(path, VERSION, _remembered, nothing, "pairs")
+
+
+def _remembered(body: Any) -> tuple[dict[Pair, Record], dict[str, None]]:
+    return dict(map(_from_json, body["pairs"])), dict.fromkeys(map(str, body["seen"][-MAX_SEEN:]))
 
 
 def _from_json(value: dict[str, Any]) -> tuple[Pair, Record]:
@@ -193,4 +175,3 @@ def _from_json(value: dict[str, Any]) -> tuple[Pair, Record]:
         raise ValueError("a pair that does not add up")
     pair = Pair(str(value["model"]), Span(int(value["span"][0]), int(value["span"][1])), hop, auditor)
     return pair, Record(Capital(windows, bets), at)
-

@@ -239,7 +239,7 @@ class Audit:
             raise
         except TallystickError as error:
             log.info("feeding the auditor %s failed: %s", self.remote.node, error)
-            self._session.blame_feeding(self.index, self.remote, error)
+            self._session.feeding.blame(self.index, self.remote, error)
 
 
 async def send_kept(session: Session, index: int, to: Remote, first: int, last: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from tallystick_protocol.receipts import Receipt
@@ -24,15 +23,10 @@ class Ballot:
 
     @property
     def won(self) -> Digest | None:
-        """What two at least have signed, and more than have signed anything else."""
-        return winner(self.votes)
-
-
-def winner(votes: Mapping[Digest, Collection[Address]]) -> Digest | None:
-    """The output of which two nodes at least say that it is right, and more than of any other."""
-    ranked = sorted(votes, key=lambda output: -len(votes[output]))
-    if not ranked or len(votes[ranked[0]]) < 2:
-        return None
-    if len(ranked) > 1 and len(votes[ranked[1]]) == len(votes[ranked[0]]):
-        return None
-    return ranked[0]
+        """The output of which two at least say that it is right, and more than of any other."""
+        ranked = sorted(self.votes, key=lambda output: -len(self.votes[output]))
+        if not ranked or len(self.votes[ranked[0]]) < 2:
+            return None
+        if len(ranked) > 1 and len(self.votes[ranked[1]]) == len(self.votes[ranked[0]]):
+            return None
+        return ranked[0]

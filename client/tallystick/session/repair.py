@@ -165,15 +165,16 @@ class Repair:
         elif type(wrong) is int and known - 2 * WINDOW < wrong <= known:  # the ring was fed with a false token
             self._session.hops[index].failure = None
             await self.expel(index, wrong // WINDOW * WINDOW, failure)
-        elif has_class(self._session.hops[index].candidate) and not self._moves(index, failure):
+        elif has_class(self._session.hops[index].candidate) and not (
+            isinstance(failure, LinkMismatch) and self._moves(index)  # it is not trusted: nobody waits for it to return
+        ):
             await self._replace(index, failure)
         else:
             await self.expel(index, 0, failure)
 
-    def _moves(self, index: int, failure: TallystickError) -> bool:
-        """Whether another class takes over from a hop that is not trusted and whose own has no other node."""
-        untrusted = isinstance(failure, LinkMismatch) and not self.has_stand_in(index)
-        return untrusted and self._session.openings.admit_other_classes(index)
+    def _moves(self, index: int) -> bool:
+        """Whether another class takes over from a hop whose own has no other node."""
+        return not self.has_stand_in(index) and self._session.openings.admit_other_classes(index)
 
     async def _replace(self, index: int, failure: TallystickError) -> None:
         """Put another node in hop `index`'s place and have it filled by the hop before."""
@@ -370,8 +371,7 @@ class Repair:
         if audit is not None and liar != hop.node:
             await self.change_auditor(audit)
         if liar != auditor:
-            moves = not self.has_stand_in(index) and self._session.openings.admit_other_classes(index)
-            await self.expel(index, 0 if self._session.one_shot or moves else window * WINDOW)
+            await self.expel(index, 0 if self._moves(index) or self._session.one_shot else window * WINDOW)
 
     async def change_auditor(self, audit: Audit) -> None:
         """Another node audits from now on, from the beginning."""
@@ -407,26 +407,14 @@ class Repair:
         """Replace a hop that lied (or `why`) and roll everybody back to `position`. Raises RolledBack."""
         log.warning("%s is replaced; rolling back to position %d", self._session.hops[index].node, position)
         liar = self._session.hops[index]
-        await self._take_back(position, liar)
-        if liar in self._session.hops:
-            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
-            await self._replace(index, why or lie)
-        for audit in self._session.audits:
-            audit.start()
-        raise RolledBack(position)
+        await self.roll_back(position, liar, why)
 
-    async def roll_back(self, position: int) -> None:
-        """Have everybody forget the rows from `position` on: they came of a lie. Raises RolledBack."""
-        await self._take_back(position, None)
-        for audit in self._session.audits:
-            audit.start()
-        raise RolledBack(position)
-
-    async def _take_back(self, position: int, but: Remote | None) -> None:
-        """Crop everybody, but one hop that is going to be replaced, and what is known of rows from `position` on."""
+    async def roll_back(self, position: int, liar: Remote | None = None, why: TallystickError | None = None) -> None:
+        """Have everybody forget the rows from `position` on: they came of a lie. liar: the hop that is replaced, for
+        `why`, and forgets nothing. Raises RolledBack."""
 
         def others() -> list[Remote]:
-            return [hop for hop in self._session.hops if hop is not but]  # any of them may be replaced meanwhile
+            return [hop for hop in self._session.hops if hop is not liar]  # any of them may be replaced meanwhile
 
         await self._session.until(
             lambda: all(hop.standing.covered >= position for hop in others()), SETTLE_TIMEOUT_S, "receipts"
@@ -445,6 +433,12 @@ class Repair:
                 audit.remote.failure = audit.remote.failure or error
         self._session.books.disputes = {}
         self._session.forget(position)
+        if liar is not None and liar in self._session.hops:
+            lie = CorruptResult("its work was contradicted by two others", hop=liar.node)
+            await self._replace(self._session.hops.index(liar), why or lie)
+        for audit in self._session.audits:
+            audit.start()
+        raise RolledBack(position)
 
     async def _crop(self, hop: Remote, position: int, computed: int) -> None:
         epoch = self._session.epoch

@@ -227,10 +227,6 @@ class Session:
             dict(self.results.rows),
         )
 
-    def blame_feeding(self, index: int, auditor: Remote, error: TallystickError) -> None:
-        """Rows for the auditor of hop `index` did not come: `Feeding.blame`."""
-        self.feeding.blame(index, auditor, error)
-
     def input_rows(self, first: int, last: int) -> list[bytes]:
         """What the client sends for positions [first, last): u32 little-endian ids."""
         return [token.to_bytes(4, "little") for token in self.ids[first:last]]
@@ -250,7 +246,7 @@ class Session:
         if not self.ids:
             return
         await self.flush()
-        await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the receipts")
+        await self.until(lambda: self.is_settled, SETTLE_TIMEOUT_S, "the receipts")
         beyond = len(self.ids) - most_positions(4 * self.setting.manifest.width)
         self.verdict.not_slashable = max(self.verdict.not_slashable, beyond)
 
@@ -278,9 +274,6 @@ class Session:
     @property
     def is_settled(self) -> bool:
         """Whether every row is signed, judged and paid."""
-        return self._all_settled()
-
-    def _all_settled(self) -> bool:
         length = len(self.ids)
         signed = all(hop.standing.covered == length for hop in self.hops)
         open_questions = self.books.disputes or self.repair.unaudited
@@ -300,7 +293,7 @@ class Session:
             self.note_unaudited(index, nobody)
             return
         self.wake()
-        await self.until(self._all_settled, SETTLE_TIMEOUT_S, "the audit")
+        await self.until(lambda: self.is_settled, SETTLE_TIMEOUT_S, "the audit")
 
     def note_unaudited(self, index: int, nobody: NoAuditor) -> None:
         """Nobody can recompute what a hop did, which is delivered, and paid: under `audit` no more is promised."""

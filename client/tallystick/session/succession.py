@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tallystick.attribution import Attribution, Cause
-from tallystick.routing.choice import owners
-from tallystick.session.auditing import testify
+from tallystick.routing.choice import apart, owners
 from tallystick.session.ballot import Ballot
 from tallystick.session.remote import Remote
-from tallystick.session.third import recompute
+from tallystick.session.voting import hear, vote
 from tallystick.verdict import Accusation, Check
-from tallystick_protocol.errors import CorruptResult, NoAuditor, TallystickError
+from tallystick_protocol.errors import CorruptResult
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import WINDOW, Address
 
@@ -102,24 +101,13 @@ class Succession:
         for receipt in (found.before, found.after):
             ballot.cast(receipt)
         parties = [c for c in session.setting.candidates if c.node in (found.before.node, found.after.node)]
-        taken = owners(parties)
-        for candidate in session.openings.draw_auditors(found.index, {found.before.node, found.after.node}):
-            if candidate.operator in taken or candidate.payee in taken:
-                continue
-            try:
-                answer = (await testify(session, found.index, candidate, found.after)).receipt
-            except TallystickError as error:
-                log.info("%s cannot be a witness (%s)", candidate.node, error)
-                continue
-            if (answer.input, answer.numeric_class) == (found.after.input, found.after.numeric_class):
-                ballot.cast(answer)
+        drawn = session.openings.draw_auditors(found.index, {found.before.node, found.after.node})
+        for candidate in apart(drawn, owners(parties)):
+            await hear(session, found.index, candidate, found.after, ballot)
             if ballot.won is not None:
                 break
         else:
-            try:
-                ballot.add(await recompute(session, found.index, found.after), session.setting.key.address)
-            except NoAuditor as nobody:
-                log.info("%s", nobody)
+            await vote(session, found.index, found.after, ballot)
         if (right := ballot.won) is None:
             return (), None
         liar = found.after if found.before.output == right else found.before
