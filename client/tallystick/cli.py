@@ -217,13 +217,12 @@ async def _generate(options: argparse.Namespace) -> int:
             speculate=named(options.speculate),
             mode=options.mode,
         )
-        begun = False
+        prompt = options.prompt
         async for event in stream:
-            if not begun:  # behind an error that comes before anything else, the prompt would only be in the way
-                print(options.prompt, end="", flush=True)
-                begun = True
+            print(prompt, end="", flush=True)  # not before: an error that comes first would stand behind it
+            prompt = ""
             show(event)
-        print()
+        print(prompt)
         answer = stream.answer
     summary = summarise(answer)
     print(json.dumps(summary) if options.json else _told(summary), file=sys.stdout if options.json else sys.stderr)
@@ -244,35 +243,28 @@ def show(event: Token | Retracted) -> None:
 def summarise(answer: Answer) -> dict[str, Any]:
     """What a person wants to know of an answer, as plain values."""
     verdict = answer.verdict
+    said = tasks.told(answer.route, verdict)
     return {
         "tokens": len(answer.ids),
         "tokens_per_s": round(answer.tokens_per_s, 1),
-        "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answer.route],
         "routes": [[hop.node for hop in route] for route in answer.routes],
-        "verify": verdict.policy,
-        "verdict": verdict.to_json(),
         "drafted": answer.drafted,
         "accepted": answer.accepted,
-        "receipts": verdict.receipts,
-        "checks": {"passed": verdict.passed, "failed": verdict.failed},
-        "caught": [accusation.node for accusation in verdict.accusations],
-        "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in verdict.replaced],
-        "unverifiable": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unverifiable],
-        "unaudited": [{"node": node, "layers": [span.start, span.end]} for node, span in verdict.unaudited],
-        "exact": verdict.exact,
-        "paid_wei": sum(verdict.paid.values()),
+        **{name: said["verdict"][name] for name in ("replaced", "unverifiable", "unaudited", "exact")},
+        **said,
     }
 
 
 def _told(summary: dict[str, Any]) -> str:
     checks = summary["checks"]
     hops = " -> ".join(f"{hop['node'][:8]}{hop['layers']}" for hop in summary["route"])
-    stock, alone = (", ".join(str(one["layers"]) for one in summary[key]) for key in ("unverifiable", "unaudited"))
+    verdict = summary["verdict"]
+    stock, alone = (", ".join(str(one["layers"]) for one in verdict[key]) for key in ("unverifiable", "unaudited"))
     return (
         f"{summary['tokens']} tokens, {summary['tokens_per_s']} per second, over {hops};"
         f" {summary['receipts']} receipts,"
         f" {checks['passed']} checks passed, {checks['failed']} failed; paid {summary['paid_wei']} wei of tokens,"
-        f" withheld {summary['verdict']['withheld']}"
+        f" withheld {verdict['withheld']}"
         + ("" if not stock else f"; layers {stock} come from nodes of no numeric class: nothing of theirs was checked")
         + ("" if not alone else f"; layers {alone} were drawn for an audit and nobody could recompute them")
         + ("" if summary["exact"] else ", and one of them took another's place, so what follows may differ")

@@ -28,8 +28,7 @@ class Work:
 @dataclass(frozen=True, slots=True)
 class Found:
     """error: against `tolerance`, up to which it is clear. squares: of the window's rows, for later windows; None where
-    results were compared. scores: what the window adds to slow evidence; None for too few
-    rows."""
+    results were compared. scores: what the window adds to slow evidence; None for too few rows."""
 
     zone: Zone
     error: float

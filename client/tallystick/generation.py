@@ -188,7 +188,6 @@ class Stream:
                 accepted=steps.accepted,
             )
 
-
     def _steps(self, session: Session | Agreement, last: int, ends: set[int]) -> Steps | Ring:
         """Who decides the tokens. last: how many positions there may be."""
         speculation = self._speculation if session.rewinds else Speculation()

@@ -114,8 +114,8 @@ class Tokens:
         return text
 
     def matching(self, pattern: re.Pattern[str]) -> list[str]:
-        """The tokens of the vocabulary that are of a form, sorted."""
-        return sorted(token for token in self._tokenizer.get_vocab() if pattern.fullmatch(token))
+        """The tokens of the vocabulary that are of a form."""
+        return [token for token in self._tokenizer.get_vocab() if pattern.fullmatch(token)]
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary writes it."""

@@ -21,7 +21,6 @@ PAPER_LIFETIME_S = 24 * 3600
 MAX_PAPER_BYTES = 1 << 16
 
 
-
 def add(
     commands: Any, open_chain: Callable[[argparse.Namespace], Chain], open_key: Callable[[argparse.Namespace], Key]
 ) -> None:

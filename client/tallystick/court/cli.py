@@ -90,4 +90,3 @@ def _tell(options: argparse.Namespace, value: dict[str, Any]) -> None:
         print(json.dumps(value))
     else:
         print("\n".join(f"{name}: {told}" for name, told in value.items()))
-

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from tallystick.tasks.backend import Answers, Backend, TaskAnswers, look_up
+from tallystick.tasks.backend import Answers, Backend, TaskAnswers, check_ids, look_up
 from tallystick.tasks.classification import text_classification, token_classification
 from tallystick.tasks.features import feature_extraction
 from tallystick.tasks.fill_mask import fill_mask
@@ -17,7 +17,6 @@ from tallystick.tasks.question_answering import question_answering
 from tallystick.tasks.text2text import summarization, translation
 from tallystick.tasks.text_generation import text_generation
 from tallystick.verdict import Policy
-from tallystick_protocol.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -70,9 +69,7 @@ class Tasks:
     async def decode(self: Backend, ids: list[int], *, model: str = "", special: bool = False) -> str:
         """The text of token ids; special ones are left out unless wanted. Raises ConfigError for other ids."""
         record, manifest = await self.model(model)
-        for token in ids:
-            if type(token) is not int or not 0 <= token < manifest.vocab:
-                raise ConfigError(f"token id {str(token)[:20]} is not one of the {manifest.vocab} in the vocabulary")
+        check_ids(manifest, ids)
         return (await self.network.tokens(record)).decode(ids, special=special)
 
     async def predictions(

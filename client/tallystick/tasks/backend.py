@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
@@ -135,6 +136,13 @@ async def look_up(backend: Backend, model: str, outputs: tuple[Output, ...], tas
     if manifest.output not in outputs:
         raise ConfigError(f"{manifest.name} is a model for {manifest.task}: it gives {manifest.output}, not {task}")
     return Served("0x" + record.id.hex(), manifest, await backend.network.tokens(record))
+
+
+def check_ids(manifest: Manifest, ids: Iterable[object]) -> None:
+    """Raises ConfigError for what is no token id of the model."""
+    for token in ids:
+        if type(token) is not int or not 0 <= token < manifest.vocab:
+            raise ConfigError(f"token id {str(token)[:20]} is not one of the {manifest.vocab} in the vocabulary")
 
 
 def check_length(manifest: Manifest, positions: int) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 import numpy as np
 
+from tallystick.routing.candidates import Candidate
 from tallystick.tasks.backend import Answers, Backend
 from tallystick.tasks.classification import text_classification, token_classification
 from tallystick.tasks.features import feature_extraction
@@ -86,10 +87,13 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _full(answers: Answers[Any]) -> dict[str, Any]:
-    verdict: Verdict = answers.verdict
+    return {"results": [_plain(result) for result in answers], **told(answers.route, answers.verdict)}
+
+
+def told(route: Iterable[Candidate], verdict: Verdict) -> dict[str, Any]:
+    """What carried an answer, and the verdict on it, as plain values."""
     return {
-        "results": [_plain(result) for result in answers],
-        "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in answers.route],
+        "route": [{"node": hop.node, "layers": [hop.span.start, hop.span.end]} for hop in route],
         "verify": verdict.policy,
         "verdict": verdict.to_json(),
         "receipts": verdict.receipts,

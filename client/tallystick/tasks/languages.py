@@ -8,12 +8,12 @@ languages (">>fra<<"). Words before the source text: T5 ("translate English to G
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from tallystick.tokens import Tokens
 from tallystick_protocol.errors import ConfigError
 
 _CODE = re.compile(r"__[a-z]{2,8}__|[a-z]{2,3}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
-
 _MARK = re.compile(r">>[A-Za-z_-]{2,20}<<")
 
 
@@ -27,9 +27,12 @@ def code_of(tokens: Tokens, language: str) -> int:
     known = codes(tokens)
     found = known.get(language, known.get(f"__{language}__"))
     if found is None:
-        some = ", ".join(sorted(known)[:8])
-        raise ConfigError(f"no language {language[:40]!r}; the model has {len(known)}: {some}…")
+        raise _unknown(language, known)
     return found
+
+
+def _unknown(language: str, known: Collection[str]) -> ConfigError:
+    return ConfigError(f"no language {language[:40]!r}; the model has {len(known)}: {', '.join(sorted(known)[:8])}…")
 
 
 def source_ids(tokens: Tokens, text: str, source: str | None, target: str | None) -> list[int]:
@@ -50,8 +53,7 @@ def source_ids(tokens: Tokens, text: str, source: str | None, target: str | None
         return [wanted if i in marks else token for i, token in enumerate(ids)]
     mark = None if target is None else tokens.id_of(f">>{target}<<")
     if target is not None and mark is None and (targets := tokens.matching(_MARK)):
-        some = ", ".join(targets[:8])
-        raise ConfigError(f"no language {target[:40]!r}; the model has {len(targets)}: {some}…")
+        raise _unknown(target, targets)
     return ids if mark is None else [mark, *ids]
 
 

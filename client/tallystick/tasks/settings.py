@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tallystick.decoding import MAX_BEAMS
+from tallystick.tasks.backend import check_ids
 from tallystick.tasks.options import check
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest
@@ -130,9 +131,7 @@ def settle(manifest: Manifest, prompt: int, **asked: Any) -> Generation:
 def _check_ids(manifest: Manifest, given: dict[str, Any]) -> None:
     words = [*given.get("bad_words", ()), *(given[name] for name in _IDS if name in given)]
     for word in words:
-        for token in word if isinstance(word, list | tuple) else [word]:
-            if not 0 <= token < manifest.vocab:
-                raise ConfigError(f"token id {token} is not one of the {manifest.vocab} in the vocabulary")
+        check_ids(manifest, word if isinstance(word, list | tuple) else [word])
 
 
 _IDS = ("eos", "forced_bos", "forced_eos", "suppress", "begin_suppress")
