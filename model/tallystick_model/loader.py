@@ -25,6 +25,9 @@ Source = Callable[[str, tuple[str, ...]], dict[str, torch.Tensor]]
 """(piece name, weights wanted of it) -> {weight: tensor}, as it is stored: what is kept of it is copied and converted
 while its piece is filled."""
 
+_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
+"""Formats of which every value is one of fp32."""
+
 
 def load_span(
     manifest: Manifest,
@@ -245,7 +248,3 @@ def _checked(name: str, tensor: torch.Tensor, mapped: bool) -> torch.Tensor:
     if not all_finite(tensor):
         raise ManifestError(f"{name} holds NaN or infinity")
     return tensor
-
-
-_WIDENED = (torch.float32, torch.bfloat16, torch.float16)
-"""Formats of which every value is one of fp32."""

@@ -25,6 +25,13 @@ def top_k(logits: torch.Tensor, k: int) -> tuple[Any, Any]:
     return ids, np.take_along_axis(scores, ids, 1) + np.float32(0)
 
 
+def as_pairs(ids: Any, values: Any) -> Any:
+    """What `top_k` found as rows travel: (n, k, 2) little-endian uint32, each id and the bits of its value."""
+    pairs = np.empty((*ids.shape, 2), dtype="<u4")
+    pairs[:, :, 0], pairs[:, :, 1] = ids, values.view(np.uint32)
+    return pairs
+
+
 def _chosen(scores: Any, k: int) -> Any:
     """The k ids. At least k scores reach the k-th largest of some groups' maxima, few others do: these are sorted."""
     groups = max(4 * k, 256)

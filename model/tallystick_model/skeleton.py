@@ -170,17 +170,17 @@ class Lent:
 
     def __init__(self, model: Any, name: str, stored: str, value: torch.Tensor) -> None:
         """stored: the name under which the value is in its piece."""
-        owner, _, self._leaf = name.rpartition(".")
-        self._stored, self._model, self._name, self._owner = stored, model, name, model.get_submodule(owner)
+        self._stored, self._model, self._name = stored, model, name
+        self._path, _, self._leaf = name.rpartition(".")
+        self._owner = model.get_submodule(self._path)
         self._dtype: torch.dtype = getattr(self._owner, self._leaf).dtype
         _replace_tensor(model, name, value)
 
     def keep(self, copies: dict[Any, torch.Tensor]) -> None:
         """Where its module still holds it: in the model's dtype and memory of its own. copies: those of this piece, for
         what stands under several names is kept once."""
-        owner, _, _ = self._name.rpartition(".")
         held = self._owner._parameters.get(self._leaf, self._owner._buffers.get(self._leaf))
-        if held is None or held.is_meta or self._model.get_submodule(owner) is not self._owner:
+        if held is None or held.is_meta or self._model.get_submodule(self._path) is not self._owner:
             return
         key = (self._stored, held.device, self._dtype)
         if key not in copies:

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from tallystick_devnet.localchain import repository
+from tallystick_model.calibrating.machines import AVX2
 from tallystick_protocol.manifest import Numerics
 from tallystick_protocol.sketching.logits import scales_of
 from tallystick_protocol.types import Span
 from zoo.audits import AtNode, Task
 from zoo.models import demo
-
-ENVIRONMENT = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class OtherClass:
         path = os.pathsep.join(part for part in (str(repository() / "tests"), os.environ.get("PYTHONPATH")) if part)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "zoo.other_class"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **AVX2.environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         return self
 

@@ -28,10 +28,11 @@ class Kind:
 
 
 HERE = Kind("as it is")
+AVX2 = Kind("AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"})
 CLASSES = (
     HERE,
     Kind("plain AVX-512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
-    Kind("AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}),
+    AVX2,
     Kind("MKL of any CPU", {"MKL_CBWR": "COMPATIBLE"}),
 )
 STOCK = Kind("stock kernels", execution="stock")

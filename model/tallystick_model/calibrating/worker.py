@@ -25,7 +25,7 @@ import torch
 from tallystick_model.calibrating.cheaters import CHEATERS
 from tallystick_model.devices import Placement
 from tallystick_model.loader import checked_anatomy, fill_span
-from tallystick_model.ranking import top_k
+from tallystick_model.ranking import as_pairs, top_k
 from tallystick_model.segments import Segment
 from tallystick_model.skeleton import build_skeleton
 from tallystick_model.span import Execution, SpanModel
@@ -72,7 +72,7 @@ class Worker:
             np.save(order["out"], np.stack([one.numpy(force=True) for one in left]))
             return
         ranked, values = self._manifest.output == "logits", [one.numpy(force=True) for one in left]
-        np.save(order["out"], np.stack([_pairs(one, order["top_k"]) for one in left] if ranked else values))
+        np.save(order["out"], np.stack([as_pairs(*top_k(one, order["top_k"])) for one in left] if ranked else values))
         np.save(order["scales"], np.stack([scales_of(one, ranked) for one in values]))
 
     def _segment(self, model: SpanModel, text: Any) -> Segment:
@@ -91,13 +91,6 @@ class Worker:
             chances = torch.softmax(torch.cat(rows).cpu().double(), dim=-1)
             ids[:, at + 1] = torch.multinomial(chances, 1, generator=draw)[:, 0]
         return ids.numpy()
-
-
-def _pairs(logits: torch.Tensor, k: int) -> Any:
-    ids, values = top_k(logits, k)
-    pairs = np.empty((*ids.shape, 2), dtype="<u4")
-    pairs[:, :, 0], pairs[:, :, 1] = ids, values.view(np.uint32)
-    return pairs
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tallystick_model.ranking import top_k
+from tallystick_model.ranking import as_pairs, top_k
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_protocol.errors import BadTensor, CorruptResult
@@ -136,9 +136,7 @@ class RowFormat:
         ids, values = top_k(result, self._k)
         if not bool(np.isfinite(values).all()):
             raise CorruptResult("this node computed logits that are not finite; nothing is signed")
-        pairs = np.empty((*ids.shape, 2), dtype="<u4")
-        pairs[:, :, 0], pairs[:, :, 1] = ids, values.view(np.uint32)
-        return [pair.tobytes() for pair in pairs]
+        return [pair.tobytes() for pair in as_pairs(ids, values)]
 
 
 def needed_ids(model: SpanModel, positions: Positions) -> Positions:
