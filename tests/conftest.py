@@ -1,10 +1,11 @@
-"""The running network that integration tests share: importing torch costs seconds a process, so it is started once."""
+"""What many tests share. The running network: importing torch costs seconds a process, so it is started once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +14,9 @@ from tallystick_devnet.localnet import LocalNet, LocalNode, thirds
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, ModelId, Span
+
+if TYPE_CHECKING:
+    from harness.small_models import Models
 
 
 @dataclass(slots=True)
@@ -60,3 +64,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         for node in nodes:
             node.wait()
         yield Running(net, model, manifest, default_model(), nodes, key, keystore)
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[Models]:
+    """Small models in this process, for tests that play a network on one event loop."""
+    from harness.small_models import small_models  # takes transformers, which most tests do not
+
+    with small_models() as found:
+        yield found

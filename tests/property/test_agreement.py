@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.agreeing import agreement, corrupt
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import PRICE, Inline, Node, World, generate
 from tallystick.agreement.agreement import Agreement
 from tallystick.routing.choice import owners
@@ -26,12 +26,6 @@ SAMPLED = Sampling(temperature=1.0, top_p=0.95, seed=11)
 ROWS = len(PROMPT) + TOKENS - 1
 LIES_FROM = 45
 """In the second window, after some tokens."""
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

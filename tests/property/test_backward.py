@@ -4,14 +4,14 @@ find out what the lost hop did. On one event loop."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.agreeing import corrupt
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import PRICE, Node, World, audit_at_end, generate
 from tallystick.session import books
 from tallystick.session.auditing import Audit, Disagreement, Ruling, arbitrate
@@ -26,12 +26,6 @@ PROMPT = [7 + 3 * i % 90 for i in range(40)]
 TOKENS = 40
 LIES_FROM = 45
 Act = Callable[[World, Session], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

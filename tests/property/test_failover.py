@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness.schedules import Moments, Schedule, draw, suffer
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import PRICE, World, audited, generate
 from tallystick.session.ring import Ring
 from tallystick.session.session import Session
@@ -39,12 +39,6 @@ class Run:
     wrong: list[str] = field(default_factory=list)
     worst_gap_s: float = 0.0
     seconds: float = 0.0
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 async def open_session(world: World, schedule: Schedule, moments: Moments) -> Session:

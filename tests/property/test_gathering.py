@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import World, generate
 from tallystick.session.auditing import Disagreement
 from tallystick.session.evidence import gather, keep
@@ -20,12 +19,6 @@ from tallystick_protocol.wire import Wire
 
 PROMPT = [7 + 3 * i % 90 for i in range(70)]
 TOKENS = 10
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 def about(session: Session, index: int, window: int = -1) -> Disagreement:

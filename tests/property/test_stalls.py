@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import Node, World, generate
 from tallystick.session import remote
 from tallystick.session.session import Session
@@ -24,12 +24,6 @@ from tallystick_protocol.types import Address
 PROMPT = [7 + 3 * i % 90 for i in range(20)]
 LONG = [7 + i % 90 for i in range(170)]
 Act = Callable[[World, Session], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 class Told:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import CREDIT_ROWS
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick_protocol.types import WINDOW
 
 IDS = [7 + 3 * i % 90 for i in range(CREDIT_ROWS + WINDOW - 1)]
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 @asynccontextmanager

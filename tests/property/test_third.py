@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.agreeing import agreement, corrupt
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import Node, World, audited, generate
 from harness.third import recomputing
 from tallystick.session.session import Session
@@ -23,12 +23,6 @@ from tallystick_protocol.types import WINDOW, Positions
 PROMPT = [7 + 3 * i % 90 for i in range(40)]
 TOKENS = 40
 LIES_FROM = 45
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 def named(world: World, name: str) -> Node:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.agreeing import corrupt
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import World, audit_at_end, audited, generate
 from harness.third import recomputing
 from tallystick.session.session import Session
@@ -21,12 +21,6 @@ from tallystick_protocol.types import WINDOW, Span
 PROMPT = [7 + 3 * i % 90 for i in range(40)]
 TOKENS = 24
 HOP = 1
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 async def audited_at_end(

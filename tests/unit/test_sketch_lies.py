@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from faults.breaking import Bend, bending
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import Node, World, audited, generate
 from tallystick.session.session import Session
 from tallystick_node.session.hop import Hop
@@ -25,12 +25,6 @@ PROMPT = [7 + 3 * i % 90 for i in range(40)]
 TOKENS = 30
 ROUNDING = 3e-7
 ERROR = 1e-2
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 def three_classes(models: Models, folder: Path) -> World:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import PRICE, Node, World, generate
 from harness.small_world import audited as audited_hops
 from tallystick.routing.suspicions import Suspicions
@@ -31,12 +31,6 @@ PROMPT = [7 + 3 * i % 90 for i in range(40)]
 COUNT = 45
 ROUNDING = 3e-7
 Play = Callable[[World, Session], Awaitable[Any]]
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 def copies_of(world: World, copy: int) -> list[Node]:

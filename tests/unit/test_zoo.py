@@ -39,13 +39,6 @@ def found() -> dict[str, Found]:
     return measure(1, seed=1)
 
 
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    models = Models()
-    yield models
-    models.close()
-
-
 def test_the_table_lists_every_cheater() -> None:
     assert list(read_table(PAGE)) == [*COMPUTING, *SCENARIOS]
     assert {name for scenario in SCENARIOS.values() for name in scenario.who.values()} == set(BREAKING)
