@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 
+from tallystick_model.canonical.native.compiling import llvmlite_version
 from tallystick_model.devices import CPU
 from tallystick_protocol import canonical_json
 from tallystick_protocol.manifest import Manifest
@@ -30,7 +31,7 @@ _OTHERS = frozenset({"name", "licence", "task", "pieces", "tokenizer", "generati
 
 _NUMERIC_PREFIXES = (
     "ONEDNN_", "DNNL_", "ATEN_", "MKL_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_", "TORCH_", "PYTORCH_", "CUBLAS_",
-    "CUDA_", "CUDNN_", "NVIDIA_", "GLIBC_", "LD_",
+    "CUDA_", "CUDNN_", "NVIDIA_", "GLIBC_", "LD_", "TALLYSTICK_KERNELS",
 )  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def _libraries() -> dict[str, str]:
         "built": torch.__config__.show(),
         "transformers": transformers.__version__,
         "numpy": np.__version__,
+        "llvmlite": llvmlite_version(),
     }
 
 

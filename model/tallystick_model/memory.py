@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from tallystick_model.canonical.kernels import packing
+from tallystick_model.canonical.products import packing
 from tallystick_protocol.manifest import Manifest, Piece
 from tallystick_protocol.types import Span
 
@@ -45,7 +45,7 @@ def piece_bytes(piece: Piece, manifest: Manifest) -> int:
     Quantized pieces are dequantized as they are packed, so theirs are counted by the values, not by the file.
     """
     bits = None if manifest.quantization is None else manifest.quantization.bits
-    halves = manifest.numerics == "bf16w" and (packing("bf16w") is torch.bfloat16 or piece.name == "embed")
+    halves = manifest.numerics == "bf16w" and (_packs_halves() or piece.name == "embed")
     total = 0
     for spec in piece.tensors.values():
         count = math.prod(spec.shape)
@@ -56,6 +56,11 @@ def piece_bytes(piece: Piece, manifest: Manifest) -> int:
         else:
             total += count * 4
     return total
+
+
+def _packs_halves() -> bool:
+    found = packing("bf16w")
+    return found is not None and found.dtype is torch.bfloat16
 
 
 def layer_bytes(manifest: Manifest) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ def noisy(size: float) -> Callable[[Any], None]:
 
     def spoil(model: Any) -> None:
         linear = next(m for m in model._spliced.skeleton.model.modules() if isinstance(m, CanonicalLinear))
-        dense = linear.weight.to_dense().clone() if linear.weight.is_mkldnn else linear.weight.clone()
+        dense = linear.plain_weight()
         noise = torch.randn(dense.shape[1], generator=torch.Generator().manual_seed(0))
         dense[0] += size * dense[0].norm() / noise.norm() * noise
         linear.weight = CanonicalLinear(dense, linear.bias).weight

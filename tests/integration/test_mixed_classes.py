@@ -25,7 +25,11 @@ pytestmark = [
 ]
 
 FAULTS = Path(__file__).parents[1] / "faults"
-PINS = ("DNNL_VERBOSE=0", "ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2", "MKL_CBWR=COMPATIBLE")
+PINS = (
+    "DNNL_VERBOSE=0",
+    "TALLYSTICK_KERNELS=libraries,ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2",
+    "TALLYSTICK_KERNELS=libraries,MKL_CBWR=COMPATIBLE",
+)
 """Three classes of one machine: as it is, as if it had AVX2 only, and with MKL's sums in the order of any CPU."""
 
 PROMPT = "The function returns a list of"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from harness import checkpoints
 from harness.checkpoints import Published, published
-from tallystick_model.canonical import kernels
+from tallystick_model.canonical import kernels, products
 from tallystick_model.numeric_class import STOCK, numeric_class
 
 _SCRIPT = """
@@ -65,7 +65,7 @@ def test_other_processes_and_threads_share_the_class_and_another_instruction_set
     here = numeric_class(served.manifest).hex()
     assert classes() == {here}
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        other = classes(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
+        other = classes(TALLYSTICK_KERNELS="libraries", ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
         assert len(other) == 1
         assert not other & {here, STOCK.hex()}
 
@@ -84,10 +84,11 @@ def test_a_machine_whose_chunkings_disagree_is_stock(served: Published, monkeypa
 def test_the_fewest_rows_of_a_call_leave_the_class_alone(
     served: Published, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    if kernels.packing("fp32") is None or (count < 4 and not kernels._bits_hold(count, torch.float32)):
+    found = products.packing("fp32")
+    if found is None or (count < 4 and not products.bits_hold(count, found)):
         pytest.skip("not with this machine's kernels")
     before = numeric_class(served.manifest)
-    monkeypatch.setattr(kernels, "fewest_rows", lambda dtype: count)
+    monkeypatch.setattr(kernels, "fewest_rows", lambda packing: count)
     assert numeric_class(served.manifest) == before
 
 

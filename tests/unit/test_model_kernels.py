@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tallystick_model.canonical.kernels import CanonicalLinear, in_blocks, packing
+from tallystick_model.canonical.kernels import CanonicalLinear, in_blocks
+from tallystick_model.canonical.products import packing
 from tallystick_model.canonical.scopes import CanonicalOperators
 from tallystick_protocol.manifest import Numerics
 

@@ -161,11 +161,26 @@ def test_how_many_want_to_run_is_read_from_the_load(load: bytes, running: int) -
     assert _running(load) == running
 
 
+def test_one_look_at_others_is_not_enough_and_a_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores, load = Cores(2), [b"9.20 0.18 0.12 9999/10000 1"]
+    monkeypatch.setattr(os, "pread", lambda *_: load[0])
+    cores._load = 0
+    seen = []
+    for turn in range(20):
+        load[0] = b"0.1 0.1 0.1 %d/10000 1" % (9999 if 5 <= turn < 15 else 1)
+        cores.look()
+        seen.append(cores.are_taken)
+    assert not any(seen[:8]) and all(seen[10:15]) and not any(seen[-2:])
+    cores._load = -1
+
+
 @pytest.mark.parametrize("load", [b"", b"0.1 0.2", b"a b c d"])
 def test_a_system_that_does_not_say_so_is_not_busy(load: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     cores = Cores(2)
     monkeypatch.setattr(os, "pread", lambda *_: load)
     cores._load = 0
+    for _ in range(9):
+        cores.look()
     assert not cores.are_taken
     cores._load = -1
 

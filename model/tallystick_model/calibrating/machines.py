@@ -27,13 +27,19 @@ class Kind:
     device: str = "cpu"
 
 
+_LIBRARIES = {"TALLYSTICK_KERNELS": "libraries"}
+"""As on machines for which there is no machine code of our own: oneDNN's products, MKL's attention."""
+
 HERE = Kind("as it is")
-AVX2 = Kind("AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"})
+AVX2 = Kind(
+    "libraries, AVX2",
+    {**_LIBRARIES, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"},
+)
 CLASSES = (
     HERE,
-    Kind("plain AVX-512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
+    Kind("AVX2", {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}),
+    Kind("libraries, plain AVX-512", {**_LIBRARIES, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     AVX2,
-    Kind("MKL of any CPU", {"MKL_CBWR": "COMPATIBLE"}),
 )
 STOCK = Kind("stock kernels", execution="stock")
 

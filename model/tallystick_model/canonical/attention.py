@@ -3,14 +3,15 @@
 Rows of several sessions come packed as one sequence; every segment attends to its own session only, in tiles of R = 4
 query rows aligned to absolute positions. Row p is always computed in a call of the same shape, at the same place in it:
 (R queries) x (keys up to the tile's end), whoever travels with it. A one-shot bidirectional segment of n rows is
-computed in tiles of R queries x exactly n keys.
+computed in tiles of R queries x exactly n keys. Where this processor has attention in machine code (`native`), which
+computes every row by itself, all rows of a call go there at once; soft caps have no rule there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.masks import Mask, recognise
+from tallystick_model.canonical.native.attention import Attention, attention
 from tallystick_model.canonical.recording import Traits, whole
 from tallystick_model.canonical.tiles import R, Scores, attend, folded
 
@@ -125,6 +127,7 @@ class TiledSeat:
 
     def __init__(self, layer: int, plan: AttentionPlan, batch: Batch) -> None:
         self._layer, self._plan, self._batch = layer, plan, batch
+        self._code = attention(plan.key_dim, plan.value_dim)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, arguments: dict[str, Any]
@@ -143,6 +146,8 @@ class TiledSeat:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
+        if self._code is not None and softcap is None and query.device.type == "cpu":
+            return self._in_machine_code(self._code, query, key, value, scale, sinks)
         form = Scores(scale, softcap, sinks)
         heads, groups, dim, value_dim = query.shape[1], key.shape[1], query.shape[3], value.shape[3]
         folds = folded(heads, groups, dim, value_dim, form)
@@ -172,3 +177,20 @@ class TiledSeat:
             return whole.view(1, heads, R, value_dim).narrow(2, place, num_rows).transpose(1, 2).contiguous()
         rows = whole.view(count, heads // folds, folds, R, value_dim).permute(0, 3, 1, 2, 4)[at]
         return rows.reshape(1, num_rows, heads, value_dim)
+
+    def _in_machine_code(
+        self,
+        code: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        table = self._batch.table(self._plan.mask, query.shape[2])
+        if self._plan.causal:
+            return code.attend(query, key, value, self._batch.places(self._layer), table, scale, sinks)
+        places, held = self._batch.own_sides(key, value)
+        out = code.attend(query, key, value, places, replace(table, written=0), scale, sinks)
+        del held  # until now
+        return out

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tallystick_model.canonical.cache import KvCache, Views
 from tallystick_model.canonical.masks import Mask
+from tallystick_model.canonical.native.attention import CHUNK, TOGETHER, Table
 from tallystick_model.canonical.tiles import R
 from tallystick_model.devices import CPU
 
@@ -47,6 +51,7 @@ class Batch:
         self._targets: list[Views] = []
         self._reach: dict[tuple[Mask, int, torch.device], list[tuple[Views, torch.Tensor]]] = {}
         self._views: dict[Mask, list[tuple[int, int, int, Views]]] = {}
+        self._tables: dict[tuple[Mask, int], Table] = {}
 
     def begin(self, placed: Sequence[Placed]) -> None:
         """The rows of the next call, whose caches have room for them and for the rest of their last tiles."""
@@ -61,6 +66,33 @@ class Batch:
         self._targets = []
         self._reach.clear()
         self._views.clear()
+        self._tables.clear()
+
+    def table(self, rule: Mask, num_rows: int) -> Table:
+        """Who sees what, for attention in machine code. Rows behind the placed ones are copies of the last of them."""
+        found = self._tables.get((rule, num_rows))
+        if found is not None:
+            return found
+        rows = np.empty((num_rows, 4), dtype=np.int64)
+        units: list[tuple[int, int]] = []
+        for number, segment in enumerate(self._placed):
+            begin, end = segment.begin, segment.end
+            last = segment.first + end - begin
+            rows[begin:end, 0], rows[begin:end, 1] = number, np.arange(segment.first, last)
+            rows[begin:end, 2], rows[begin:end, 3] = rule.ranges(rows[begin:end, 1], last)
+            units += [(at, min(at + TOGETHER, end)) for at in range(begin, end, TOGETHER)]
+            if segment.cache is not None:
+                segment.cache.expect(last)
+        written = self._placed[-1].end
+        rows[written:] = rows[written - 1]
+        units += [(at, at + 1) for at in range(written, num_rows)]
+        found = self._tables[rule, num_rows] = Table(rows, np.array(units, dtype=np.int64), written)
+        return found
+
+    def places(self, layer: int) -> Any:
+        """Where the sessions keep a layer's keys and values, (segments, 4) int64 (`KvCache.places`)."""
+        found = [segment.cache.places[layer] for segment in self._placed if segment.cache is not None]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
     def place_in_tile(self, num_rows: int) -> int | None:
         """Where a call's rows begin in their tile, if they are one segment's, without copies, and all in one tile."""
@@ -124,6 +156,19 @@ class Batch:
                 low = rule.first_key(tile) // ALIGNMENT * ALIGNMENT
                 found.append((tile, low, tile + R, segment.cache.rows(low, tile + R)))
         return found
+
+    def own_sides(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        """Keys and values of bidirectional segments, each in memory of whole chunks: where they are, as `places` has
+        it, and what holds them."""
+        held = [
+            F.pad(side[0, :, segment.begin : segment.end], (0, 0, 0, -(segment.end - segment.begin) % CHUNK))
+            for segment in self._placed
+            for side in (keys, values)
+        ]
+        held = [side.contiguous() for side in held]
+        pairs = zip(held[::2], held[1::2], strict=True)
+        places = [(own.data_ptr(), its.data_ptr(), own.stride(0), its.stride(0)) for own, its in pairs]
+        return np.array(places, dtype=np.int64), held
 
     def sides(self, rule: Mask, folds: int, keys: torch.Tensor, values: torch.Tensor) -> list[Side]:
         """For every tile of bidirectional segments the keys and values, which are its whole segment's, and its mask."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 from tallystick_model.devices import CPU
@@ -55,6 +57,8 @@ class KvCache:
             pools.setdefault((shape.groups, shape.value_dim, device), []).append((layer, False))
         self._places = list(pools.items())
         self._pools: list[torch.Tensor] = []
+        self.places: dict[int, Any] = {}
+        """{layer: where its keys and values are in memory, and how many floats apart two groups' are, (1, 4) int64}."""
 
     @property
     def size_bytes(self) -> int:
@@ -82,6 +86,10 @@ class KvCache:
         whole = self.rows(0, capacity)
         self._keys = {layer: keys for layer, (keys, _) in whole.items()}
         self._values = {layer: values for layer, (_, values) in whole.items()}
+        self.places = {
+            layer: np.array([[keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1)]], dtype=np.int64)
+            for layer, (keys, values) in whole.items()
+        }
 
     def rows(self, first: int, last: int) -> Views:
         """Rows [first, last) of every layer, as views: what is written to them is in the cache."""

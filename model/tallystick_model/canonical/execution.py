@@ -16,7 +16,8 @@ from tallystick_model.anatomy import LINEAR_TYPES, Anatomy
 from tallystick_model.canonical.attention import TiledSeat, attend_with, use_tallystick_attention
 from tallystick_model.canonical.batch import Batch
 from tallystick_model.canonical.experts import is_experts, pack_experts, use_tallystick_experts
-from tallystick_model.canonical.kernels import BLOCK, ENOUGH_ROWS, BlockwiseActivation, CanonicalLinear
+from tallystick_model.canonical.kernels import BLOCK, BlockwiseActivation, CanonicalLinear
+from tallystick_model.canonical.products import ENOUGH_ROWS
 from tallystick_model.canonical.recording import Traits, whole
 from tallystick_model.canonical.scopes import CanonicalOperators, CanonicalScope
 from tallystick_model.skeleton import Skeleton, configs_of

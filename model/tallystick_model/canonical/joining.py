@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from tallystick_model.canonical.kernels import ENOUGH_ROWS, MAX_ROWS, CanonicalLinear
+from tallystick_model.canonical.kernels import MAX_ROWS, CanonicalLinear
+from tallystick_model.canonical.products import ENOUGH_ROWS
 from tallystick_model.canonical.recording import Step, Value
 
 _TRIED_ROWS = (ENOUGH_ROWS, 5, 17, 32, 64, 96, MAX_ROWS)
@@ -49,10 +50,10 @@ _PRODUCT = CanonicalLinear.forward.__wrapped__  # type: ignore[attr-defined]
 
 def _alike(group: Sequence[CanonicalLinear]) -> bool:
     first = group[0]
-    return first.packed is not None and all(
+    return first.packing is not None and all(
         one.within is None
-        and (one.packed, one.rounds, one.in_features, one.bias is None)
-        == (first.packed, first.rounds, first.in_features, first.bias is None)
+        and (one.packing, one.rounds, one.in_features, one.bias is None)
+        == (first.packing, first.rounds, first.in_features, first.bias is None)
         for one in group
     )
 

@@ -1,18 +1,16 @@
 """The one module with torch-internal operators: products and elementwise functions whose bits for a row depend on
 nothing but the row.
 
-Products go through oneDNN over weights packed once (the operators that torch.compile's freezing uses). Where they are
-missing or fail the self-test, plain products with enough rows serve. Elementwise functions run in blocks that ATen's
-vectorised loop takes whole, on one thread. Measurements: docs/numerics.md.
+Products go over weights packed once (`products.py`). Where this machine has none that pass the self-test, plain
+products with enough rows serve. Elementwise functions run in blocks that ATen's vectorised loop takes whole, on one
+thread. Measurements: docs/numerics.md.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,21 +19,15 @@ from torch import nn
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
+from tallystick_model.canonical.products import ENOUGH_ROWS, fewest_rows, packing
 from tallystick_model.canonical.recording import Traits, whole
 from tallystick_protocol.manifest import Numerics
 
 MAX_ROWS = 256
 """Rows per product. More are cut: what was measured is what is run."""
 
-ENOUGH_ROWS = 4
-"""A product of fewer rows may take another kernel with other bits: of one row over packed weights, of up to three over
-plain ones. Rows are repeated up to this, or up to `fewest_rows` where the machine was tried."""
-
 MIN_COLUMNS_PLAIN = 16
 """A plain product with one column takes a kernel for vectors; few columns are padded with zero weights."""
-
-PACKING_HINT = 4
-"""Rows that oneDNN lays the packed weights out for: decode steps of a few sessions."""
 
 BLOCK = 32768
 """Elements per elementwise call: at::internal::GRAIN_SIZE, up to which ATen does not split work over threads."""
@@ -61,7 +53,7 @@ def flushing_denormals() -> Iterator[None]:
 def _direct_product(linear: CanonicalLinear, x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:
     """The packed product alone, where rows need be neither repeated nor cut nor computed together with others'."""
     rows = x.numel() // linear.in_features
-    alone = linear.packed is not None and linear.within is None
+    alone = linear.packing is not None and linear.within is None
     if not alone or not x.is_contiguous() or not linear.fewest <= rows <= MAX_ROWS:
         return None
     return linear.direct, 1
@@ -73,7 +65,7 @@ class CanonicalLinear(nn.Module):
     numerics "fp32": all in fp32. "bf16w": weight, bias, x and the result are rounded to bf16 (to nearest, ties to
     even), products are added up in fp32; x and the result are handed over as fp32.
 
-    packed: the dtype of the packed weight, None for a plain one; fewest: rows of a product.
+    packing: how the weight is packed, None for a plain one; fewest: rows of a product.
     within: the product over the same rows that it is computed in, and its first column there (`joining.py`).
     """
 
@@ -91,15 +83,14 @@ class CanonicalLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.rounds = numerics == "bf16w"
-        self.packed = packing(numerics) if packs and weight.device.type == "cpu" else None
-        self.fewest = ENOUGH_ROWS if self.packed is None else fewest_rows(self.packed)
+        self.packing = packing(numerics) if packs and weight.device.type == "cpu" else None
+        self.fewest = ENOUGH_ROWS if self.packing is None else fewest_rows(self.packing)
         if self.rounds:
             weight, bias = weight.bfloat16(), None if bias is None else bias.bfloat16()
-        if self.packed is not None:
-            bias = None if bias is None else bias.to(self.packed, copy=True)
-            kept = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.packed), PACKING_HINT)
+        bias = None if bias is None else bias.to(torch.float32, copy=True)
+        if self.packing is not None:
+            kept = self.packing.pack(weight)
         else:
-            bias = None if bias is None else bias.to(torch.float32, copy=True)
             kept = F.pad(weight.float(), (0, 0, 0, max(0, MIN_COLUMNS_PLAIN - self.out_features)))
         self.register_buffer("weight", kept, persistent=False)
         self.bias = bias
@@ -116,23 +107,30 @@ class CanonicalLinear(nn.Module):
     @property
     def direct(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The packed product alone, of `fewest` to MAX_ROWS rows that lie side by side."""
-        product, weight, bias = torch.ops.mkldnn._linear_pointwise.default, self.weight, self.bias
-        if not self.rounds:
-            return lambda x: product(x, weight, bias, "none", [], "")
-        if self.packed is torch.bfloat16:
-            return lambda x: product(x.bfloat16(), weight, bias, "none", [], "").float()
-        return lambda x: product(x.bfloat16().float(), weight, bias, "none", [], "").bfloat16().float()
+        return self._over_weight()
+
+    def _over_weight(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight, product = self.__dict__.get("product", (None, None))
+        if weight is not self.weight:
+            assert self.packing is not None
+            made = self.packing.over(self.weight, self.bias, self.out_features, self.in_features, self.rounds)
+            _, product = self.__dict__["product"] = self.weight, made
+        found: Callable[[torch.Tensor], torch.Tensor] = product
+        return found
 
     def plain_weight(self) -> torch.Tensor:
         """(out, in) fp32; a copy where it is packed."""
         held, begin = self.within or (self, 0)
-        weight = held.weight.to_dense() if held.packed is not None else held.weight
-        return weight[begin : begin + self.out_features].float()
+        weight = held.weight.float()
+        if held.packing is not None:
+            weight = held.packing.unpack(held.weight, held.out_features, held.in_features)
+        return weight[begin : begin + self.out_features]
 
     def compute_within(self, joint: CanonicalLinear, begin: int) -> None:
         """From now on the product is columns of another one's, from `begin` on; its own weight is freed."""
         self.within, self.bias = (joint, begin), None
         self.weight = torch.empty(0)
+        self.__dict__.pop("product", None)
 
     @whole(Traits(direct=_direct_product))
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -141,99 +139,22 @@ class CanonicalLinear(nn.Module):
             out: torch.Tensor = joint(x)[..., begin : begin + self.out_features].clone()
             return out
         rows = x.reshape(-1, self.in_features)
-        if self.rounds:
-            rows = rows.bfloat16()
-        num_rows = rows.shape[0]
-        if num_rows > MAX_ROWS:
+        if rows.shape[0] > MAX_ROWS:
             out = torch.cat([self._product(part) for part in rows.split(MAX_ROWS)])
         else:
             out = self._product(rows)
-        return (out.float() if self.rounds else out).view(*x.shape[:-1], self.out_features)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def _product(self, rows: torch.Tensor) -> torch.Tensor:
         num_rows = rows.shape[0]
         if 0 < num_rows < self.fewest:
             rows = rows.repeat(-(-self.fewest // num_rows), 1)
-        if self.packed is not None:
-            rows = rows.to(self.packed).contiguous()
-            out = torch.ops.mkldnn._linear_pointwise(rows, self.weight, self.bias, "none", [], "")
-        else:
-            out = F.linear(rows.float().contiguous(), self.weight)[:, : self.out_features]
-            out = out if self.bias is None else out + self.bias
-        return (out.bfloat16() if self.rounds else out)[:num_rows]  # type: ignore[no-any-return]
-
-
-def packing(numerics: Numerics) -> torch.dtype | None:
-    """In which dtype this machine packs weights; None where it cannot, and products are plain.
-
-    "bf16w" is packed in fp32 where there are no such operators in bf16 (CPUs without AVX-512): the values are the
-    same, and take twice the memory.
-    """
-    if numerics == "bf16w" and packed_operators_hold(torch.bfloat16):
-        return torch.bfloat16
-    return torch.float32 if packed_operators_hold(torch.float32) else None
-
-
-@cache
-def packed_operators_hold(dtype: torch.dtype) -> bool:
-    """Whether the packed operators exist here and keep a row's bits at any number of rows."""
-    try:
-        values = (torch.arange(70 * 96, dtype=torch.float32) % 251 - 125) / 97
-        rows, weight = values.view(70, 96), values.flip(0)[: 40 * 96].view(40, 96)
-        product = _packed_product(weight, dtype)
-        whole = product(rows)
-        return all(torch.equal(product(rows[at : at + n]), whole[at : at + n]) for at, n in ((0, 4), (3, 5), (5, 17)))
-    except (RuntimeError, AttributeError):
-        return False
-
-
-@cache
-def fewest_rows(dtype: torch.dtype) -> int:
-    """How many rows a call with packed products has at least on this machine: the quickest number of those for which a
-    row keeps its bits. The bits are those of `ENOUGH_ROWS`, so the class does not depend on it.
-
-    Takes 0.1 s, once a process.
-    """
-    possible = [count for count in (1, 2) if _bits_hold(count, dtype)] + [ENOUGH_ROWS]
-    if len(possible) == 1:
-        return ENOUGH_ROWS
-    width = _TIMED_WIDTH
-    values = (torch.arange(width * width, dtype=torch.float32) % 251 - 125).view(width, width) / 97
-    products, rows = [_packed_product(values, dtype) for _ in range(2)], values[:ENOUGH_ROWS].clone()
-    times: dict[int, list[int]] = {count: [] for count in possible}
-    for _ in range(_TIMED_TURNS):
-        for count, found in times.items():
-            for product in products:  # together larger than most caches, as a model is
-                began = time.perf_counter_ns()
-                product(rows[:count])
-                found.append(time.perf_counter_ns() - began)
-    return min(possible, key=lambda count: sorted(times[count])[_TIMED_TURNS])
-
-
-_TIMED_WIDTH, _TIMED_TURNS = 2048, 7
-
-
-def _bits_hold(count: int, dtype: torch.dtype) -> bool:
-    """Whether calls of so many rows give a row the bits that it has among more: products, norms and softmax."""
-    for outs, ins in ((40, 96), (768, 256), (256, 768), (1001, 1000), (2, 3072)):
-        values = (torch.arange(outs * ins, dtype=torch.float32) % 8191 - 4095).view(outs, ins) / 1013
-        rows = (torch.arange(16 * ins, dtype=torch.float32) % 4093 - 2046).view(16, ins) / 997
-        functions = [_packed_product(values, dtype)]
-        functions += [partial(norm, normalized_shape=(ins,)) for norm in (F.layer_norm, F.rms_norm)]
-        functions += [partial(torch.mean, dim=-1), partial(torch.softmax, dim=-1)]
-        for function in functions:
-            whole = function(rows)
-            for at in (0, 5, 15 - count):
-                if not torch.equal(function(rows[at : at + count]), whole[at : at + count]):
-                    return False
-    return True
-
-
-def _packed_product(weight: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The bare product over a packed weight (out, in), at whatever number of rows it is given."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), PACKING_HINT)
-    product = torch.ops.mkldnn._linear_pointwise
-    return lambda rows: product(rows.to(dtype).contiguous(), packed, None, "none", [], "")
+        rows = rows.float().contiguous()
+        if self.packing is not None:
+            return self._over_weight()(rows)[:num_rows]
+        out = F.linear(rows.bfloat16().float() if self.rounds else rows, self.weight)[:, : self.out_features]
+        out = out if self.bias is None else out + self.bias
+        return (out.bfloat16().float() if self.rounds else out)[:num_rows]
 
 
 def _direct_function(function: Callable[..., Any], x: torch.Tensor) -> tuple[Callable[..., Any], int] | None:

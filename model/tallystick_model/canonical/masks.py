@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 _FAR = 1 << 20
@@ -33,6 +34,15 @@ class Mask:
         if self.chunk is not None:
             seen &= queries[:, None] // self.chunk == keys // self.chunk
         return seen
+
+    def ranges(self, queries: Any, count: int) -> tuple[Any, Any]:
+        """Which of keys 0 .. count - 1 queries (n,) see: begins and ends, (n,) each."""
+        reach = count if self.window is None else self.window
+        low, high = np.maximum(queries - reach + 1, 0), np.minimum(queries + reach, count)
+        if self.chunk is not None:
+            begin = queries // self.chunk * self.chunk
+            low, high = np.maximum(low, begin), np.minimum(high, begin + self.chunk)
+        return low, np.minimum(high, queries + 1) if self.causal else high
 
     def first_key(self, query: int) -> int:
         """The earliest key that a query, and no later one, sees."""

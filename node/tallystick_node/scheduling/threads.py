@@ -2,7 +2,8 @@
 
 The bits are the same (docs/numerics.md), the pace is not: two threads read the weights faster than one, until another
 process wants their core as well; then they wait for each other. So more than one is not even tried while more threads
-want to run, on the whole machine, than it has cores.
+want to run, on the whole machine, than it has cores. That is looked at when a forward ends: when it begins, who has
+sent its rows is often still busy with what comes after, and soon rests.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ class Threads:
         self._use(1 if takes_one else self._most)
 
     def note(self, rows: int, seconds: float) -> None:
-        """It has taken so long."""
+        """It has taken so long. Its threads are still awake."""
         if self._cores is not None:
+            self._cores.look()
             self._pace(rows).note(self._now > 1, seconds / max(rows, FEW_ROWS))
 
     def use_all(self) -> None:
@@ -123,6 +125,7 @@ class Cores:
         self._tries = TRIES if threads <= len(self._cores) else 0
         self._own = -1
         self._load = -1
+        self._share = 0.0
         if len(self._cores) == os.cpu_count():  # what else runs on some of the cores cannot be told
             try:
                 self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
@@ -136,11 +139,17 @@ class Cores:
 
     @property
     def are_taken(self) -> bool:
-        """Whether more threads of this machine want to run than it has cores just now, the calling one included."""
+        """Whether, of late, more threads of this machine have wanted to run than it has cores, the calling one and its
+        helpers included."""
+        return self._share > 0.5
+
+    def look(self) -> None:
+        """How many want to run now, when a forward ends."""
         try:
-            return self._load >= 0 and _running(os.pread(self._load, 128, 0)) > len(self._cores)
+            taken = self._load >= 0 and _running(os.pread(self._load, 128, 0)) > len(self._cores)
         except (OSError, ValueError, IndexError):
-            return False
+            taken = False
+        self._share += WEIGHT * (taken - self._share)
 
     def part(self) -> None:
         """Before work with all threads."""

@@ -1,0 +1,117 @@
+"""Products in machine code that is made for this processor when it is first needed.
+
+One rule decides every bit: a row's value in a column is B0 + B1 + ... + bias, added in this order, where B is a block
+of `BLOCK` inputs (the last one may be shorter), added up from zero in ascending order, one fused multiply-add each. How
+many rows and columns are computed together, how wide vectors are and how many threads there are is left to speed: none
+of it reaches the rule. So a row's bits are the same in every call and on every processor with fused multiply-add.
+
+Weights are packed in panels of `PANEL` columns, each input's weights of a panel side by side: rows travel through a
+panel while it passes through the cache. In bf16 two inputs' weights share 32 bits. Threads are libgomp's, torch's own,
+and take panels one after the other, so that one that comes late makes nobody wait. Measurements: docs/numerics.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from tallystick_model.canonical.native.compiling import SHARED_WORK, Compiled, has_threads, lanes
+
+log = logging.getLogger(__name__)
+
+PANEL = 64
+"""Columns."""
+
+BLOCK = 128
+"""Inputs that are added up before they are added to the sum: even, and few enough to keep what is lost small."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Products:
+    """Products over weights of one dtype, float32 or bfloat16, which is what a weight takes in memory."""
+
+    dtype: torch.dtype
+    _pack: Callable[[int, int, int, int], None]
+    _run: Callable[[int, int, int, int], None]
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """weight (out, in), of any floating dtype -> panels (ceil(out / 64), in, 64) float32, or int32 that hold two
+        bfloat16 each, (ceil(out / 64), ceil(in / 2), 64). The columns that are missing in the last panel are zero."""
+        columns, inputs = weight.shape
+        weight = weight.to(self.dtype)
+        if self.dtype is torch.bfloat16:
+            weight = F.pad(weight, (0, inputs % 2)).contiguous().view(torch.int32)
+        weight = weight.contiguous()
+        packed = torch.empty(-(-columns // PANEL), weight.shape[1], PANEL, dtype=weight.dtype)
+        if columns % PANEL:
+            packed[-1].zero_()
+        self._pack(weight.data_ptr(), packed.data_ptr(), columns, weight.shape[1])
+        return packed
+
+    def unpack(self, packed: torch.Tensor, columns: int, inputs: int) -> torch.Tensor:
+        """The weight (out, in) float32, a copy."""
+        weight = packed.transpose(1, 2).reshape(-1, packed.shape[1])[:columns]
+        if self.dtype is torch.bfloat16:
+            weight = weight.contiguous().view(torch.bfloat16)[:, :inputs]
+        return weight.float()
+
+    def over(
+        self, packed: torch.Tensor, bias: torch.Tensor | None, columns: int, inputs: int, rounds: bool
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """x (..., in) float32, contiguous -> (..., out) float32, over this weight and a bias (out,).
+
+        rounds: x and the result are rounded to bfloat16.
+        """
+        is_odd = self.dtype is torch.bfloat16 and inputs % 2 == 1
+        padded = None if bias is None else F.pad(bias.float(), (0, packed.shape[0] * PANEL - columns))
+        described = (ctypes.c_int64 * 5)(
+            packed.data_ptr(), 0 if padded is None else padded.data_ptr(), inputs + is_odd, columns, packed.shape[0]
+        )
+        address, run, empty = ctypes.addressof(described), self._run, torch.empty
+        held = (packed, padded, described)  # they live as long as their product
+
+        def product(x: torch.Tensor, _: Any = held) -> torch.Tensor:
+            out, count = empty((*x.shape[:-1], columns)), x.numel() // inputs
+            if is_odd:
+                x = F.pad(x, (0, 1))
+            run(address, x.data_ptr(), out.data_ptr(), count)
+            return out
+
+        def rounded(x: torch.Tensor) -> torch.Tensor:
+            return product(x.bfloat16().float()).bfloat16().float()
+
+        return rounded if rounds else product
+
+
+@cache
+def products(dtype: torch.dtype) -> Products | None:
+    """The products of this processor over float32 or bfloat16 weights; None where there are none (`lanes`)."""
+    width = lanes()
+    try:
+        return None if width is None else compiled(dtype, width)
+    except (OSError, RuntimeError) as error:  # e.g. a system that lets nobody make code
+        log.info("products in machine code are not to be had (%s)", error)
+        return None
+
+
+def compiled(dtype: torch.dtype, width: int) -> Products:
+    """The products with vectors of so many float32: 16 takes AVX-512. Takes some 0.2 s where it is not kept.
+
+    Raises RuntimeError.
+    """
+
+    def make() -> Any:
+        from tallystick_model.canonical.native.product_code import Layout, product_module
+
+        layout = Layout(PANEL, BLOCK, width, halves=dtype is torch.bfloat16)
+        return product_module(layout, SHARED_WORK if has_threads() else None)
+
+    code = Compiled(f"products of {dtype}, {width} lanes", make, width)
+    return Products(dtype, code.function("pack", 2, 2), code.function("product", 3, 1))
