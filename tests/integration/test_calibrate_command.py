@@ -35,7 +35,7 @@ def test_a_model_is_measured_between_real_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two classes only: each takes a process that imports torch."""
-    two = tuple(kind for kind in measuring.CLASSES if kind.name in ("as it is", "AVX2"))
+    two = tuple(kind for kind in measuring.CLASSES if kind.name in ("as it is", "libraries, AVX2"))
     monkeypatch.setattr(measuring, "CLASSES", two)
     checkpoints.llama(tmp_path / "checkpoint", num_hidden_layers=2)
     store = LocalStore(tmp_path / "store")
@@ -46,7 +46,7 @@ def test_a_model_is_measured_between_real_classes(
     ]  # fmt: skip
     assert main(arguments) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["classes"] == ["as it is", "AVX2"]
+    assert told["classes"] == ["as it is", "libraries, AVX2"]
     made = read(store, told["manifest"], tmp_path)
     assert "0x" + made.model_id.hex() == told["model"] != "0x" + before.model_id.hex()
     assert [(one.start, one.end) for one in made.margins] == [(0, 1), (0, 2), (1, 2)]
@@ -77,7 +77,7 @@ def test_the_demo_model_is_calibrated_from_a_text_and_recorded(
         ])  # fmt: skip
         assert status == 0
         told = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert "AVX2" in told["classes"] and len(told["classes"]) >= 3
+        assert "libraries, AVX2" in told["classes"] and len(told["classes"]) >= 3
         assert bytes.fromhex(told["model"][2:]) in {record.id for record in local.chain().all_models()}
     for span in told["spans"]:
         found = {name: cheat["windows_to_99"] for name, cheat in span["cheaters"].items()}

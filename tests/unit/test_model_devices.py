@@ -18,6 +18,8 @@ from harness.checkpoints import SMALL, Published, published
 from harness.pretended import pretending
 from tallystick_model.anatomy import dissect
 from tallystick_model.canary import check_canary
+from tallystick_model.canonical import attention as canonical_attention
+from tallystick_model.canonical import products as canonical_products
 from tallystick_model.canonical.cache import KvCache
 from tallystick_model.config import checkpoint_config
 from tallystick_model.devices import CPU, Placement, find_devices, place
@@ -42,8 +44,11 @@ IDS = (torch.arange(22) * 7919 + 13) % 300
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def as_on_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU computes what devices do: there is no machine code for them."""
     torch.set_num_threads(1)
+    monkeypatch.setattr(canonical_products, "products", lambda dtype: None)
+    monkeypatch.setattr(canonical_attention, "attention", lambda *sizes: None)
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ def test_a_product_is_what_its_rule_says(shape: tuple[int, int], dtype: torch.dt
     code = product_code.compiled(dtype, width)
     weight, bias, rows = torch.randn(shape).to(dtype).float(), torch.randn(shape[0]), torch.randn(19, shape[1])
     packed = code.pack(weight)
+    assert packed.dtype is dtype  # models look at it
     assert torch.equal(code.unpack(packed, *shape), weight)
     for added in (None, bias):
         product = code.over(packed, added, *shape, False)
@@ -121,7 +122,9 @@ class Session:
         return self.keys.data_ptr(), self.values.data_ptr(), self.keys.stride(0), self.values.stride(0)
 
 
-def attend(sessions: list[Session], rule: Mask, given: list[tuple[torch.Tensor, ...]], firsts: list[int]) -> torch.Tensor:
+def attend(
+    sessions: list[Session], rule: Mask, given: list[tuple[torch.Tensor, ...]], firsts: list[int]
+) -> torch.Tensor:
     lengths = [(first, one[0].shape[2]) for first, one in zip(firsts, given, strict=True)]
     query, key, value = (torch.cat(side, dim=2) for side in zip(*given, strict=True))
     places = np.array([session.place for session in sessions], dtype=np.int64)

@@ -37,9 +37,9 @@ AVX2 = Kind(
 )
 CLASSES = (
     HERE,
-    Kind("AVX2", {"ATEN_CPU_CAPABILITY": "avx2", "MKL_CBWR": "COMPATIBLE"}),
     Kind("libraries, plain AVX-512", {**_LIBRARIES, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}),
     AVX2,
+    Kind("libraries, MKL of any CPU", {**_LIBRARIES, "MKL_CBWR": "COMPATIBLE"}),
 )
 STOCK = Kind("stock kernels", execution="stock")
 

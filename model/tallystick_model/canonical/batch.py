@@ -90,8 +90,8 @@ class Batch:
         return found
 
     def places(self, layer: int) -> Any:
-        """Where the sessions keep a layer's keys and values, (segments, 4) int64 (`KvCache.places`)."""
-        found = [segment.cache.places[layer] for segment in self._placed if segment.cache is not None]
+        """Where the sessions keep a layer's keys and values, (segments, 4) int64 (`KvCache.place`)."""
+        found = [segment.cache.place(layer) for segment in self._placed if segment.cache is not None]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def place_in_tile(self, num_rows: int) -> int | None:

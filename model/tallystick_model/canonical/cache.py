@@ -57,8 +57,8 @@ class KvCache:
             pools.setdefault((shape.groups, shape.value_dim, device), []).append((layer, False))
         self._places = list(pools.items())
         self._pools: list[torch.Tensor] = []
-        self.places: dict[int, Any] = {}
-        """{layer: where its keys and values are in memory, and how many floats apart two groups' are, (1, 4) int64}."""
+        self._located = 0
+        self._located_at: dict[int, Any] = {}
 
     @property
     def size_bytes(self) -> int:
@@ -82,14 +82,21 @@ class KvCache:
             if self._written:
                 pool[..., : self._written, :] = self._pools[index][..., : self._written, :]
             pools.append(pool)
-        self._pools, self._capacity = pools, capacity
+        self._pools, self._capacity, self._located = pools, capacity, 0
         whole = self.rows(0, capacity)
         self._keys = {layer: keys for layer, (keys, _) in whole.items()}
         self._values = {layer: values for layer, (_, values) in whole.items()}
-        self.places = {
-            layer: np.array([[keys.data_ptr(), values.data_ptr(), keys.stride(1), values.stride(1)]], dtype=np.int64)
-            for layer, (keys, values) in whole.items()
-        }
+
+    def place(self, layer: int) -> Any:
+        """Where a layer's keys and values are in memory, and how many floats apart two groups' are, (1, 4) int64."""
+        begin = self._pools[0].data_ptr()
+        if begin != self._located:  # they have grown, or this is a copy
+            self._located_at = {
+                layer: np.array([[key.data_ptr(), value.data_ptr(), key.stride(1), value.stride(1)]], dtype=np.int64)
+                for layer, (key, value) in self.rows(0, self._capacity).items()
+            }
+            self._located = begin
+        return self._located_at[layer]
 
     def rows(self, first: int, last: int) -> Views:
         """Rows [first, last) of every layer, as views: what is written to them is in the cache."""

@@ -4,9 +4,9 @@ One rule decides every bit. A row sees keys low .. high - 1 of its session. Keys
 16. The score of a key is the product of query and key, added up in 16 parts (part i of the values i, i + 16, ... in
 their order, one fused multiply-add each), which are then added in halves (i and i + 8, then i + 4, i + 2, i + 1), times
 the scale. Shares are exp(score - the largest one), as `attention_code.exponential` says. Their sum has 16 parts by the
-key's place in its chunk, in the order of chunks, added in halves; a sink comes last. Values are added up within a chunk,
-from zero in the order of keys, then chunk by chunk; the result is divided by the sum. Nothing else of a session counts,
-nor who else is computed.
+key's place in its chunk, in the order of chunks, added in halves; a sink comes last. Values are added up within a
+chunk, from zero in the order of keys, then chunk by chunk; the result is divided by the sum. Nothing else of a session
+counts, nor who else is computed.
 """
 
 from __future__ import annotations

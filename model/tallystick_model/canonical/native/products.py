@@ -42,8 +42,11 @@ class Products:
     _run: Callable[[int, int, int, int], None]
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight (out, in), of any floating dtype -> panels (ceil(out / 64), in, 64) float32, or int32 that hold two
-        bfloat16 each, (ceil(out / 64), ceil(in / 2), 64). The columns that are missing in the last panel are zero."""
+        """weight (out, in), of any floating dtype -> panels (ceil(out / 64), in, 64) float32, or (ceil(out / 64),
+        ceil(in / 2), 128) bfloat16: two inputs' weights for each column. What is missing in the last panel is zero.
+
+        The dtype is what it is in memory: models ask a weight for it.
+        """
         columns, inputs = weight.shape
         weight = weight.to(self.dtype)
         if self.dtype is torch.bfloat16:
@@ -53,14 +56,13 @@ class Products:
         if columns % PANEL:
             packed[-1].zero_()
         self._pack(weight.data_ptr(), packed.data_ptr(), columns, weight.shape[1])
-        return packed
+        return packed.view(self.dtype)
 
     def unpack(self, packed: torch.Tensor, columns: int, inputs: int) -> torch.Tensor:
         """The weight (out, in) float32, a copy."""
-        weight = packed.transpose(1, 2).reshape(-1, packed.shape[1])[:columns]
-        if self.dtype is torch.bfloat16:
-            weight = weight.contiguous().view(torch.bfloat16)[:, :inputs]
-        return weight.float()
+        words = packed.view(torch.int32)
+        weight = words.transpose(1, 2).reshape(-1, words.shape[1])[:columns].contiguous()
+        return weight.view(self.dtype)[:, :inputs].float()
 
     def over(
         self, packed: torch.Tensor, bias: torch.Tensor | None, columns: int, inputs: int, rounds: bool
