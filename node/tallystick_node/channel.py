@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from fastapi import WebSocket
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
+from tallystick_node.lobby import Guest
 from tallystick_protocol.errors import BadFrame, Departed, InternalError, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.peer import error_frame
@@ -26,11 +27,18 @@ class ServerChannel:
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket = socket
-        self._spki: Digest = socket.scope.get("state", {}).get("spki", ZERO32)
+        state = socket.scope.get("state", {})
+        self._spki: Digest = state.get("spki", ZERO32)
+        self._guest: Guest | None = state.get("guest")
 
     @property
     def spki(self) -> Digest:
         return self._spki
+
+    def serves(self, is_served: bool) -> None:
+        """Whether what its first frame began is being served: until then, and afterwards, it may lose its place."""
+        if self._guest is not None:
+            self._guest.has_session = is_served
 
     async def send(self, frame: Frame) -> None:
         try:
@@ -72,7 +80,11 @@ async def serve_channel(channel: ServerChannel, firsts: Mapping[Kind, Handler]) 
         handler = firsts.get(first.kind)
         if handler is None:
             raise BadFrame(f"a connection begins with {' or '.join(kind.name for kind in firsts)}")
-        await handler(channel, first)
+        channel.serves(True)
+        try:
+            await handler(channel, first)
+        finally:
+            channel.serves(False)
     except Unreachable:
         pass
     except TimeoutError:

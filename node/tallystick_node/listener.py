@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
+from tallystick_node.lobby import Guest, Lobby, WebSocketProtocol, forget_who_does_not_read
 from tallystick_node.reach.tls import TlsKeys
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.frames import MAX_FRAME
@@ -70,7 +71,7 @@ class Listener:
         self._config = uvicorn.Config(
             app,
             http="h11",
-            ws="websockets-sansio",
+            ws=WebSocketProtocol,
             ws_max_size=MAX_FRAME,
             ws_per_message_deflate=False,
             ws_ping_interval=10.0,
@@ -86,9 +87,10 @@ class Listener:
         )
         self._config.load()
         self._state = ServerState()
+        self._lobby = Lobby(self._state.connections, MAX_CONNECTIONS)
         self._keys = keys
         self._divert = divert
-        self._welcomes: set[asyncio.Task[None]] = set()
+        self._welcomes: dict[asyncio.Task[None], None] = {}  # in the order in which they began
         self._greeted: Counter[str] = Counter()
 
     async def attach(self, sock: socket.socket, role: Role = "direct") -> None:
@@ -100,12 +102,14 @@ class Listener:
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            forget_who_does_not_read(sock)
         identity = self._keys.current if self._keys is not None else None
-        state = {"spki": identity.spki if identity is not None else ZERO32, "role": role}
+        state: dict[str, Any] = {"spki": identity.spki if identity is not None else ZERO32, "role": role}
 
         def protocol() -> asyncio.Protocol:
             protocol_class: Any = self._config.http_protocol_class
             made: Any = protocol_class(config=self._config, server_state=self._state, app_state=state)
+            state["guest"] = Guest(made)
             loop.call_later(HEAD_TIMEOUT_S, _drop_silent, made, None)
             return made  # type: ignore[no-any-return]
 
@@ -123,6 +127,7 @@ class Listener:
         except OSError:
             sock.close()
             raise
+        self._lobby.enter(state["guest"])
 
     async def serve(self, listening: socket.socket) -> None:
         """Accept until cancelled."""
@@ -139,37 +144,46 @@ class Listener:
                     sock.close()
                     continue
                 welcome = asyncio.create_task(self._welcome(sock, str(peer[0])))
-                self._welcomes.add(welcome)
-                welcome.add_done_callback(self._welcomes.discard)
+                self._welcomes[welcome] = None
+                welcome.add_done_callback(self._welcomes.pop)
         finally:
-            for welcome in self._welcomes:
+            for welcome in list(self._welcomes):
                 welcome.cancel()
 
     def _has_room(self, peer: str) -> bool:
-        waiting = len(self._welcomes) >= MAX_WELCOMES or self._greeted[peer] >= MAX_WELCOMES_PER_PEER
-        return not waiting and len(self._state.connections) < MAX_CONNECTIONS
+        if self._greeted[peer] >= MAX_WELCOMES_PER_PEER or not self._lobby.make_room():
+            return False
+        if len(self._welcomes) >= MAX_WELCOMES:
+            next(iter(self._welcomes)).cancel()  # who takes longest
+        return True
 
     async def _welcome(self, sock: socket.socket, peer: str) -> None:
         """Who cannot shake hands is of no interest, and costs no line in the log."""
         self._greeted[peer] += 1
+        is_taken = False
         try:
-            if self._divert is None or not await self._divert(sock):
-                await self.attach(sock)
+            is_taken = self._divert is not None and await self._divert(sock)
+            if not is_taken:
+                is_taken = True
+                await self.attach(sock)  # which closes it, if it comes to that
         except OSError as error:
             log.debug("a connection was not taken (%s)", error)
-            sock.close()
         finally:
+            if not is_taken:
+                sock.close()
             self._greeted[peer] -= 1
             if not self._greeted[peer]:
                 del self._greeted[peer]
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Ask every connection to end, and wait a while for it."""
+        """Ask every connection to end, wait a while for it, and cut those that do not."""
         for connection in list(self._state.connections):
             connection.shutdown()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self._state.connections and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
 
 
 def _drop_silent(protocol: Any, before: Any) -> None:

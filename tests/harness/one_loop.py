@@ -67,6 +67,9 @@ class End:
         self._timer: asyncio.Handle | None = None
         self.is_open = True
 
+    def serves(self, is_served: bool) -> None:
+        """Nobody loses a place here."""
+
     async def send(self, frame: Frame) -> None:
         if not self.is_open:
             raise Unreachable("this connection is closed")

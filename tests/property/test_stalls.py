@@ -130,6 +130,41 @@ def test_what_a_failover_took_is_no_step(models: Models, tmp_path: Path) -> None
     assert stood[0] in told.replaced
 
 
+@pytest.mark.parametrize("hop", [0, 1])
+def test_who_was_lost_and_is_back_takes_over_at_once(models: Models, tmp_path: Path, hop: int) -> None:
+    """Both nodes of a span die in turn, each when the other one serves; the first one has been started again."""
+
+    async def kill(world: World, session: Session) -> None:
+        await at(world, session, hop).kill()
+
+    async def kill_and_start(world: World, session: Session) -> None:
+        node = at(world, session, hop)
+        await node.kill()
+        node.start()
+
+    told = Told(models, tmp_path)
+    ids = told.answer(24, {6: kill_and_start, 14: kill})
+    assert ids == Told(models, tmp_path).answer(24)
+    first, second = told.replaced
+    assert told.session.route[hop].node == first != second
+    assert max(told.gaps) < 4
+
+
+def test_a_link_that_is_back_soon_is_waited_for_where_nobody_else_is_there(models: Models, tmp_path: Path) -> None:
+    async def flap(world: World, session: Session) -> None:
+        node = at(world, session, 1)
+        node.is_down = True
+        node.cut()
+        await asyncio.sleep(9)
+        node.is_down = False
+
+    told = Told(models, tmp_path)
+    assert told.answer(16, {6: flap}, copies=1) == Told(models, tmp_path).answer(16, copies=1)
+    assert not told.replaced and 9 < max(told.gaps) < 11
+    session = told.session
+    assert [hop.rows_due for hop in session.hops] == [len(session.ids)] * 3, "nothing was computed again"
+
+
 def test_a_long_prompt_at_slow_nodes_is_waited_for(models: Models, tmp_path: Path) -> None:
     """16 s a frame, three frames and three hops: nobody is late. Nor is who replays it."""
     told = Told(models, tmp_path, LONG, row_s=0.25)

@@ -46,7 +46,7 @@ class Comeback:
     """How a cut connection is replaced. dial: a new connection. claim(spki): the RESUME frame, bound to the
     key of that connection.
 
-    rejoin: sends again what the node lacks; gets the RESUMED frame. insist_s: for how long to try.
+    rejoin: sends again what the node lacks; gets the RESUMED frame. insist_s: for how long to try, at present.
     """
 
     dial: Callable[[], Awaitable[Channel]]
@@ -214,7 +214,7 @@ class Line:
         if comeback is None or self._failure is not None:
             return False
         self._away = True
-        deadline = time.monotonic() + comeback.insist_s()
+        began = time.monotonic()
         for attempt in range(1 << 30):
             await asyncio.sleep(AWAY_RETRY_S[min(attempt, len(AWAY_RETRY_S) - 1)])
             if self._failure is not None:
@@ -226,7 +226,7 @@ class Line:
                 return True
             except TallystickError as error:
                 log.debug("coming back to %s failed (%s)", self.node, error)
-                if not isinstance(error, Unreachable) or time.monotonic() > deadline:
+                if not isinstance(error, Unreachable) or time.monotonic() > began + comeback.insist_s():
                     return False
         return False
 

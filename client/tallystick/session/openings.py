@@ -110,24 +110,28 @@ class Openings:
     async def _await_node(self, index: int, error: TallystickError) -> list[Candidate]:
         """Nobody is left who could serve a hop's layers: say so, and look out for somebody. Raises NoRoute."""
         session = self._session
-        lost = session.route[index]
-        nobody = NoRoute(
-            f"nobody else serves layers {lost.span}; to do so: tallystick-node run --join --span"
-            f" {lost.span.start}:{lost.span.end}",
-            start=lost.span.start,
-            end=lost.span.end,
-        )
-        log.warning("%s is lost (%s) and nobody can take its place", lost.node, error)
-        if index not in self._give_up_at:
-            self._give_up_at[index] = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
-            if session.is_open:
-                session.setting.on_waiting(nobody)
+        log.warning("%s is lost (%s) and nobody can take its place", session.route[index].node, error)
+        nobody = self.miss(index)
         while time.monotonic() < self._give_up_at[index]:
             await asyncio.sleep(LOOK_OUT_S)
             await self.look_out()
             if found := self.stand_ins(index, itself=True):
                 return found
         raise nobody
+
+    def miss(self, index: int) -> NoRoute:
+        """Nobody serves a hop's layers at present: the user hears of it, once, and the time to wait begins."""
+        session, span = self._session, self._session.route[index].span
+        nobody = NoRoute(
+            f"nobody else serves layers {span}; to do so: tallystick-node run --join --span {span.start}:{span.end}",
+            start=span.start,
+            end=span.end,
+        )
+        if index not in self._give_up_at:
+            self._give_up_at[index] = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
+            if session.is_open:
+                session.setting.on_waiting(nobody)
+        return nobody
 
     async def look_out(self) -> None:
         """Ask all nodes; those that answer are no longer lost."""

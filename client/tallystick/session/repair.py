@@ -82,7 +82,7 @@ class Repair:
         hops = self._session.hops
         if remote not in hops or self.has_stand_in(hops.index(remote)):
             return INSIST_S
-        return LEASE_S
+        return min(LEASE_S, max(INSIST_S, self._session.setting.wait_s))
 
     async def mend_first(self) -> bool:
         """Mend the first thing that is broken; False when nothing is."""
@@ -97,6 +97,9 @@ class Repair:
             if hop.failure is not None:
                 await self._mend(index, hop.failure)
                 return True
+            if index and self._session.lookout.back(index):
+                await self._point(self._session.hops[index - 1], hop.node)
+                return True
             if hop.told and ((answer := self._pointed.get(hop)) is None or answer.done()):
                 error = hop.told.pop()
                 named = next(
@@ -104,6 +107,8 @@ class Repair:
                 )
                 if named is not None and isinstance(error, LinkMismatch) and self.succession.is_open(named):
                     return True  # it does not send what its predecessor did: receipts will say which of them lied
+                if named is not None and self._session.lookout.keeps(named, hop, error):
+                    return True
                 if named is not None and not self._is_believed(hop, error):
                     hop.failure = hop.failure or CorruptResult(f"{hop.node} complains of everybody", hop=hop.node)
                 elif named is not None:  # else it has been replaced meanwhile

@@ -19,6 +19,7 @@ from tallystick.session.auditing import Audit
 from tallystick.session.books import Books
 from tallystick.session.farewells import Farewells
 from tallystick.session.feeding import Feeding
+from tallystick.session.lookout import Lookout
 from tallystick.session.openings import Openings
 from tallystick.session.remote import Hearing, Remote
 from tallystick.session.repair import SETTLE_TIMEOUT_S, Repair
@@ -64,6 +65,7 @@ class Session:
         self.audits: list[Audit] = []
         self.repair = Repair(self)
         self.openings = Openings(self)
+        self.lookout = Lookout(self)
         self.apart: Callable[[], set[Address]] = set
         self.clearance: Callable[[int], int] | None = None
         self.attempt = 0
@@ -308,6 +310,7 @@ class Session:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        await self.lookout.close()
         await self.repair.call_off()
         for remote in self.everybody():
             self.books.note_payment(remote)
@@ -370,3 +373,4 @@ class Session:
             except TimeoutError:
                 self.work.set()
             await self.watch.look()
+            self.lookout.look()

@@ -29,6 +29,7 @@ ADDRS_DIALLED = 4
 NODE_PAUSE_S = 2.0
 """Between two requests of one node."""
 
+BODY_TIMEOUT_S = 10.0
 REMEMBERED = 4096
 
 
@@ -113,9 +114,18 @@ def add_reach_routes(app: FastAPI, desk: ReachDesk) -> None:
 
     @app.post("/v1/reach")
     async def take(request: Request) -> JSONResponse:
-        data = bytearray()
-        async for part in request.stream():
-            data += part
-            if len(data) > MAX_REACH:
-                raise BadMessage(f"a Reach takes at most {MAX_REACH} bytes")
-        return JSONResponse({"dialled": await desk.take(bytes(data))})
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                data = await _body(request)
+        except TimeoutError:
+            raise BadMessage(f"no whole Reach within {BODY_TIMEOUT_S:g} s") from None
+        return JSONResponse({"dialled": await desk.take(data)})
+
+
+async def _body(request: Request) -> bytes:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_REACH:
+            raise BadMessage(f"a Reach takes at most {MAX_REACH} bytes")
+    return bytes(data)
