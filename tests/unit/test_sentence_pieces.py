@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import sentencepiece
@@ -118,17 +119,34 @@ def test_what_would_give_other_ids_is_refused(marian: Path, tmp_path: Path) -> N
         written_out(transformers.AutoTokenizer.from_pretrained(folder))
 
 
+def convert(folder: Path, out: Path) -> None:
+    """The conversion in this process, for importing transformers anew takes seconds."""
+    conversion.convert({"folder": str(folder), "out": str(out), "gguf": None})
+
+
+@pytest.mark.parametrize(
+    "name, file, tokenizer_class",
+    [("t5", "spiece.model", "T5Tokenizer"), ("deberta-v2", "spm.model", "DebertaV2Tokenizer")],
+)
+def test_what_transformers_converts_needs_no_package_of_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, file: str, tokenizer_class: str
+) -> None:
+    train(SENTENCES, tmp_path / file, 150)
+    settings(tmp_path, name, tokenizer_class=tokenizer_class)
+    monkeypatch.setattr(companions, "convert_tokenizer", convert)
+    made = Tokenizer.from_file(str(companions._made(cast(Any, SimpleNamespace(folder=tmp_path)), tmp_path / "scratch")))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / file))
+    for text in SENTENCES[:4]:
+        assert made.encode(text, add_special_tokens=False).tokens == theirs.encode(text, out_type=str)
+
+
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:Recommended")
 def test_a_marian_folder_as_it_is_downloaded_is_published(
     marian: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The conversion in this process, for importing transformers anew takes seconds; no rehearsal."""
-
-    def convert(folder: Path, out: Path) -> None:
-        conversion.convert({"folder": str(folder), "out": str(out), "gguf": None})
-
     monkeypatch.setattr(companions, "convert_tokenizer", convert)
-    monkeypatch.setattr(plan, "rehearse", lambda *_: None)
+    monkeypatch.setattr(plan, "rehearse", lambda *_: None)  # tests/integration/test_tasks.py rehearses one
     folder = tmp_path / "checkpoint"
     shutil.copytree(marian, folder)
     size = len(json.loads((folder / "vocab.json").read_text()))
