@@ -32,6 +32,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "AutoModelForCausalLM":
         raise AttributeError(f"module 'tallystick' has no attribute {name!r}")
-    from tallystick.torch.auto import AutoModelForCausalLM
-
+    try:
+        from tallystick.torch.auto import AutoModelForCausalLM
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "safetensors"):
+            raise
+        raise ImportError(f"{name} takes torch: pip install 'tallystick[torch]'") from error
     return AutoModelForCausalLM

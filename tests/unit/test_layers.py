@@ -48,6 +48,13 @@ def test_neither_torch_nor_a_web_framework_is_loaded(imports: list[str]) -> None
     assert not {name for name in loaded if name.split(".")[0] in ("tallystick_node", "tallystick_model")}
 
 
+def test_a_served_model_without_torch_is_refused_with_the_command_that_helps() -> None:
+    code = "import sys; sys.modules['torch'] = None; import tallystick; tallystick.AutoModelForCausalLM"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    told = "ImportError: AutoModelForCausalLM takes torch: pip install 'tallystick[torch]'"
+    assert done.stderr.splitlines()[-1] == told
+
+
 def test_the_protocol_knows_nothing_above_it() -> None:
     ours = {name.split(".")[0] for name in loaded_after(*protocol_modules()) if name.startswith("tallystick")}
     assert ours == {"tallystick_protocol"}

@@ -15,7 +15,8 @@ from tallystick_protocol.manifest import Pooling
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 SLOW_FILES = (
-    "spiece.model", "source.spm", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
+    "spiece.model", "spm.model", "source.spm", "sentencepiece.bpe.model", "sentencepiece.model", "tokenizer.model",
+    "vocab.txt", "vocab.json", "merges.txt",
 )  # fmt: skip
 """What a tokenizer without tokenizer.json consists of."""
 

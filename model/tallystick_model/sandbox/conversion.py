@@ -9,6 +9,7 @@ from typing import Any
 
 from tallystick_model.sandbox.gguf_tokens import fit
 from tallystick_model.sandbox.limited import Limits, ask
+from tallystick_model.sandbox.sentence_pieces import written_out
 
 LIMITS = Limits(cpu_s=120, wall_s=300.0, memory_bytes=16 << 30, output_bytes=1 << 16)
 
@@ -32,7 +33,8 @@ def convert(request: dict[str, Any]) -> bool:
         request["folder"], local_files_only=True, trust_remote_code=False, use_fast=True, **options
     )
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} has no form that tokenizer.json can hold")
+        written_out(tokenizer).save(f"{request['out']}/tokenizer.json")
+        return True
     tokenizer.save_pretrained(request["out"])
     if request["gguf"]:
         from transformers.integrations.gguf import get_gguf_tokenizer
