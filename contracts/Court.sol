@@ -12,10 +12,10 @@ import {IToken} from "./interfaces/IToken.sol";
 /// (C1) a receipt has one ruling on its merits, a node one conviction per session;
 /// (C2) the token balance is the bonds of open cases and their appeals, and what jurors have not been paid yet (plus
 /// what strangers send here by mistake): bonds in = bonds out + pots + burned;
-/// (C3) a node's holds are its open cases;
+/// (C3) a node's holds are its cases that are not enforced yet;
 /// (C4) nobody has more seats than units, and the accused has none;
 /// (C5) nobody is slashed without two thirds of the votes on the merits (all but abstentions), and those are of at least
-/// half of the expected seats; within EVIDENCE at most CAP_BPS;
+/// half of the expected seats, and once for a conviction; what the rulings of any EVIDENCE slash is at most CAP_BPS;
 /// (C6) a case has at most three rounds; once drawn, each ends by time alone, and one that is never drawn can be ruled;
 /// (C7) fines burn whole: nobody gains by another's silence or error;
 /// (C8) the governor moves bond and unit within ROOM and names the next beacon, and nothing else; a case keeps to its end
@@ -31,10 +31,12 @@ contract Court is ICourt {
         Convicted
     }
 
-    /// @dev cases: how often the receipt was accused, up to MAX_DOUBLINGS.
+    /// @dev cases: how often the receipt was accused, up to MAX_DOUBLINGS. offence: the first 30 bytes of keccak256 of node
+    /// and session; two of them that collide cost 2^120.
     struct Docket {
         bool closed;
         uint8 cases;
+        bytes30 offence;
     }
 
     /// @dev What the governor sets, for cases opened from then on; beacon: its number.
@@ -87,7 +89,7 @@ contract Court is ICourt {
     mapping(bytes32 id => mapping(uint256 round => Appeal)) private _appeals;
     mapping(bytes32 id => mapping(uint256 round => bytes32)) public seeds;
     mapping(bytes32 receipt => Docket) private _dockets;
-    mapping(bytes32 offence => Offence) private _offences;
+    mapping(bytes30 offence => Offence) private _offences;
     mapping(address node => Record) private _records;
     mapping(uint256 number => IBeacon) public beacons;
     Rates private _rates;
@@ -149,17 +151,20 @@ contract Court is ICourt {
         id = caseId(digest, evidence);
         Case storage c = _cases[id];
         require(c.state == State.None, CaseKnown(id));
-        require(!_dockets[digest].closed, ReceiptClosed(digest));
-        bytes32 offence = keccak256(abi.encode(accused, receipt.session));
+        Docket storage docket = _dockets[digest];
+        require(!docket.closed, ReceiptClosed(digest));
+        bytes30 offence = bytes30(keccak256(abi.encode(accused, receipt.session)));
         require(_offences[offence] != Offence.Convicted, SessionClosed(accused, receipt.session));
         // No truncation: all units together are fewer than 2^24, and a bond is less than the token's cap.
         uint256 units = STAKING.totalUnitsAt(block.timestamp) - STAKING.unitsAt(accused, block.timestamp);
         require(units >= MIN_UNITS, TooFewUnits(units, MIN_UNITS));
-        uint256 bond = bondFor(accused, receipt.time) << _count(digest);
+        uint8 before = docket.cases;
+        uint256 bond = bondFor(accused, receipt.time) << before;
         require(bond != 0, NothingToWin(accused));
+        (docket.cases, docket.offence) = (before < MAX_DOUBLINGS ? before + 1 : before, offence);
 
         (c.accuser, c.openedAt, c.signedAt) = (msg.sender, uint48(block.timestamp), receipt.time);
-        (c.accused, c.purse, c.offence) = (accused, uint96(bond), offence);
+        (c.accused, c.purse) = (accused, uint96(bond));
         (c.units, c.unitBps, c.beacon) = (uint24(units), _rates.unitBps, _rates.beacon);
         emit Opened(id, accused, msg.sender, digest, evidence, bond);
         _seed(id, c);
@@ -192,7 +197,7 @@ contract Court is ICourt {
         uint256 round = c.round;
         // Cases that share a block differ by their id.
         bytes32 seed = keccak256(abi.encode(beacons[c.beacon].randao(c.seedBlock, header), id, round));
-        uint48 commitEnd = uint48(block.timestamp + COMMIT);
+        uint40 commitEnd = uint40(block.timestamp + COMMIT);
         seeds[id][round] = seed;
         (c.state, c.commitEnd) = (State.Drawn, commitEnd);
         emit Drawn(id, round, seed, seatsOf(round), c.units, commitEnd);
@@ -263,16 +268,28 @@ contract Court is ICourt {
         }
         // What the last round with a quorum said, if this one says nothing.
         if (verdict == Verdict.Missed) verdict = c.verdict;
-        bool missed = verdict == Verdict.Missed;
-        if (missed) verdict = Verdict.Void;
-        (c.state, c.verdict) = (State.Ruled, verdict);
-        STAKING.hold(c.accused, false);
-        _pay(id, c, missed, _punish(c, verdict, receipt));
+        uint16 slashBps = _convict(c, verdict, receipt);
+        (c.state, c.verdict, c.slashBps) = (State.Ruled, verdict, slashBps);
+        emit Ruled(id, c.accused, verdict, slashBps);
+    }
+
+    /// @inheritdoc ICourt
+    function enforce(bytes32 id) external {
+        Case storage c = _inState(id, State.Ruled);
+        c.state = State.Enforced;
+        (address accused, uint256 slashed) = (c.accused, 0);
+        if (c.slashBps != 0) {
+            uint256 amount = STAKING.stakeOf(accused) * c.slashBps / BPS;
+            // Half of it burns, half comes here.
+            slashed = STAKING.slash(accused, amount, amount / 2, address(this));
+        }
+        STAKING.hold(accused, false);
+        _pay(id, c, slashed);
     }
 
     /// @inheritdoc ICourt
     function settle(bytes32 id, uint256 round, address juror) external {
-        Case storage c = _inState(id, State.Ruled);
+        Case storage c = _inState(id, State.Enforced);
         Ballot storage ballot = _ballots[id][round][juror];
         (Vote vote, uint256 seats, Verdict verdict) = (ballot.vote, ballot.seats, c.verdict);
         require(vote != Vote.None, NotRevealed(juror));
@@ -434,14 +451,8 @@ contract Court is ICourt {
 
     // Rounds
 
-    /// Counts a case over the receipt; how many there were before.
-    function _count(bytes32 receipt) private returns (uint256 before) {
-        before = _dockets[receipt].cases;
-        if (before < MAX_DOUBLINGS) _dockets[receipt].cases = uint8(before + 1);
-    }
-
     function _seed(bytes32 id, Case storage c) private {
-        uint48 number = uint48(block.number + LOOKAHEAD);
+        uint40 number = uint40(block.number + LOOKAHEAD);
         (c.state, c.seedBlock) = (State.Open, number);
         emit Seeding(id, c.round, number);
     }
@@ -514,17 +525,18 @@ contract Court is ICourt {
         return bps < room ? bps : room;
     }
 
-    /// Closes the receipt or the session, records, and slashes. Half of what was slashed burned, half came here.
-    function _punish(Case storage c, Verdict verdict, bytes32 receipt) private returns (uint256 slashed) {
-        if (verdict == Verdict.Clear) _dockets[receipt].closed = true;
+    /// Closes the receipt or the session, and records; which part of the stake that takes, in 1/10,000.
+    function _convict(Case storage c, Verdict verdict, bytes32 receipt) private returns (uint16) {
+        Docket storage docket = _dockets[receipt];
+        if (verdict == Verdict.Clear) docket.closed = true;
         if (verdict != Verdict.Guilty && verdict != Verdict.Fault) return 0;
-        (address accused, bytes32 offence) = (c.accused, c.offence);
+        (address accused, bytes30 offence) = (c.accused, docket.offence);
         Offence before = _offences[offence];
         // Another case over the same came first.
-        if (before == Offence.Convicted || _dockets[receipt].closed) return 0;
+        if (before == Offence.Convicted || docket.closed) return 0;
         Record memory record = _records[accused];
         if (verdict == Verdict.Fault) {
-            _dockets[receipt].closed = true;
+            docket.closed = true;
             if (before == Offence.Fault) return 0;
             bool recent = record.faultAt != 0 && block.timestamp < record.faultAt + RELAPSE;
             // What was signed before anybody said that the machine is broken is the same fault.
@@ -535,30 +547,31 @@ contract Court is ICourt {
                 return 0;
             }
         }
-        uint256 bps = _slashBps(record, c.signedAt);
+        uint16 bps = uint16(_slashBps(record, c.signedAt));
         if (block.timestamp >= record.slashedAt + EVIDENCE) record.slashedBps = 0;
         if (record.convictedAt == 0) record.convictedAt = uint48(block.timestamp);
         if (bps != 0) record.slashedAt = uint48(block.timestamp);
-        record.slashedBps += uint16(bps);
+        record.slashedBps += bps;
         (_offences[offence], _records[accused]) = (Offence.Convicted, record);
-        uint256 amount = STAKING.stakeOf(accused) * bps / BPS;
-        return STAKING.slash(accused, amount, amount / 2, address(this));
+        return bps;
     }
 
-    /// Bond, bounty, appeals, damages, and the pot. Missed: no round had a quorum.
-    function _pay(bytes32 id, Case storage c, bool missed, uint256 slashed) private {
-        (uint256 bond, Verdict verdict) = (c.purse, c.verdict);
+    /// Bond, bounty, appeals, damages, and the pot.
+    function _pay(bytes32 id, Case storage c, uint256 slashed) private {
+        (uint256 bond, uint256 round, Verdict verdict) = (c.purse, c.round, c.verdict);
         (uint256 back, uint256 damages, uint256 bounty) = (bond, 0, slashed / 4);
         if (verdict == Verdict.Clear) (back, damages) = (0, bond / 2);
-        else if (missed || verdict == Verdict.Unreadable) back = bond / 2;
+        else if (verdict == Verdict.Missed || verdict == Verdict.Unreadable) back = bond / 2;
         else if (slashed == 0 && verdict != Verdict.Guilty) back = bond - bond / FEE_PART;
         uint256 pot = slashed == 0 ? bond - back - damages : slashed / 2 - bounty;
-        pot += _endAppeals(id, c.round, verdict, bond);
-        uint256 seats = missed ? 0 : _agreeing(uint256(c.tally) + c.earlier, verdict);
+        pot += _endAppeals(id, round, verdict, bond);
+        // In the first round there were none before.
+        uint256 tally = round == 0 ? c.tally : uint256(c.tally) + c.earlier;
+        uint256 seats = _agreeing(tally, verdict);
         uint256 share = seats == 0 ? 0 : pot / seats;
         // No truncation: a pot is less than the token's cap.
         c.purse = uint96(share);
-        emit Ruled(id, c.accused, verdict, slashed, bounty, share);
+        emit Enforced(id, slashed, bounty, share);
         if (pot != share * seats) TOKEN.burn(pot - share * seats);
         if (back + bounty != 0) TOKEN.transfer(c.accuser, back + bounty);
         if (damages != 0) TOKEN.transfer(STAKING.payeeOf(c.accused), damages);

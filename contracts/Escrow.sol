@@ -69,16 +69,13 @@ contract Escrow is IEscrow, EIP712, Nonces {
         amounts = new uint256[](rows.length);
         uint256 sum;
         for (uint256 i = 0; i < rows.length; i++) {
-            sum += amounts[i] = _settle(node, rows[i]);
+            uint256 due = _settle(node, rows[i]);
+            amounts[i] = due;
+            unchecked {
+                sum += due;
+            }
         }
-        if (sum == 0) return amounts;
-
-        uint256 fee = sum * FEE_BPS / BPS;
-        uint256 epoch = block.timestamp / EPOCH;
-        burned[epoch] += fee;
-        burnedBy[epoch][node] += fee;
-        TOKEN.burn(fee);
-        TOKEN.transfer(STAKING.payeeOf(node), sum - fee);
+        if (sum != 0) _pay(node, sum);
     }
 
     // Taking back
@@ -199,21 +196,40 @@ contract Escrow is IEscrow, EIP712, Nonces {
         return channel.funded - channel.paid;
     }
 
-    /// Books what a row has due; 0 if nothing is or if the signature is not the client's.
-    function _settle(address node, Row calldata row) private returns (uint256 due) {
-        Channel storage channel = _channels[row.client][node];
-        (uint256 funded, uint256 paid) = (channel.funded, channel.paid);
-        uint256 owed = row.total < funded ? row.total : funded;
-        if (owed <= paid || !_isSigned(node, row)) return 0;
-        channel.paid = uint128(owed);
-        due = owed - paid;
-        emit Redeemed(row.client, node, due);
+    /// Pays the node what its rows had due, less the fee, which burns.
+    function _pay(address node, uint256 sum) private {
+        uint256 epoch = block.timestamp / EPOCH;
+        uint256 fee;
+        // No overflow, nor where dues are added up: what is due lies here (E1), and what burns was minted before.
+        unchecked {
+            fee = sum * FEE_BPS / BPS;
+            burned[epoch] += fee;
+            burnedBy[epoch][node] += fee;
+            sum -= fee;
+        }
+        TOKEN.burn(fee);
+        TOKEN.transfer(STAKING.payeeOf(node), sum);
     }
 
-    function _isSigned(address node, Row calldata row) private view returns (bool) {
-        bytes32 digest = _hashTypedDataV4(keccak256(abi.encode(VOUCHER_TYPEHASH, row.client, node, row.total)));
-        (address signer, ECDSA.RecoverError err,) = ECDSA.tryRecover(digest, row.r, row.vs);
-        if (err != ECDSA.RecoverError.NoError) return false;
-        return signer == row.client || block.timestamp < signers[row.client][signer];
+    /// Books what a row has due; 0 if nothing is or if the signature is not the client's.
+    function _settle(address node, Row calldata row) private returns (uint256 due) {
+        (address client, uint256 total) = (row.client, row.total);
+        Channel storage channel = _channels[client][node];
+        (uint256 funded, uint256 paid) = (channel.funded, channel.paid);
+        uint256 owed = total < funded ? total : funded;
+        if (owed <= paid) return 0;
+        bytes32 digest = _hashTypedDataV4(keccak256(abi.encode(VOUCHER_TYPEHASH, client, node, total)));
+        if (!_isSigned(client, digest, row)) return 0;
+        channel.paid = uint128(owed);
+        unchecked {
+            due = owed - paid; // owed > paid
+        }
+        emit Redeemed(client, node, due);
+    }
+
+    function _isSigned(address client, bytes32 digest, Row calldata row) private view returns (bool) {
+        // Of what is no signature the signer is the zero address, which signs for nobody, itself included.
+        (address signer,,) = ECDSA.tryRecover(digest, row.r, row.vs);
+        return signer != address(0) && (signer == client || block.timestamp < signers[client][signer]);
     }
 }

@@ -32,6 +32,8 @@ contract Staking is IStaking, EIP712 {
     uint256 private constant MAX_ENDPOINT = 256;
     uint256 private constant BITS = 21;
     uint256 private constant BOUNDARIES = 7;
+    /// @dev A one at the lowest bit of each boundary.
+    uint256 private constant ONES = ((1 << BITS * BOUNDARIES) - 1) / ((1 << BITS) - 1);
 
     IToken public immutable TOKEN;
     IModels public immutable MODELS;
@@ -81,14 +83,18 @@ contract Staking is IStaking, EIP712 {
     /// @inheritdoc IStaking
     function stake(address node, uint256 amount) external {
         Node storage n = _nodes[node];
-        uint256 remaining = n.stake - n.leaving + amount;
+        (uint256 all, uint256 bonded, bool weighs) = (n.stake, n.stake, !n.jailed);
+        uint256 remaining;
+        // No overflow and no truncation: an amount above the token's cap fails in the transfer.
+        unchecked {
+            all += amount;
+            bonded -= n.leaving;
+            remaining = bonded + amount;
+        }
         require(remaining >= MIN_STAKE, TooLittle(remaining, MIN_STAKE));
-        uint256 before = _active(n);
-        // No truncation: an amount above the token's cap fails in the transfer.
-        uint96 all = n.stake + uint96(amount);
-        n.stake = all;
-        _reweigh(n, before);
-        emit Staked(node, msg.sender, amount, all);
+        n.stake = uint96(all);
+        if (weighs) _reweigh(n, bonded, remaining);
+        emit Staked(node, amount, all);
         TOKEN.transferFrom(msg.sender, address(this), amount);
     }
 
@@ -148,10 +154,9 @@ contract Staking is IStaking, EIP712 {
         require(amount <= bonded, TooMuch(amount, bonded));
         uint256 remaining = bonded - amount;
         require(remaining == 0 || remaining >= MIN_STAKE, TooLittle(remaining, MIN_STAKE));
-        uint256 before = _active(n);
         n.leaving += uint96(amount);
         n.leaveAt = uint40(block.timestamp + UNBONDING);
-        _reweigh(n, before);
+        if (!n.jailed) _reweigh(n, bonded, remaining);
         emit Unbonding(msg.sender, amount, n.leaving, n.leaveAt);
     }
 
@@ -179,7 +184,7 @@ contract Staking is IStaking, EIP712 {
         n.seenAt = uint40(block.timestamp);
         if (jailed) {
             n.jailed = false;
-            _reweigh(n, 0);
+            _reweigh(n, 0, n.stake - n.leaving);
             emit Freed(node);
         }
     }
@@ -190,9 +195,8 @@ contract Staking is IStaking, EIP712 {
         require(n.end != 0, NotServing(node));
         require(!n.jailed, InJail(node));
         require(block.timestamp >= n.seenAt + STALE, NotReady(block.timestamp, n.seenAt + STALE));
-        uint256 before = _active(n);
         n.jailed = true;
-        _reweigh(n, before);
+        _reweigh(n, n.stake - n.leaving, 0);
         emit Jailed(node, msg.sender, n.seenAt);
     }
 
@@ -213,13 +217,13 @@ contract Staking is IStaking, EIP712 {
         returns (uint256 taken)
     {
         Node storage n = _nodes[node];
-        uint256 before = _active(n);
+        uint256 bonded = n.stake - n.leaving;
         taken = amount < n.stake ? amount : n.stake;
         uint256 paid = bounty < taken / 2 ? bounty : taken / 2;
         n.stake -= uint96(taken);
         // Active stake pays first; no proportional rounding.
         if (n.leaving > n.stake) n.leaving = n.stake;
-        _reweigh(n, before);
+        if (!n.jailed) _reweigh(n, bonded, n.stake - n.leaving);
         emit Slashed(node, taken, paid, to);
         TOKEN.burn(taken - paid);
         if (paid != 0) TOKEN.transfer(to, paid);
@@ -271,33 +275,42 @@ contract Staking is IStaking, EIP712 {
         return n.jailed || n.model == 0 ? 0 : n.stake - n.leaving;
     }
 
-    /// Notes that the node's weight was `before` until now, in its own record and in the sums.
-    function _reweigh(Node storage n, uint256 before) private {
-        uint256 current = _active(n);
-        if (current == before) return;
+    /// Notes that the weight of a node that serves was `before` until now, and is `current`. One that serves nothing has none.
+    function _reweigh(Node storage n, uint256 before, uint256 current) private {
         bytes32 model = n.model;
-        weights[model] = weights[model] - before + current;
+        if (model == 0 || current == before) return;
+        // No overflow: `before` is a part of the sum (S3), and all stakes together are less than the token's cap.
+        unchecked {
+            weights[model] = weights[model] - before + current;
+        }
         _count(n, before / UNIT, current / UNIT);
     }
 
     /// Notes that the node had `before` units until now, and has `current`.
     function _count(Node storage n, uint256 before, uint256 current) private {
         if (current == before) return;
-        uint32 epoch = uint32(block.timestamp / EPOCH);
-        (n.past, n.since) = (_remember(n.past, n.since, before, epoch), epoch);
-        Total memory total = _total;
-        uint152 past = _remember(total.past, total.since, total.units, epoch);
-        // No truncation: all units together are at most CAP / UNIT.
-        _total = Total(uint24(total.units - before + current), epoch, past);
+        uint256 epoch = block.timestamp / EPOCH;
+        (n.past, n.since) = (_remember(n.past, n.since, before, epoch), uint32(epoch));
+        Total storage total = _total;
+        uint256 units = total.units;
+        uint152 past = _remember(total.past, total.since, units, epoch);
+        // Neither overflow nor truncation: `before` is a part of the sum (S7), and all units are at most CAP / UNIT.
+        unchecked {
+            units = units - before + current;
+        }
+        (total.units, total.since, total.past) = (uint24(units), uint32(epoch), past);
     }
 
     /// `past` with `units`, which held since epoch `since`, as the value at every epoch's beginning from there to `epoch`.
-    function _remember(uint152 past, uint256 since, uint256 units, uint256 epoch) private pure returns (uint152) {
-        uint256 missing = epoch - since < BOUNDARIES ? epoch - since : BOUNDARIES;
-        // A one at the lowest bit of each missing boundary.
-        uint256 ones = ((1 << BITS * missing) - 1) / ((1 << BITS) - 1);
-        // What is shifted out is forgotten.
-        return uint152(uint256(past) << BITS * missing | units * ones);
+    function _remember(uint256 past, uint256 since, uint256 units, uint256 epoch) private pure returns (uint152) {
+        // No overflow: time does not run backwards, and units fit in BITS.
+        unchecked {
+            uint256 width = BITS * (epoch - since);
+            // A one at the lowest bit of each missing boundary: of all, if they are more than the bits of a word.
+            uint256 missing = ONES & ((1 << width) - 1);
+            // What is shifted out is forgotten.
+            return uint152(past << width | units * missing);
+        }
     }
 
     /// The units at the beginning of `time`'s epoch, out of those now and those remembered.

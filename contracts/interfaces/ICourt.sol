@@ -28,11 +28,14 @@ struct Receipt {
 }
 
 /// @notice None: no such case. Open: waits for the seed block's header. Drawn: has its seats, and times for what follows.
+/// Ruled: has its verdict, and what follows from it for the receipt, the session and the next case; no money has moved.
+/// Enforced: the accused is slashed and free, the parties are paid.
 enum State {
     None,
     Open,
     Drawn,
-    Ruled
+    Ruled,
+    Enforced
 }
 
 enum Vote {
@@ -44,8 +47,8 @@ enum Vote {
     Abstain
 }
 
-/// @notice Missed: fewer than half of the expected seats voted. Void: they did not agree, or fewer than half said anything but
-/// abstain.
+/// @notice Missed: fewer than half of the expected seats voted; as a ruling, in every round. Void: they did not agree, or fewer
+/// than half said anything but abstain.
 enum Verdict {
     Missed,
     Void,
@@ -67,13 +70,13 @@ struct Record {
 /// @param accuser who gets the bond back.
 /// @param openedAt its epoch's beginning decides how many units everybody has in this case.
 /// @param signedAt the receipt's `at`.
-/// @param purse before the ruling the accuser's bond, after it what each seat gets that voted as the verdict says.
-/// @param offence keccak256 of node and session.
+/// @param purse until it is enforced the accuser's bond, then what each seat gets that voted as the verdict says.
 /// @param verdict before the ruling that of the last round that was appealed, Missed if none was.
 /// @param units all units outside the accused's.
 /// @param seedBlock its prevrandao is this round's seed.
 /// @param commitEnd until when this round's seats may commit.
 /// @param tally this round's seats by vote, 16 bits each, guilty lowest, in the order of `Vote`.
+/// @param slashBps the part of the stake that the ruling takes, in 1/10,000.
 /// @param unitBps what a seat's fine is a thousandth of, in 1/10,000 of Staking's UNIT.
 /// @param beacon the number of the beacon that tells its seeds.
 /// @param earlier the tallies of the rounds before, added up.
@@ -83,14 +86,14 @@ struct Case {
     uint48 signedAt;
     address accused;
     uint96 purse;
-    bytes32 offence;
     State state;
     Verdict verdict;
     uint8 round;
     uint24 units;
-    uint48 seedBlock;
-    uint48 commitEnd;
+    uint40 seedBlock;
+    uint40 commitEnd;
     uint80 tally;
+    uint16 slashBps;
     uint16 unitBps;
     uint16 beacon;
     uint80 earlier;
@@ -142,14 +145,10 @@ interface ICourt {
     /// @param roots digest over what the juror recomputed, bound by its commitment.
     event Revealed(bytes32 indexed id, uint256 round, address indexed juror, Vote vote, uint256 seats, bytes32 roots);
     event Appealed(bytes32 indexed id, uint256 round, address indexed by, Verdict against, uint256 bond);
-    event Ruled(
-        bytes32 indexed id,
-        address indexed accused,
-        Verdict verdict,
-        uint256 slashed,
-        uint256 bounty,
-        uint256 share
-    );
+    /// @param slashBps the part of the accused's stake that is due, in 1/10,000.
+    event Ruled(bytes32 indexed id, address indexed accused, Verdict verdict, uint256 slashBps);
+    /// @param share what each seat gets that voted as the verdict says.
+    event Enforced(bytes32 indexed id, uint256 slashed, uint256 bounty, uint256 share);
     event Settled(bytes32 indexed id, uint256 round, address indexed juror, uint256 paid, uint256 fined);
     event RatesSet(uint256 bondBps, uint256 unitBps);
     event BeaconSet(uint256 indexed number, IBeacon beacon);
@@ -222,7 +221,7 @@ interface ICourt {
     function setBeacon(IBeacon next) external;
 
     /// @notice Accuses the node of a wrong receipt, for a bond of the caller's: `bondFor`, doubled `doublings` times. The node's
-    /// stake is held until the ruling.
+    /// stake is held until the ruling is enforced.
     /// @param signature of the node's hot key over the receipt, 65 bytes.
     /// @param evidence the SHA-256 digest in the CID of what jurors need, see docs/court.md.
     /// @return id `caseId(digest of the receipt, evidence)`.
@@ -249,12 +248,16 @@ interface ICourt {
     /// @notice Disputes the round's verdict, for `appealBond` of the caller's. A larger jury decides anew.
     function appeal(bytes32 id) external;
 
-    /// @notice Ends the case: slash, bounty, bonds, and the pot of the jurors. If the last round missed its quorum, the last
-    /// verdict before it holds, and without one the case is void. So it is, too, when a round was not drawn for four EVIDENCE.
+    /// @notice Ends the case: closes the receipt or the session, records a fault or a conviction, and says what part of the stake
+    /// that takes. If the last round missed its quorum, the last verdict before it holds, and without one it is Missed. So it is,
+    /// too, when a round was not drawn for four EVIDENCE.
     /// @param receipt digest of the receipt.
     function rule(bytes32 receipt, bytes32 evidence) external returns (Verdict verdict);
 
-    /// @notice Pays a juror's ballot to its payee, or fines it for the opposite of the verdict. Fines burn.
+    /// @notice Carries out a ruling, whoever calls: slash, bounty, bonds, damages, and the pot of the jurors; ends the hold.
+    function enforce(bytes32 id) external;
+
+    /// @notice After that, pays a juror's ballot to its payee, or fines it for the opposite of the verdict. Fines burn.
     function settle(bytes32 id, uint256 round, address juror) external;
 
     /// @notice Fines a node for winning units that it revealed no vote for. Fines burn. In parts or at once.

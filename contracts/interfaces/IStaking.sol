@@ -33,7 +33,8 @@ struct Node {
 /// @notice A node's owner stakes, binds hot keys and says what the node serves. Only the slasher (the Court) can hold or slash.
 /// A node's weight is its active stake, `stake - leaving`, while it serves a model and is not jailed.
 interface IStaking {
-    event Staked(address indexed node, address indexed by, uint256 amount, uint256 stake);
+    /// @notice Who paid is told by the token, in its transfer.
+    event Staked(address indexed node, uint256 amount, uint256 stake);
     event SignerBound(address indexed node, address indexed signer);
     event PayeeSet(address indexed node, address indexed payee);
     /// @notice The node's latest word on what it serves. Price and endpoint are hints: a signed offer is binding.

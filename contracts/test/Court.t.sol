@@ -598,7 +598,7 @@ contract CourtTest is CourtWorld {
     }
 
     /// A case about nothing, opened to report everybody: half of the bond burns, the fines burn, nobody gains.
-    function test_a_void_without_a_quorum_burns_half_and_reports_pay_nothing() public {
+    function test_no_quorum_in_any_round_burns_half_and_reports_pay_nothing() public {
         uint256 time = block.timestamp;
         Purse memory before = purses();
         bytes32 id = open();
@@ -618,7 +618,7 @@ contract CourtTest is CourtWorld {
             }
             if (round < 2) court.redraw(id);
         }
-        is_(rule("session", time, EVIDENCE_CID), Verdict.Void);
+        is_(rule("session", time, EVIDENCE_CID), Verdict.Missed);
         assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
         assertEq(token.totalSupply(), before.supply - BOND / 2 - fines);
         assertEq(token.balanceOf(address(court)), 0);
@@ -642,7 +642,7 @@ contract CourtTest is CourtWorld {
 
     // Nobody draws
 
-    function test_a_case_that_nobody_draws_is_void_after_four_evidence_periods() public {
+    function test_a_case_that_nobody_draws_ends_after_four_evidence_periods() public {
         Purse memory before = purses();
         open();
         bytes32 receipt = digestOf("session", opened);
@@ -651,7 +651,7 @@ contract CourtTest is CourtWorld {
         outOfTime(end, type(uint256).max);
         court.rule(receipt, EVIDENCE_CID);
         vm.warp(end);
-        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Void);
+        is_(ruleAndEnforce(receipt, EVIDENCE_CID), Verdict.Missed);
         assertEq(staking.nodes(node).holds, 0);
         assertEq(token.balanceOf(accuser), before.accuser - BOND / 2);
         assertEq(token.totalSupply(), before.supply - BOND / 2);
@@ -669,7 +669,7 @@ contract CourtTest is CourtWorld {
         outOfTime(end, type(uint256).max);
         court.rule(receipt, EVIDENCE_CID);
         vm.warp(end);
-        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        is_(ruleAndEnforce(receipt, EVIDENCE_CID), Verdict.Guilty);
         assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
         assertEq(token.balanceOf(client), 0);
     }
@@ -702,6 +702,98 @@ contract CourtTest is CourtWorld {
         wrongState(State.Ruled, State.Drawn);
         court.rule(receipt, EVIDENCE_CID);
         assertEq(id, court.caseId(receipt, EVIDENCE_CID));
+    }
+
+    // Enforcing
+
+    /// A case over a receipt of `time`, ruled and not enforced.
+    function ruledOnly(bytes32 sessionId, uint256 time, Vote same) private returns (bytes32 id) {
+        opened = block.timestamp;
+        id = open(sessionId, time, EVIDENCE_CID);
+        draw(id);
+        vote(id, same);
+        vm.warp(block.timestamp + terms.appeal);
+        court.rule(digestOf(sessionId, time), EVIDENCE_CID);
+    }
+
+    function test_a_ruling_moves_no_money_and_enforcing_it_does_once() public {
+        bytes32 id = open();
+        wrongState(State.Open, State.Ruled);
+        court.enforce(id);
+        draw(id);
+        wrongState(State.Drawn, State.Ruled);
+        court.enforce(id);
+        vote(id, Vote.Guilty);
+        Purse memory before = purses();
+        vm.warp(block.timestamp + terms.appeal);
+        bytes32 receipt = digestOf("session", opened);
+        vm.expectEmit(address(court));
+        emit ICourt.Ruled(id, node, Verdict.Guilty, 100);
+        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        assertEq(court.cases(id).slashBps, 100);
+        assertEq(court.cases(id).purse, BOND);
+        assertEq(token.balanceOf(address(court)), BOND);
+        assertEq(token.balanceOf(accuser), before.accuser);
+        assertEq(token.totalSupply(), before.supply);
+        assertEq(staking.nodes(node).stake, STAKE);
+        assertEq(staking.nodes(node).holds, 1);
+        vm.expectEmit(address(court));
+        emit ICourt.Enforced(id, 100 ether, 25 ether, 2.5 ether);
+        vm.prank(reporter); // whoever calls
+        court.enforce(id);
+        assertEq(token.balanceOf(accuser), before.accuser + BOND + 25 ether);
+        assertEq(token.balanceOf(reporter), 0);
+        assertEq(staking.nodes(node).holds, 0);
+        wrongState(State.Enforced, State.Ruled);
+        court.enforce(id);
+        wrongState(State.Enforced, State.Drawn);
+        court.rule(receipt, EVIDENCE_CID);
+    }
+
+    function test_the_accused_cannot_leave_between_ruling_and_slash() public {
+        vm.prank(node);
+        staking.unbond(STAKE);
+        vm.warp(opened + unbonding - 2 days);
+        bytes32 id = ruledOnly("session", block.timestamp, Vote.Guilty);
+        vm.expectRevert(abi.encodeWithSelector(IStaking.Held.selector, 1));
+        vm.prank(node);
+        staking.withdraw();
+        court.enforce(id);
+        vm.prank(node);
+        staking.withdraw();
+        assertEq(token.balanceOf(node), STAKE - STAKE / 100);
+    }
+
+    /// The record, the session and the cap count from the ruling on: who puts off the slash gains nothing by it.
+    function test_what_follows_from_a_ruling_does_not_wait_for_the_slash() public {
+        uint256 time = block.timestamp;
+        bytes32 first = ruledOnly("session 1", time, Vote.Guilty);
+        uint256 ruledAt = block.timestamp;
+        assertEq(court.records(node).convictedAt, ruledAt);
+        Receipt memory r = receiptOf("session 1", ruledAt);
+        bytes memory signature = signed(r);
+        vm.expectRevert(abi.encodeWithSelector(ICourt.SessionClosed.selector, node, bytes32("session 1")));
+        court.open(r, signature, EVIDENCE_CID);
+        assertEq(court.bondFor(node, ruledAt + 1), STAKE / 20);
+        vm.warp(ruledAt + 1);
+        bytes32 second = ruledOnly("session 2", ruledAt + 1, Vote.Guilty);
+        assertEq(court.records(node).slashedBps, 1100);
+        assertEq(staking.nodes(node).holds, 2);
+        // In any order, each takes its part of what is there.
+        court.enforce(second);
+        assertEq(staking.nodes(node).stake, STAKE * 9 / 10);
+        court.enforce(first);
+        assertEq(staking.nodes(node).stake, STAKE * 9 / 10 * 99 / 100);
+        assertEq(staking.nodes(node).holds, 0);
+        assertEq(token.balanceOf(address(court)), court.cases(first).purse * 10 + court.cases(second).purse * 10);
+    }
+
+    function test_a_cleared_receipt_is_closed_by_the_ruling_and_paid_for_by_its_enforcement() public {
+        bytes32 id = ruledOnly("session", block.timestamp, Vote.Clear);
+        require(court.receiptClosed(digestOf("session", opened)), "still open");
+        assertEq(token.balanceOf(node), 0);
+        court.enforce(id);
+        assertEq(token.balanceOf(node), BOND / 2);
     }
 
     // Grading
@@ -999,7 +1091,7 @@ contract CourtTest is CourtWorld {
         vm.expectRevert(abi.encodeWithSelector(ICourt.LastRound.selector, 2));
         court.redraw(id);
         // No appeal is possible, so none is waited for.
-        is_(court.rule(digestOf("session", time), EVIDENCE_CID), Verdict.Guilty);
+        is_(ruleAndEnforce(digestOf("session", time), EVIDENCE_CID), Verdict.Guilty);
         assertEq(block.timestamp, time + 3 * (terms.commit + terms.reveal));
         assertEq(token.balanceOf(client), 0); // guilty it was
         assertEq(token.balanceOf(stranger), 4 * BOND);
@@ -1095,7 +1187,7 @@ contract CourtTest is CourtWorld {
         outOfTime(end, type(uint256).max);
         court.rule(receipt, EVIDENCE_CID);
         vm.warp(end);
-        is_(court.rule(receipt, EVIDENCE_CID), Verdict.Guilty);
+        is_(ruleAndEnforce(receipt, EVIDENCE_CID), Verdict.Guilty);
         assertEq(staking.nodes(node).stake, STAKE - STAKE / 100);
         assertEq(token.balanceOf(client), 0); // the appeal changed nothing
         assertEq(court.cases(id).purse, (25 ether + 2 * BOND) / 10);
@@ -1234,13 +1326,17 @@ contract CourtTest is CourtWorld {
 
     // Settling
 
-    function test_only_ballots_of_ruled_cases_are_settled() public {
+    function test_only_ballots_of_enforced_cases_are_settled() public {
         bytes32 id = open();
         draw(id);
         vote(id, [Vote.Clear, Vote.Clear, Vote.Clear, Vote.Clear, Vote.None], [2, 2, 2, 2, 0]);
-        wrongState(State.Drawn, State.Ruled);
+        wrongState(State.Drawn, State.Enforced);
         court.settle(id, 0, juror(0));
-        rule("session", opened, EVIDENCE_CID);
+        vm.warp(opened + terms.commit + terms.reveal + terms.appeal);
+        court.rule(digestOf("session", opened), EVIDENCE_CID);
+        wrongState(State.Ruled, State.Enforced);
+        court.settle(id, 0, juror(0));
+        court.enforce(id);
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotRevealed.selector, juror(4)));
         court.settle(id, 0, juror(4));
         vm.expectRevert(abi.encodeWithSelector(ICourt.NotRevealed.selector, juror(0)));

@@ -219,10 +219,15 @@ abstract contract CourtWorld is World {
         Case memory c = court.cases(court.caseId(receipt, evidence));
         uint256 end = c.commitEnd + terms.reveal + (c.round == 2 ? 0 : terms.appeal);
         if (block.timestamp < end) vm.warp(end);
-        return court.rule(receipt, evidence);
+        return ruleAndEnforce(receipt, evidence);
     }
 
-    /// A whole case in one round, over a receipt of now: opened, drawn, voted, ruled.
+    function ruleAndEnforce(bytes32 receipt, bytes32 evidence) internal returns (Verdict verdict) {
+        verdict = court.rule(receipt, evidence);
+        court.enforce(court.caseId(receipt, evidence));
+    }
+
+    /// A whole case in one round, over a receipt of now: opened, drawn, voted, ruled, enforced.
     function tryFor(bytes32 sessionId, Vote same) internal returns (Verdict) {
         uint256 time = block.timestamp;
         opened = time;

@@ -5,6 +5,18 @@ import {Channel, Deposit, IEscrow, Row} from "../interfaces/IEscrow.sol";
 import {IToken} from "../interfaces/IToken.sol";
 import {Invariants, World, vm} from "./World.sol";
 
+/// A smart account that calls every signature valid and does what it is told.
+contract Wallet {
+    function isValidSignature(bytes32, bytes calldata) external pure returns (bytes4) {
+        return 0x1626ba7e;
+    }
+
+    function act(address target, bytes calldata data) external {
+        (bool done,) = target.call(data);
+        require(done, "refused");
+    }
+}
+
 contract EscrowTest is World {
     function redeem(uint256 key, uint256 total) private returns (uint256) {
         return escrow.redeem(node, rows(key, total))[0];
@@ -98,6 +110,32 @@ contract EscrowTest is World {
         Row[] memory list = new Row[](1);
         list[0] = Row(address(0), 10, 0, 0);
         assertEq(escrow.redeem(node, list)[0], 0);
+    }
+
+    /// ERC-1271 is not asked: a contract's word could change until the redemption, and calling it would cost what it likes. It
+    /// pays by a key that it has set.
+    function test_a_contract_wallet_pays_by_a_key_that_it_has_set_and_by_nothing_else() public {
+        Wallet wallet = new Wallet();
+        token.transfer(address(wallet), 100);
+        wallet.act(address(token), abi.encodeCall(token.approve, (address(escrow), 100)));
+        Deposit[] memory deposits = new Deposit[](1);
+        deposits[0] = Deposit(node, 100);
+        wallet.act(address(escrow), abi.encodeCall(IEscrow.fund, (address(wallet), deposits)));
+        Row[] memory list = new Row[](2);
+        list[0] = row(CLIENT_KEY, address(wallet), node, 10); // its owner's, which it calls valid
+        list[1] = row(SESSION_KEY, address(wallet), node, 10);
+        require(wallet.isValidSignature(0, "") == 0x1626ba7e, "the wallet takes everything");
+        uint256[] memory amounts = escrow.redeem(node, list);
+        assertEq(amounts[0] + amounts[1], 0);
+        wallet.act(address(escrow), abi.encodeCall(IEscrow.setSigner, (session, true)));
+        amounts = escrow.redeem(node, list);
+        assertEq(amounts[0], 0);
+        assertEq(amounts[1], 10);
+        // What is left is its own again, by its own calls.
+        wallet.act(address(escrow), abi.encodeCall(IEscrow.exit, (node, 90)));
+        vm.warp(START + exitDelay);
+        escrow.withdrawFor(address(wallet), node);
+        assertEq(token.balanceOf(address(wallet)), 90);
     }
 
     function test_a_high_s_is_refused() public {

@@ -72,7 +72,7 @@ contract GasTest is GasRecorder {
         vm.warp(START + epoch);
         vm.prank(stranger);
         staking.stake(node, minStake);
-        record("stake units", 75_000);
+        record("stake units", 65_000);
         vm.warp(START + 2 * epoch);
         vm.prank(node);
         staking.unbond(minStake);
@@ -136,19 +136,19 @@ contract GasTest is GasRecorder {
 
     function test_redeem_first_and_steady() public {
         fundClients(1);
-        redeem(1, 1 ether, "redeem 1 first", 110_600);
+        redeem(1, 1 ether, "redeem 1 first", 110_000);
         redeem(1, 2 ether, "redeem 1 steady", 77_000);
     }
 
     function test_redeem_10() public {
         fundClients(10);
-        redeem(1, 1 ether, "redeem 1 first", 110_600);
+        redeem(1, 1 ether, "redeem 1 first", 110_000);
         redeem(10, 2 ether, "redeem 10", 200_000);
     }
 
     function test_redeem_48() public {
         fundClients(48);
-        redeem(1, 1 ether, "redeem 1 first", 110_600);
+        redeem(1, 1 ether, "redeem 1 first", 110_000);
         redeem(48, 2 ether, "redeem 48", 715_000);
     }
 
@@ -195,7 +195,7 @@ contract CourtGasTest is GasRecorder, CourtWorld {
     }
 
     /// One round for `choice`; every operation recorded under its name and `suffix`.
-    function round(bytes32 sessionId, Vote choice, string memory suffix, uint256 ruling) private returns (bytes32 id) {
+    function round(bytes32 sessionId, Vote choice, string memory suffix) private returns (bytes32 id) {
         uint256 time = block.timestamp;
         opened = time;
         Receipt memory r = receiptOf(sessionId, time);
@@ -203,7 +203,7 @@ contract CourtGasTest is GasRecorder, CourtWorld {
         bytes32 digest = court.digestOf(r);
         vm.prank(accuser);
         id = court.open(r, signature, EVIDENCE_CID);
-        record("court.open", 200_000);
+        record("court.open", 185_000);
         uint256 randao = 1;
         while (!enough(keccak256(abi.encode(randao, id, uint256(0))))) randao++;
         bytes memory header = mine(id, randao);
@@ -220,7 +220,9 @@ contract CourtGasTest is GasRecorder, CourtWorld {
         }
         vm.warp(court.cases(id).commitEnd + terms.reveal + terms.appeal);
         court.rule(digest, EVIDENCE_CID);
-        record(string.concat("court.rule ", suffix), ruling);
+        record(string.concat("court.rule ", suffix), 110_000);
+        court.enforce(id);
+        record(string.concat("court.enforce ", suffix), 110_000);
     }
 
     function enough(bytes32 seed) private view returns (bool) {
@@ -231,19 +233,19 @@ contract CourtGasTest is GasRecorder, CourtWorld {
     }
 
     function test_clear() public {
-        bytes32 id = round("session", Vote.Clear, "clear", 110_000);
+        bytes32 id = round("session", Vote.Clear, "clear");
         court.settle(id, 0, juror(0));
         record("court.settle paid", 75_000);
     }
 
     function test_guilty() public {
-        bytes32 id = round("session 1", Vote.Guilty, "guilty first", 170_000);
+        bytes32 id = round("session 1", Vote.Guilty, "guilty first");
         uint256[] memory seats = winning(court.seeds(id, 0), 0, juror(0));
         vm.prank(reporter);
         court.report(id, 0, juror(0), seats);
         record("court.report", 120_000);
         vm.warp(block.timestamp + 1);
-        round("session 2", Vote.Guilty, "guilty again", 150_000);
+        round("session 2", Vote.Guilty, "guilty again");
     }
 
     function test_appeal() public {

@@ -16,7 +16,7 @@ contract StakingTest is World {
 
     function test_anybody_stakes_for_a_node() public {
         vm.expectEmit(address(staking));
-        emit IStaking.Staked(node, address(this), minStake, minStake);
+        emit IStaking.Staked(node, minStake, minStake);
         staking.stake(node, minStake);
         staking.stake(node, 1);
         assertEq(staking.nodes(node).stake, minStake + 1);
@@ -29,11 +29,19 @@ contract StakingTest is World {
         staking.stake(node, minStake - 1);
     }
 
+    /// The sums are not checked for overflow before the transfer, which no such amount survives.
     function test_an_amount_that_would_wrap_is_refused() public {
-        staking.stake(node, minStake);
-        try staking.stake(node, (1 << 104) + 1) {
-            revert("wrapped");
-        } catch {}
+        serving(node, llama, minStake);
+        uint256 all = type(uint256).max;
+        uint256[7] memory amounts =
+            [(1 << 104) + 1, 1 << 96, 1 << 255, token.CAP() + 1, all, all - minStake, all - minStake + 1];
+        for (uint256 i = 0; i < 7; i++) {
+            try staking.stake(node, amounts[i]) {
+                revert("wrapped");
+            } catch {}
+        }
+        assertEq(staking.nodes(node).stake, minStake);
+        assertEq(staking.weights(llama), minStake);
     }
 
     // Keys
@@ -393,6 +401,23 @@ contract StakingTest is World {
         units(node, START + 94 * epoch, 20);
         vm.warp(START + 101 * epoch);
         units(node, block.timestamp, 21);
+    }
+
+    /// Fewer, as many, and more epochs than boundaries, and than a word has bits for.
+    function test_any_time_between_two_changes_is_remembered() public {
+        serving(node, llama, BIG);
+        (uint256 time, uint256 expected) = (START, 20);
+        for (uint256 gap = 1; gap <= 16; gap++) {
+            uint256 since = time;
+            time += gap * epoch;
+            vm.warp(time);
+            staking.stake(node, unitSize);
+            for (uint256 e = since + epoch > time - 6 * epoch ? since + epoch : time - 6 * epoch; e <= time; e += epoch) {
+                units(node, e, expected);
+                assertEq(staking.totalUnitsAt(e), expected);
+            }
+            expected++;
+        }
     }
 
     function test_the_future_is_not_guessed() public {

@@ -76,28 +76,117 @@ for (const primary of Object.keys(TYPES)) {
 }
 
 // Signatures over the first two digests: the client's voucher (for Escrow.redeem), the hot key's binding (for Staking.bind).
+// `malformed`: no key signed that, so nothing may be recovered from it; the other invalid ones are somebody else's.
+const FIELD = 2n ** 256n - 2n ** 32n - 977n;
+const HALF = ORDER / 2n;
+const ONES = 2n ** 256n - 1n;
 const hex = (n) => toBeHex(n, 32);
+const stripped = (word) => `0x${word.slice(2).replace(/^(00)+/, "")}`;
+
+function power(base, exponent, modulus) {
+  let result = 1n;
+  for (; exponent; exponent >>= 1n, base = (base * base) % modulus) if (exponent & 1n) result = (result * base) % modulus;
+  return result;
+}
+
+/** r, s, v with s R = e G: what they recover is the point at infinity, which is nobody's key. */
+function infinity(digest) {
+  const [nonce, e] = [7n, BigInt(digest) % ORDER];
+  const point = new SigningKey(hex(nonce)).compressedPublicKey;
+  const s = (e * power(nonce, ORDER - 2n, ORDER)) % ORDER;
+  const odd = point.slice(2, 4) === "03";
+  return concat([`0x${point.slice(4)}`, hex(s > HALF ? ORDER - s : s), toBeHex(odd !== s > HALF ? 28 : 27)]);
+}
+
+/** DER, as Bitcoin and X.509 write signatures. */
+function der(r, s) {
+  const integer = (word) => {
+    const bytes = stripped(word).slice(2);
+    const padded = parseInt(bytes.slice(0, 2), 16) > 127 ? `00${bytes}` : bytes;
+    return concat(["0x02", toBeHex(padded.length / 2), `0x${padded}`]);
+  };
+  const body = concat([integer(r), integer(s)]);
+  return concat(["0x30", toBeHex((body.length - 2) / 2), body]);
+}
+
 function signatures({ primary, digest }, name) {
   const { r, s, v } = key(name).sign(digest);
-  const [high, flipped] = [hex(ORDER - BigInt(s)), v === 27 ? 28 : 27];
-  const list = [
-    [true, "65 bytes r, s, v", concat([r, s, toBeHex(v)])],
-    [false, "high s", concat([r, high, toBeHex(flipped)])],
-    [false, "high s, v kept", concat([r, high, toBeHex(v)])],
-    [false, "v is 0 or 1", concat([r, s, toBeHex(v - 27, 1)])],
-    [false, "the wrong v", concat([r, s, toBeHex(flipped)])],
-    [false, "v is 29", concat([r, s, "0x1d"])],
-    [false, "64 bytes (ERC-2098) where 65 are due", concat([r, hex(BigInt(s) | (BigInt(v - 27) << 255n))])],
-    [false, "65 zero bytes", `0x${"00".repeat(65)}`],
-    [false, "r is zero", concat([hex(0n), s, toBeHex(v)])],
-    [false, "s is zero", concat([r, hex(0n), toBeHex(v)])],
-    [false, "r is the group's order", concat([hex(ORDER), s, toBeHex(v)])],
-    [false, "66 bytes", concat([r, s, toBeHex(v), "0x00"])],
-    [false, "empty", "0x"],
-    [false, "another key's", key("stranger").sign(digest).serialized],
-    [false, "over another digest", key(name).sign(id("something else")).serialized],
+  const [mirrored, flipped] = [hex(ORDER - BigInt(s)), v === 27 ? 28 : 27];
+  const made = (r, s, v) => concat([typeof r === "bigint" ? hex(r) : r, typeof s === "bigint" ? hex(s) : s, toBeHex(v, 1)]);
+  const good = made(r, s, v);
+  const malformed = [
+    ["empty", "0x"],
+    ["one byte", "0x1b"],
+    ["r and s without v", concat([r, s])],
+    ["64 bytes (ERC-2098) where 65 are due", concat([r, hex(BigInt(s) | (BigInt(v - 27) << 255n))])],
+    ["v in front", concat([toBeHex(v), r, s])],
+    ["66 bytes", concat([good, "0x00"])],
+    ["66 bytes, a zero in front", concat(["0x00", good])],
+    ["twice", concat([good, good])],
+    ["DER", der(r, s)],
+    ["a contract's (ERC-1271): key, offset and bytes", concat([made(r, s, v), hex(65n), good])],
+    ["a counterfactual contract's (ERC-6492)", concat([good, `0x${"6492".repeat(16)}`])],
+    ["65 zero bytes", `0x${"00".repeat(65)}`],
+    ["zeros with a v", made(0n, 0n, 27)],
+    ["all ones", `0x${"ff".repeat(65)}`],
+    ["v is 0 or 1", made(r, s, v - 27)],
+    ["v is 2 or 3, an r beyond the order", made(r, s, v - 25)],
+    ["v is 26", made(r, s, 26)],
+    ["v is 29", made(r, s, 29)],
+    ["v is 30", made(r, s, 30)],
+    ["v of a compressed key (31 or 32)", made(r, s, v + 4)],
+    ["v of EIP-155", made(r, s, v + 10)],
+    ["v with its highest bit", made(r, s, v + 128)],
+    ["v is 255", made(r, s, 255)],
+    ["high s", made(r, mirrored, flipped)],
+    ["high s, v kept", made(r, mirrored, v)],
+    ["s is zero", made(r, 0n, v)],
+    ["s just above half of the order", made(r, HALF + 1n, v)],
+    ["s is the order less one", made(r, ORDER - 1n, v)],
+    ["s is the order", made(r, ORDER, v)],
+    ["s is the order and one", made(r, ORDER + 1n, v)],
+    ["s all ones", made(r, ONES, v)],
+    ["r is zero", made(0n, s, v)],
+    ["r is the order", made(ORDER, s, v)],
+    ["r is the order and one", made(ORDER + 1n, s, v)],
+    ["r is the field's size", made(FIELD, s, v)],
+    ["r is beyond the field", made(FIELD + 1n, s, v)],
+    ["r all ones", made(ONES, s, v)],
+    ["r is on no point of the curve", made(5n, s, v)],
+    ["r and s are zero and the order", made(0n, ORDER, v)],
+    ["recovers the point at infinity", infinity(digest)],
   ];
-  return list.map(([valid, why, signature]) => ({ primary, digest, signature, signer: signerOf(name), valid, why }));
+  const others = [
+    ["the wrong v", made(r, s, flipped)],
+    ["another key's", key("stranger").sign(digest).serialized],
+    ["over another digest", key(name).sign(id("something else")).serialized],
+    ["anybody's: r of the generator, s one", made(BigInt(`0x${new SigningKey(hex(1n)).compressedPublicKey.slice(4)}`), 1n, 27)],
+    ["s is half of the order", made(r, HALF, v)],
+  ];
+  const entry = (valid, malformed, who) => ([why, signature]) => ({
+    primary, digest, signature, signer: signerOf(who), valid, malformed, why,
+  });
+  return [
+    entry(true, false, name)(["65 bytes r, s, v", good]),
+    ...malformed.map(entry(false, true, name)),
+    ...others.map(entry(false, false, name)),
+  ];
+}
+
+/** Keys whose signatures of the digest begin with a zero: valid with it, malformed without. */
+function leadingZeros({ primary, digest }) {
+  const found = [];
+  for (const part of ["r", "s"]) {
+    let number = 0;
+    while (!key(`short ${part} ${number}`).sign(digest)[part].startsWith("0x00")) number++;
+    const name = `short ${part} ${number}`;
+    const { r, s, v } = key(name).sign(digest);
+    const common = { primary, digest, signer: signerOf(name) };
+    const [whole, short] = [concat([r, s, toBeHex(v)]), concat([stripped(r), stripped(s), toBeHex(v)])];
+    found.push({ ...common, signature: whole, valid: true, malformed: false, why: `${part} begins with a zero` });
+    found.push({ ...common, signature: short, valid: false, malformed: true, why: `the zero of ${part} is left out` });
+  }
+  return found;
 }
 
 const coder = AbiCoder.defaultAbiCoder();
@@ -170,7 +259,7 @@ const text = `${JSON.stringify(
     offchain,
     reach: reaches,
     models: { id: ids, weights },
-    signatures: [...signatures(structs[0], "client"), ...signatures(structs[1], "hot key")],
+    signatures: [...signatures(structs[0], "client"), ...signatures(structs[1], "hot key"), ...leadingZeros(structs[1])],
   },
   null,
   1,

@@ -150,7 +150,10 @@ class Till:
         if voucher.client != client:
             raise BadVoucher("the voucher is another client's", client=voucher.client)
         if not self._is_signer(client, signer):
-            raise BadVoucher(f"the voucher is signed by {signer}, who may not sign for {client}")
+            raise BadVoucher(
+                f"the voucher is signed by {signer}, who may not sign for {client}: only its own key may, and those"
+                " that it has set with Escrow.setSigner (a contract wallet has no other)"
+            )
         if voucher.total > funds.latest:
             raise InsufficientFunds(
                 f"the voucher promises {voucher.total}, the channel holds {funds.latest}; fund it first",

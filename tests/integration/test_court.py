@@ -200,6 +200,12 @@ def test_a_case_is_appealed_ruled_and_paid_to_the_wei(bench: Bench) -> None:
     bench.wait(86_400)
     bench.stranger.send("ruling", court.rule(receipt_digest, EVIDENCE))
     assert (case(bench, id_)["state"], case(bench, id_)["verdict"]) == (State.RULED, Verdict.GUILTY)
+    assert case(bench, id_)["slashBps"] == 100
+    # Nor before the ruling is enforced.
+    with pytest.raises(ChainError, match=r"Held\(holds=1\)"):
+        bench.accused.send("leaving", bench.chain.staking.functions.withdraw())
+    bench.stranger.send("enforcing", court.enforce(id_))
+    assert case(bench, id_)["state"] == State.ENFORCED
 
     # Silence: what was committed and not shown, in the first round.
     bench.stranger.send("reporting", court.report(id_, 0, bench.jurors[silent].address, first[silent]))
@@ -237,6 +243,7 @@ def test_a_cheaters_own_case_with_a_dead_cid_closes_nothing(bench: Bench) -> Non
     bench.wait(86_400)
     receipt_digest = digest(bench.chain.book.staking_domain, claim)
     bench.stranger.send("ruling", court.rule(receipt_digest, EVIDENCE))
+    bench.stranger.send("enforcing", court.enforce(id_))
     assert case(bench, id_)["verdict"] == Verdict.UNREADABLE
     signature = bench.hot.sign_struct(bench.chain.book.staking_domain, claim)
     again = court.open(words(claim), signature, Digest(keccak(b"readable evidence")))

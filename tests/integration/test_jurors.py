@@ -200,7 +200,7 @@ async def test_a_cheater_is_convicted_by_jurors_that_are_stopped_at_every_step(t
     bench.wait(43_200 + 86_400)
     if bench.docket.verdict_so_far(case) is Verdict.MISSED:
         pytest.skip("the lazy one had too many seats: the round is drawn anew, as another test shows")
-    await trial.until(jurors, "ruling", lambda: trial.standing(case).state is State.RULED)
+    await trial.until(jurors, "ruling", lambda: trial.standing(case).state is State.ENFORCED)
     assert trial.standing(case).verdict is Verdict.GUILTY
     await trial.until(jurors, "settling", lambda: all(not juror._ledger.open_cases() for juror in jurors))
     assert not jurors[0].holding.store.pins()

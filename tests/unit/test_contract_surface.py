@@ -20,7 +20,7 @@ CHANGES = {
     "Escrow": f"{ESCROW} setSigner setSignerWithSig withdraw withdrawFor",
     "Beacon": "",
     "Timelock": f"{TIMELOCK} onERC1155BatchReceived onERC1155Received onERC721Received",
-    "Court": "appeal commit draw open redraw report retarget reveal rule setBeacon setRates settle",
+    "Court": "appeal commit draw enforce open redraw report retarget reveal rule setBeacon setRates settle",
     "Emissions": "claim",
 }
 

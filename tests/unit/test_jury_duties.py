@@ -51,7 +51,8 @@ CASE = samples.digest("case")
         (DRAWN, 0, 1300, Verdict.VOID, Duty.RULE),
         (replace(DRAWN, round=2), 0, 1100, Verdict.MISSED, Duty.RULE),
         (replace(DRAWN, round=2), 0, 1099, Verdict.CLEAR, Duty.REVEAL),
-        (replace(DRAWN, state=State.RULED), 0, 0, Verdict.CLEAR, Duty.SETTLE),
+        (replace(DRAWN, state=State.RULED), 0, 0, Verdict.CLEAR, Duty.ENFORCE),
+        (replace(DRAWN, state=State.ENFORCED), 0, 0, Verdict.CLEAR, Duty.SETTLE),
         (replace(DRAWN, state=State.NONE), 0, 0, Verdict.MISSED, Duty.WAIT),
     ],
 )

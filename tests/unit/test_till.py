@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ NODE = samples.address("node")
 CLIENT, DELEGATE, STRANGER = samples.key("client"), samples.key("delegate"), samples.key("stranger")
 ENOUGH = Funds(Wei(10**9), Wei(10**9), Wei(0))
 CREDIT, POOL = Wei(100), Wei(50)
+SIGNATURES = json.loads((Path(__file__).parents[1] / "vectors" / "eip712.json").read_text())["signatures"]
 
 
 def may_sign(client: Address, signer: Address) -> bool:
@@ -83,7 +85,7 @@ def test_a_voucher_for_another_node_or_of_another_client_is_refused(till: Till) 
 
 
 def test_a_voucher_that_a_stranger_signed_is_refused_and_a_delegate_s_is_taken(till: Till) -> None:
-    with pytest.raises(BadVoucher, match="may not sign"):
+    with pytest.raises(BadVoucher, match=r"may not sign .* has set with Escrow\.setSigner \(a contract wallet"):
         till.accept(voucher(10, key=STRANGER), CLIENT.address, ENOUGH, 0)
     till.accept(voucher(10, key=DELEGATE), CLIENT.address, ENOUGH, 0)
     assert till.account(CLIENT.address).signed == 10
@@ -99,6 +101,15 @@ def test_a_low_total_does_not_excuse_a_bad_signature(till: Till, total: int) -> 
         till.accept(voucher(total, key=STRANGER), CLIENT.address, ENOUGH, 0)
     with pytest.raises(BadMessage):
         till.accept(sealed[:-65], CLIENT.address, ENOUGH, 0)
+
+
+def test_every_other_form_of_a_signature_is_refused_by_a_code_of_the_protocol(till: Till) -> None:
+    words = voucher(10)[:-65]
+    for case in SIGNATURES:
+        if case["malformed"]:
+            with pytest.raises((BadSignature, BadMessage, BadVoucher)):
+                till.accept(words + bytes.fromhex(case["signature"][2:]), CLIENT.address, ENOUGH, 0)
+    assert till.redeemable() == []
 
 
 def test_a_voucher_of_another_domain_is_refused(till: Till) -> None:

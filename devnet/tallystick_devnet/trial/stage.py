@@ -119,12 +119,13 @@ class Stage:
 
         kills: so many jurors are killed, one after its commitment and so on, and started again.
         """
-        while self.standing(case).state is not State.RULED:
+        while self.standing(case).state in (State.OPEN, State.DRAWN):
             standing = self.standing(case)
             if standing.state is State.OPEN:
                 self.mine(max(standing.seed_block + 1 - self.docket.head()[0], 1))
                 self.until("drawing seats", lambda: self.standing(case).state is State.DRAWN)
             kills -= self._try_round(case, kills)
+        self.until("enforcing", lambda: self.standing(case).state is State.ENFORCED)
         round_ = self.standing(case).round
         for drawn in range(round_ + 1):
             self.until("settling", lambda drawn=drawn: self._is_settled(case, drawn))  # type: ignore[misc]

@@ -26,6 +26,7 @@ class Duty(Enum):
     REVEAL = "reveal"
     REDRAW = "redraw"
     RULE = "rule"
+    ENFORCE = "enforce"
     SETTLE = "settle"
 
 
@@ -36,6 +37,8 @@ def duty_in(standing: Standing, times: Times, block: int, now: int, said: Verdic
             return Duty.WAIT
         return Duty.DRAW if block <= standing.seed_block + times.headers else Duty.RETARGET
     if standing.state is State.RULED:
+        return Duty.ENFORCE
+    if standing.state is State.ENFORCED:
         return Duty.SETTLE
     if standing.state is not State.DRAWN:
         return Duty.WAIT

@@ -309,6 +309,7 @@ class Juror:
             Duty.RETARGET: lambda: self._court.retarget(opening.id),
             Duty.REDRAW: lambda: self._court.redraw(opening.id),
             Duty.RULE: lambda: self._court.rule(opening.receipt, opening.evidence),
+            Duty.ENFORCE: lambda: self._court.enforce(opening.id),
         }
         self._wallet.send(f"{duty.value} in a case", calls[duty]())
         log.info("case %s, round %d: %s done", _short(opening.id), standing.round, duty.value)

@@ -30,6 +30,7 @@ class State(IntEnum):
     OPEN = 1
     DRAWN = 2
     RULED = 3
+    ENFORCED = 4
 
 
 class Vote(IntEnum):
