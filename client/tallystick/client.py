@@ -27,6 +27,7 @@ from tallystick.recomputing import Recomputer, can_recompute
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import checkable, price_of
 from tallystick.routing.route import Route, route_over
+from tallystick.session.proving import note_unproven, unproven
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick.session.setting import Setting, Sides
@@ -397,6 +398,7 @@ class AsyncClient(Tasks):
             work=self.planning.workload(manifest, 0, max_length),
             reputation=self.planning.reputation,
             suspicions=self.planning.suspicions,
+            proven=self.planning.proven,
             sketches=self.settings.sketches,
             numeric_class=self.settings.numeric_class,
             keep_evidence=None if self.settings.evidence is None else self._keep_evidence,
@@ -460,6 +462,7 @@ class AsyncClient(Tasks):
         that of a node under suspicion always is."""
         await session.finish()
         if isinstance(session, Agreement):
+            note_unproven(session.verdict, [hop for route in session.routes for hop in route], self.planning.proven)
             await session.take_leave()
             return
         if verify == "audit" and not session.has_audits:
@@ -469,12 +472,19 @@ class AsyncClient(Tasks):
             if session.sketching.is_on and suspect:
                 await session.audit_at_end(coin.choice(suspect))
             elif coin.random() < self.settings.audit_probability:
-                await session.audit_at_end(coin.randrange(len(route)))
+                await session.audit_at_end(self._drawn(session))
+        note_unproven(session.verdict, session.route, self.planning.proven)
         await session.take_leave()
         setting = session.setting
         is_plain = setting.top_k and setting.sides.memory is None and not session.sketching.is_on
         if not session.one_shot and is_plain:
             self.prefixes.remember(session.holds)
+
+    @staticmethod
+    def _drawn(session: Session) -> int:
+        """The hop that is audited when the coin has fallen: every other time one whose class that may prove."""
+        coin, first = secrets.SystemRandom(), unproven(session)
+        return coin.choice(first) if first and coin.random() < 0.5 else coin.randrange(len(session.route))
 
     def _check_length(self, manifest: Manifest, prompt: int, new: int) -> None:
         if prompt + new > manifest.max_length:

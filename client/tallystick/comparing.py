@@ -62,10 +62,18 @@ def across(claim: Work, answer: Work, manifest: Manifest, top_k: int, earlier: S
     return Found(of_results.zone(apart), of_results.share(apart) * of_results.row, of_results.row, scores=scores)
 
 
-def is_alike(claim: Work, answer: Work, manifest: Manifest, top_k: int) -> bool:
-    """Whether a third node's answer says what a claim says: the same bits in its class, clear in another one."""
-    if claim.receipt.numeric_class == answer.receipt.numeric_class:
-        return agree(claim.receipt, answer.receipt)
+def is_same(claim: Work, answer: Work) -> bool:
+    """Whether two nodes of one class have signed the same output for the same work."""
+    return claim.receipt.numeric_class == answer.receipt.numeric_class and agree(claim.receipt, answer.receipt)
+
+
+def zone(claim: Work, answer: Work, manifest: Manifest, top_k: int, counts: bool) -> Zone | None:
+    """What a third node's answer says of a claim: the same bits are clear; others are guilty where the two are of one
+    class, and that `counts`; else sketches say it. None: nothing, for there are none."""
+    if is_same(claim, answer):
+        return Zone.CLEAR
+    if counts and claim.receipt.numeric_class == answer.receipt.numeric_class:
+        return Zone.GUILTY
     if claim.sketches is None or answer.sketches is None or not same_work(claim.receipt, answer.receipt):
-        return False
-    return across(claim, answer, manifest, top_k).zone is Zone.CLEAR
+        return None
+    return across(claim, answer, manifest, top_k).zone

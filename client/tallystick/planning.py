@@ -13,6 +13,7 @@ from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import checkable
 from tallystick.routing.cost import Workload
 from tallystick.routing.planner import as_whole
+from tallystick.routing.proven import Proven
 from tallystick.routing.reputation import Reputation
 from tallystick.routing.route import choose
 from tallystick.routing.survey import PER_LAYER
@@ -35,6 +36,7 @@ class Planning:
         cache = settings.cache.expanduser()
         self.reputation = Reputation(cache / "reputation.json")
         self.suspicions = Suspicions(cache / "suspicions.json")
+        self.proven = Proven(cache / "classes.json")
         self.banned: set[Address] = set()
         self._told: set[Address] = set()
 
@@ -42,6 +44,7 @@ class Planning:
         """Keep what was seen of nodes. Blocking."""
         self.reputation.save()
         self.suspicions.save()
+        self.proven.save()
 
     async def route(
         self,

@@ -59,6 +59,7 @@ class Verdict:
     attributions: one for each node that failed and each disagreement, in the order in which they were found.
     unverifiable: the hops that have no numeric class (setting `admit_stock`): nothing of what they did was checked.
     unaudited: hops that were drawn for an audit under `audit`, and nobody could recompute them.
+    unproven: hops of a numeric class in which this client has not yet seen two operators agree bit for bit.
     not_slashable: positions, the last ones, that evidence cannot hold: audited and withheld as all others, but no case
     can be made of them.
     """
@@ -73,6 +74,7 @@ class Verdict:
     withheld: dict[Address, Wei] = field(default_factory=dict)
     unverifiable: list[tuple[Address, Span]] = field(default_factory=list)
     unaudited: list[tuple[Address, Span]] = field(default_factory=list)
+    unproven: list[tuple[Address, Span]] = field(default_factory=list)
     not_slashable: int = 0
     moved: list[Address] = field(default_factory=list)
     worst_error: float = 0.0
@@ -151,6 +153,7 @@ class Verdict:
             "replaced": [{"lost": old, "by": new, "why": why} for old, new, why in self.replaced],
             "unverifiable": [{"node": node, "layers": _layers(span)} for node, span in self.unverifiable],
             "unaudited": [{"node": node, "layers": _layers(span)} for node, span in self.unaudited],
+            "unproven": [{"node": node, "layers": _layers(span)} for node, span in self.unproven],
             "not_slashable": self.not_slashable,
             "moved": list(self.moved),
             "exact": self.exact,

@@ -54,7 +54,7 @@ def setting(world: World, candidates: list[Candidate], wait_s: float = 5.0) -> S
         peers=peers, key=world.key, domain=STAKING, purse=world.purse, manifest=world.manifest,
         stack=world.manifest.whole, candidates=list(candidates), max_length=MAX_LENGTH, top_k=16,
         on_replaced=lambda: None, wait_s=wait_s, look_again=look_again,
-        on_waiting=lambda error: world.waited.append(error.message),
+        on_waiting=lambda error: world.waited.append(error.message), proven=world.proven,
     )  # fmt: skip
 
 

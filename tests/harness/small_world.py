@@ -21,6 +21,7 @@ from harness.in_memory import InMemory
 from harness.one_loop import End
 from tallystick.payments import Purse
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.proven import Proven
 from tallystick.routing.suspicions import Suspicions
 from tallystick.session.repair import RolledBack
 from tallystick.session.ring import Ring
@@ -232,6 +233,7 @@ class World:
         self.waited: list[str] = []
         self.sketches: Sketches = "auto"
         self.suspicions = Suspicions()
+        self.proven = Proven()
         self.client_ends: set[End] = set()
 
     async def connect(self, node: Address, by: Node | None = None) -> End:
@@ -279,7 +281,7 @@ class World:
             stack=self.manifest.whole, candidates=candidates, max_length=MAX_LENGTH, top_k=16, wire=wire,
             on_replaced=lambda: None, wait_s=wait_s, look_again=self.look,
             on_waiting=lambda error: self.waited.append(error.message), sketches=self.sketches,
-            suspicions=self.suspicions,
+            suspicions=self.suspicions, proven=self.proven,
         )  # fmt: skip
         route = [next(c for c in candidates if c.offer.span == span) for span in self.spans]
         return Session(setting, route, Verdict(policy))

@@ -17,6 +17,8 @@ from tallystick.agreement.settling import Sentence, settle
 from tallystick.attribution import Attribution
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import apart, owners
+from tallystick.session.proving import agreed
+from tallystick.session.remote import Remote
 from tallystick.session.repair import SETTLE_TIMEOUT_S, RolledBack
 from tallystick.session.session import STEP_TIMEOUT_S, Session
 from tallystick.session.setting import Setting
@@ -209,18 +211,27 @@ class Agreement:
     def _note_checks(self) -> None:
         """Put newly agreed windows into the verdict."""
         start = self.setting.stack.start
-        for end, agreed in self._compared.agreed.items():
+        for end, same in self._compared.agreed.items():
             ending = [next(hop for hop in session.hops if hop.candidate.span.end == end) for session in self.sessions]
             nodes = tuple(hop.node for hop in ending)
-            for window in range(agreed):
+            for window in range(same):
                 positions = ending[0].standing.receipts[window].positions
                 if self._noted.get((end, window)) == (positions, nodes):
                     continue
                 self._noted[end, window] = positions, nodes
+                self._prove(window, ending)
                 self.verdict.checks += [
                     Check(Span(start, end), positions, nodes[0], other, True, "routes") for other in nodes[1:]
                 ]
             start = end
+
+    def _prove(self, window: int, ending: Sequence[Remote]) -> None:
+        """Hops of several routes have signed the same: their class counts."""
+        first = ending[0].candidate
+        for hop in ending[1:]:
+            if hop.candidate.offer.numeric_class == first.offer.numeric_class:
+                claim = hop.standing.receipts[window]
+                agreed(self.sessions[0], claim, owners([first]), owners([hop.candidate]))
 
     async def _settle_conflict(self) -> bool:
         """Find out who is wrong, if the routes differ, and put others in their places; False when they do not."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tallystick.agreement.comparison import Conflict
 from tallystick.attribution import Cause
+from tallystick.routing.choice import apart, owners
 from tallystick.session.ballot import Ballot
 from tallystick.session.remote import Remote
 from tallystick.session.session import Session
@@ -93,12 +94,17 @@ async def _hear_others(group: Sequence[Place], ballot: Ballot) -> None:
     Rows come from the hop before, of whichever route: all of them agreed on these.
     """
     heard = {place.hop.node for place in group}
+    taken: set[Address] = set()
     for place in group:
         for candidate in place.session.openings.draw_auditors(place.index, heard):
+            if not apart([candidate], taken):
+                continue
             error = await hear(place.session, place.index, candidate, place.claim, ballot)
             if error and place.index and error.fields.get("hop") == place.session.hops[place.index - 1].node:
                 break  # it does not give its rows: another route's hop may
             heard.add(candidate.node)
+            if error is None:
+                taken |= owners([candidate])
             if ballot.won is not None:
                 return
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tallystick.checks import agree, same_work
-from tallystick.comparing import Found, Work, is_alike
+from tallystick.comparing import Found, Work, is_same, zone
 from tallystick.routing.candidates import Candidate
+from tallystick.routing.choice import apart, owners
+from tallystick.session.proving import agreed
 from tallystick.session.remote import Hearing, Remote
 from tallystick.session.results import Results
 from tallystick.session.sketching import Undecided
@@ -143,6 +145,7 @@ class Audit:
                 if not agree(claim, answer):
                     self._disputed = True
                     raise Disagreement(window, claim, answer)
+                agreed(self._session, claim, owners([hop.candidate]), owners([self.remote.candidate]))
             elif (found := self._judge_across(window, min(len(theirs), len(ours)))) is None:
                 self.approved = min(self.approved, window)
                 break
@@ -252,25 +255,53 @@ async def send_kept(session: Session, index: int, to: Remote, first: int, last: 
 
 
 async def arbitrate(session: Session, audit: Audit, disagreement: Disagreement) -> Ruling:
-    """A third node recomputes the span up to the disputed window; whoever stands alone is wrong.
+    """A third node, of a third operator, recomputes the span up to the disputed window; whoever stands alone is wrong.
 
-    Raises NoAuditor when there is no third node, or all three differ.
+    Raises NoAuditor when there is no third node, or all three differ, or none of them does by enough.
     """
     hop, window = session.hops[audit.index], disagreement.window
-    claims = (
-        (hop.node, audit.remote, session.sketching.work(audit.remote, window, audit.results.rows)),
-        (audit.remote.node, hop, session.sketching.work(hop, window, session.results.rows)),
-    )
-    for candidate in session.openings.draw_auditors(audit.index, {audit.remote.node}):
+    drawn = session.openings.draw_auditors(audit.index, {audit.remote.node})
+    for candidate in apart(drawn, owners([audit.remote.candidate])):
         try:
             answer = await testify(session, audit.index, candidate, disagreement.hop)
         except TallystickError as error:
             log.info("%s cannot be a witness (%s)", candidate.node, error)
             continue
-        for accused, other, claim in claims:
-            if claim is not None and is_alike(claim, answer, session.setting.manifest, session.setting.top_k):
-                return Ruling(accused, (other.node, candidate.node))
+        claims = (
+            (hop, _work(session, hop, disagreement.hop, window, session.results)),
+            (audit.remote, _work(session, audit.remote, disagreement.auditor, window, audit.results)),
+        )
+        for remote, claim in claims:
+            if is_same(claim, answer):
+                agreed(session, answer.receipt, owners([remote.candidate]), owners([candidate]))
+        for (accused, theirs), (other, claim) in (claims, claims[::-1]):
+            if _is_borne_out(session, claim, answer) and _is_denied(session, theirs, answer, disagreement):
+                return Ruling(accused.node, (other.node, candidate.node))
     raise NoAuditor(f"no third node can say who is wrong about layers {hop.candidate.span}")
+
+
+def _work(session: Session, remote: Remote, receipt: Receipt, window: int, results: Results) -> Work:
+    """What one of the two claims; no more than what it signed where its sketches are missing."""
+    return session.sketching.work(remote, window, results.rows) or Work(receipt)
+
+
+def _is_borne_out(session: Session, claim: Work, answer: Work) -> bool:
+    """Whether a third node's answer says what a claim says."""
+    return _zone(session, claim, answer) is Zone.CLEAR
+
+
+def _is_denied(session: Session, claim: Work, answer: Work, dispute: Disagreement) -> bool:
+    """Whether a third node's answer says something else than a claim. Where nothing but bits tells hop and auditor
+    apart, and their class does not count, that takes an error that convicts."""
+    found = _zone(session, claim, answer)
+    if dispute.found is None and not session.setting.proven.counts(claim.receipt.numeric_class):
+        return found is Zone.GUILTY
+    return found in (Zone.BETWEEN, Zone.GUILTY)
+
+
+def _zone(session: Session, claim: Work, answer: Work) -> Zone | None:
+    setting = session.setting
+    return zone(claim, answer, setting.manifest, setting.top_k, setting.proven.counts(claim.receipt.numeric_class))
 
 
 async def testify(session: Session, index: int, candidate: Candidate, claim: Receipt) -> Work:

@@ -217,7 +217,7 @@ class Openings:
 
     def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
         """Who may check hop `index`, drawn at random by stake; not at many times the usual price. Its own class comes
-        first, others only where sketches are in use."""
+        first, others only where sketches are in use, those that count before the rest."""
         drawn: list[Candidate] = []
         for possible in self._auditors(index, avoid):
             coins = [1.0 - _COINS.random() for _ in possible]
@@ -232,7 +232,15 @@ class Openings:
     def _auditors(self, index: int, avoid: Collection[Address] = ()) -> list[list[Candidate]]:
         session = self._session
         asked = session.setting.candidates, session.route, index, {*session.unfit, *avoid}
-        return [auditors(*asked), *([foreign_auditors(*asked)] if session.sketching.is_on else [])]
+        if not session.sketching.is_on:
+            return [auditors(*asked)]
+        foreign, counts = foreign_auditors(*asked), session.setting.proven.counts
+        counted = [c for c in foreign if counts(c.offer.numeric_class)]
+        return [auditors(*asked), counted, [c for c in foreign if c not in counted]]
+
+    def peers(self, index: int) -> list[Candidate]:
+        """Who of hop `index`'s own class may check it."""
+        return self._auditors(index)[0]
 
     async def open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
         """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""

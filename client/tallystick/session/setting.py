@@ -10,6 +10,7 @@ from tallystick.payments import Need, Purse
 from tallystick.prefixes import Form
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.cost import Workload
+from tallystick.routing.proven import Proven
 from tallystick.routing.reputation import Reputation
 from tallystick.routing.suspicions import Suspicions
 from tallystick_protocol.errors import NoRoute
@@ -57,9 +58,10 @@ class Setting:
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
     reputation: learns what its nodes deliver; suspicions: which pairs of nodes of different classes disagree a little,
-    again and again. numeric_class: the only one that hops may be of. keep_evidence: stores a bundle against a hop that
-    was found wrong, and returns its CID; None: none is gathered. recompute: from a bundle and the receipt that it is
-    about, the output's root as the client computes it, or NoAuditor; None: it does not.
+    again and again; proven: classes in which equal bits count. numeric_class: the only one that hops may be of.
+    keep_evidence: stores a bundle against a hop that was found wrong, and returns its CID; None: none is gathered.
+    recompute: from a bundle and the receipt that it is about, the output's root as the client computes it, or
+    NoAuditor; None: it does not.
     """
 
     peers: Peers
@@ -80,6 +82,7 @@ class Setting:
     work: Workload = field(default_factory=lambda: Workload(0))
     reputation: Reputation = field(default_factory=Reputation)
     suspicions: Suspicions = field(default_factory=Suspicions)
+    proven: Proven = field(default_factory=Proven)
     sketches: Sketches = "auto"
     numeric_class: Digest | None = None
     keep_evidence: Callable[[bytes], str] | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tallystick.attribution import Attribution, Cause
 from tallystick.routing.choice import apart, owners
 from tallystick.session.ballot import Ballot
+from tallystick.session.proving import succeeded
 from tallystick.session.remote import Remote
 from tallystick.session.voting import hear, vote
 from tallystick.verdict import Accusation, Check
@@ -72,7 +73,10 @@ class Succession:
         claim = claims[window]
         if claim.numeric_class != receipt.numeric_class:
             return False  # other bits; what it has signed is not what a successor of another class signs
-        if (claim.positions, claim.input) != (receipt.positions, receipt.input) or claim.output == receipt.output:
+        if (claim.positions, claim.input) != (receipt.positions, receipt.input):
+            return False
+        if claim.output == receipt.output:
+            succeeded(self._session, claim, receipt)
             return False
         if self.contradiction is None:
             log.warning("%s does not compute what %s has signed", receipt.node, claim.node)
@@ -102,8 +106,12 @@ class Succession:
             ballot.cast(receipt)
         parties = [c for c in session.setting.candidates if c.node in (found.before.node, found.after.node)]
         drawn = session.openings.draw_auditors(found.index, {found.before.node, found.after.node})
-        for candidate in apart(drawn, owners(parties)):
-            await hear(session, found.index, candidate, found.after, ballot)
+        taken = owners(parties)
+        for candidate in drawn:
+            if not apart([candidate], taken):
+                continue
+            if await hear(session, found.index, candidate, found.after, ballot) is None:
+                taken |= owners([candidate])
             if ballot.won is not None:
                 break
         else:

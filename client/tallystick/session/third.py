@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from tallystick.routing.choice import owners
 from tallystick.session.auditing import Audit, Disagreement, Ruling
 from tallystick.session.evidence import gather
+from tallystick.session.proving import agreed
 from tallystick_protocol.errors import NoAuditor, TallystickError
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.types import Digest
@@ -41,6 +43,9 @@ async def rule(session: Session, audit: Audit, disagreement: Disagreement) -> Ru
     """Two against one, by what the client computes itself. Raises NoAuditor, also when all three differ."""
     claim, answer, itself = disagreement.hop, disagreement.auditor, session.setting.key.address
     root = await recompute(session, audit.index, claim)
+    for remote, receipt in ((session.hops[audit.index], claim), (audit.remote, answer)):
+        if root == receipt.output and receipt.numeric_class == claim.numeric_class:
+            agreed(session, receipt, owners([remote.candidate]), {itself})
     if root == claim.output:
         return Ruling(answer.node, (claim.node, itself))
     if root == answer.output or answer.numeric_class != claim.numeric_class:

@@ -173,6 +173,7 @@ def merge(verdicts: list[Verdict]) -> Verdict:
         total.replaced += verdict.replaced
         total.unverifiable += verdict.unverifiable
         total.unaudited += verdict.unaudited
+        total.unproven += [one for one in verdict.unproven if one not in total.unproven]
         total.not_slashable += verdict.not_slashable
         total.moved += verdict.moved
         for node, paid in verdict.paid.items():
