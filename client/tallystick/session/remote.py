@@ -226,10 +226,10 @@ class Remote:
             self._once.check(receipt)
             if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
                 return  # signed before rows of it were taken back
+            self.sealed[receipt] = sealed_field(frame, "receipt")
             if self._closes(receipt):
                 return
             self.arrivals[receipt] = int(time.time())
-            self.sealed[receipt] = sealed_field(frame, "receipt")
             hearing.on_receipt(self, receipt)
         elif frame.kind in (Kind.RESULT, Kind.TENSOR):
             hearing.on_result(self, frame)
