@@ -122,7 +122,8 @@ class Repair:
                 return True
         for index, hop in enumerate(self._session.hops):
             if hop.is_draining and index not in self._unmoved and self.has_stand_in(index):
-                self.migrate(index, self._session.openings.stand_ins(index)[0], "draining")
+                why = "unstaked" if hop.node in self._session.stakes.gone else "draining"
+                self.migrate(index, self._session.openings.stand_ins(index)[0], why)
         await self._find_auditors()
         return await self._finish_migration()
 
