@@ -392,6 +392,7 @@ class AsyncClient(Tasks):
             wire=self.settings.wire,
             wait_s=self.settings.wait_s,
             look_again=partial(self.planning.look_again, record),
+            unstaked=partial(self.network.unstaked, record),
             on_waiting=lambda error: self.settings.notify(
                 f"waiting up to {self.settings.wait_s:g} s for a node: {error.message}"
             ),

@@ -15,7 +15,7 @@ import numpy as np
 
 from tallystick.payments import Need, Purse
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import auditors, draw, stand_ins
+from tallystick.routing.choice import auditors, draw, owners, stand_ins, strangers_first
 from tallystick.routing.planner import no_route
 from tallystick.session.openings import AUDITOR_PRICE_FACTOR
 from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
@@ -117,7 +117,9 @@ class Lane:
         possible = auditors(shop.candidates, self._route, self._index, shop.avoid)
         usual = statistics.median(c.offer.price for c in possible) if possible else 0
         coins = [1.0 - _COINS.random() for _ in possible]
-        self._drawn = draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
+        drawn = draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
+        after = owners(self._route[self._index + 1 : self._index + 2])
+        self._drawn = strangers_first(drawn, self._route[self._index], after)
         return [self._route[self._index], *(self._drawn[:1] if shop.verdict.policy == "full" else [])]
 
     async def ask(

@@ -164,6 +164,11 @@ class Network:
         silent += [(entry.record.node, "it has not answered yet") for entry in asked.unanswered()]
         return replace(known, candidates=_candidates(answers), silent=silent)
 
+    async def unstaked(self, record: ModelRecord, nodes: Collection[Address]) -> dict[Address, str]:
+        """Those of these nodes that do not stake for a model any more, and what the chain says. Raises ChainError."""
+        found = await asyncio.to_thread(self.chain.nodes, sorted(nodes))
+        return {one.node: why for one in found if (why := one.why_gone(record.id))}
+
     def _serving(self, record: ModelRecord) -> tuple[list[Serving], bool]:
         """Who serves a model, those that have ever answered first, and whether their stake adds up. Blocking."""
         serving = self.chain.serving(record.id)

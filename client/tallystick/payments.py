@@ -110,6 +110,13 @@ class Purse:
         with self._lock:
             return self._deposit([(node, Wei(self._held[node]))])
 
+    def cover(self, node: Address, needed: Wei) -> Wei:
+        """As `refill`, for a node that waits until its channel holds so much; nothing if it does by now."""
+        with self._lock:
+            if self._chain.funds(self.client, node).latest >= needed:
+                return Wei(0)
+            return self._deposit([(node, Wei(self._held[node]))])
+
     def _hold(self, needs: list[Need], sign: int) -> None:
         with self._books:
             for need in needs:

@@ -96,6 +96,10 @@ class NodeConfig(BaseSettings):
     jury_positions: int = Field(4096, ge=32, le=4096, description="positions that are recomputed for a case at most")
     jury_seconds: float = Field(3600.0, ge=1, description="time that recomputing a case may take")
     jury_disk: int = Field(8 << 30, ge=1 << 20, description="evidence and pieces of spans not served here, at most")
+    jury_appeal_max: int = Field(0, ge=0, description="bonds of appeals, open or lost, in cases of others at most")
+    appeal_max: int = Field(
+        3 * 10**20, ge=0, description="bonds of appeals, open or lost, in cases by or against this node at most"
+    )
     jury_poll_s: float = Field(15.0, ge=0.1, le=600, description="how often the Court is looked at")
     offer_lifetime_s: int = Field(3600, ge=60, le=86400, description="how long an offer holds")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="what is logged")

@@ -24,11 +24,13 @@ def claim(
     domain: Domain = samples.STAKING,
     one_shot: bool = False,
     between: bool = False,
+    closing: dict[str, Any] | None = None,
     **parts: Any,
 ) -> Bundle:
     """receipt: its node, model, class, session, attempt and span are taken over. outputs: empty where there is none.
 
-    between: the span is followed by another one, so that every position has an output. parts: of the bundle.
+    between: the span is followed by another one, so that every position has an output. closing: a closing receipt
+    comes last, which says these things otherwise. parts: of the bundle.
     """
     sealed, previous = [], ZERO32
     size = len(want) if one_shot else WINDOW
@@ -45,7 +47,11 @@ def claim(
         )
         previous = digest(domain, signed)
         sealed.append(seal(domain, signed, key))
-    last = [row for row in outputs[size * (len(sealed) - 1) :] if row]
+    if closing is not None:
+        answered = replace(signed, challenge=samples.digest("challenge"), sketches=samples.digest("sketches"))
+        closed = replace(answered, **{"revision": signed.revision + 1, "previous": previous, **closing})
+        sealed.append(seal(domain, closed, key))
+    last = [row for row in outputs[signed.first :] if row]
     values: dict[str, Any] = {
         "numerics": context.numerics, "wire": context.wire, "top_k": context.top_k, "sealed": tuple(sealed),
         "want": tuple(want), "inputs": tuple(inputs), "outputs": tuple(last), "all_outputs": between,

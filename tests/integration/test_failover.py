@@ -24,14 +24,17 @@ from conftest import Running
 from harness.waiting import eventually
 from tallystick import AsyncClient, Sampling, Token
 from tallystick.generation import Answer, Stream
+from tallystick.session import stakes
 from tallystick.session.watch import STEP_LIMIT_S
 from tallystick.verdict import Policy
 from tallystick_devnet.demo import default_model
 from tallystick_devnet.faults import Faults, Victim
 from tallystick_devnet.leaks import Holdings, holdings, leaks
-from tallystick_devnet.localnet import thirds
+from tallystick_devnet.localnet import PASSWORD, thirds
+from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.errors import NoRoute
-from tallystick_protocol.types import Span
+from tallystick_protocol.keystore import open_keystore
+from tallystick_protocol.types import Span, Wei
 
 PROMPT = "The function returns a list of"
 TOKENS, LONG = 40, 440
@@ -224,6 +227,33 @@ async def test_two_hops_are_lost_at_once(broken: Broken) -> None:
     print(f"\ntwo hops killed: the longest time between two tokens was {gap:.2f} s")
     assert answer.ids == broken.truth[0.0] and len(answer.verdict.replaced) == 2
     await asyncio.to_thread(broken.faults.revive)
+
+
+@pytest.mark.nightly
+async def test_a_node_whose_stake_leaves_is_left_between_two_tokens(
+    broken: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on serving; the client sees it on chain, and does not use it in the next session either."""
+    monkeypatch.setattr(stakes, "STAKES_S", 0.5)
+    chain = broken.running.net.chain
+    left: list[tuple[str, Wallet, Wei]] = []
+
+    def unbond(stream: Stream) -> None:
+        victim = broken.at(stream, 1)
+        wallet = Wallet(chain.chain(), open_keystore(victim.node.folder / "cold.json", PASSWORD))
+        stake = chain.chain().node(wallet.address).active
+        wallet.send("leaving", wallet.chain.staking.functions.unbond(stake))
+        left.append((victim.node.address, wallet, stake))
+
+    answer, _, _ = await broken.ask(unbond, tokens=LONG, sampling=SEEDED)
+    ((address, wallet, stake),) = left
+    assert answer.ids[:TOKENS] == broken.truth[0.9]
+    assert [(lost, why) for lost, _, why in answer.verdict.replaced] == [(address, "unstaked")]
+    answer, stream, _ = await broken.ask()
+    assert address not in {candidate.node for candidate in stream.session_route}
+    await asyncio.to_thread(chain.give, wallet.address, tokens=stake)
+    await asyncio.to_thread(wallet.stake, wallet.address, stake)
+    assert not await broken.left()
 
 
 async def test_a_node_that_stops_is_left_between_two_tokens(broken: Broken) -> None:

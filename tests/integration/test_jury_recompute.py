@@ -47,9 +47,14 @@ class Bench:
     numeric_class: Digest
 
     def claimed(
-        self, span: Span, spoil: Callable[[Any], None] = lambda _: None, wire: Wire = "f32", **changes: Any
+        self,
+        span: Span,
+        spoil: Callable[[Any], None] = lambda _: None,
+        wire: Wire = "f32",
+        closing: dict[str, Any] | None = None,
+        **changes: Any,
     ) -> Bundle:
-        """What a node signs for 70 positions that it computed. spoil: changes its model."""
+        """What a node signs for 70 positions that it computed. spoil: changes its model. closing: of `claim`."""
         model = load_span(self.manifest, span, lambda piece: Path(self.pieces[str(piece.cid)]))
         spoil(model)
         rows = RowFormat(self.manifest, span, TOP_K, wire)
@@ -64,8 +69,9 @@ class Bench:
         receipt = samples.receipt(start=span.start, end=span.end, numeric_class=self.numeric_class)
         context = Context(self.manifest.numerics, wire, TOP_K, ())
         return claim(
-            replace(receipt, **changes), inputs, outputs, want, context=context, key=KEY, between=not rows.is_last
-        )
+            replace(receipt, **changes), inputs, outputs, want, context=context, key=KEY, between=not rows.is_last,
+            closing=closing,
+        )  # fmt: skip
 
     def job(self, bundle: Bundle) -> Job:
         path = self.folder / "evidence"
@@ -132,6 +138,14 @@ def test_without_output_rows_wrong_bits_are_a_fault_and_right_ones_clear(bench: 
     assert judge(bench.examine(replace(bench.claimed(span), outputs=None))) == Vote.CLEAR
     found = bench.examine(replace(bench.claimed(span, noisy(0.3)), outputs=None))
     assert (found.equal, found.error, judge(found)) == (False, None, Vote.FAULT)
+
+
+def test_a_closing_receipt_is_judged_by_itself(bench: Bench) -> None:
+    span = spans(bench)[1]
+    assert judge(bench.examine(bench.claimed(span, closing={}))) == Vote.CLEAR
+    assert judge(bench.examine(bench.claimed(span, noisy(0.3), closing={}))) == Vote.GUILTY
+    lie = replace(bench.claimed(span, closing={"output": samples.digest("lie")}), outputs=None)
+    assert judge(bench.examine(lie)) == Vote.FAULT  # the window's own receipt is right
 
 
 @pytest.mark.parametrize("wire", ["bf16", "int8"])

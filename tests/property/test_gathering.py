@@ -15,6 +15,7 @@ from tallystick.session.session import Session
 from tallystick_protocol.errors import BadEvidence, BadFrame, BadPosition, CorruptResult
 from tallystick_protocol.evidence.checking import check_model, read_evidence
 from tallystick_protocol.frames import Frame, Kind
+from tallystick_protocol.types import ZERO32
 from tallystick_protocol.wire import Wire
 
 PROMPT = [7 + 3 * i % 90 for i in range(70)]
@@ -54,6 +55,26 @@ def test_every_hop_can_be_shown_to_a_jury(models: Models, tmp_path: Path, wire: 
                 assert evidence.accused == hop.standing.receipts[window]
                 assert evidence.bundle.outputs is not None
                 assert evidence.signers == {hop.candidate.signer}
+        await session.close()
+        await stopped(world)
+
+    fast(run)
+
+
+def test_a_closing_receipt_can_be_shown_behind_the_one_that_it_closes(models: Models, tmp_path: Path) -> None:
+    async def run() -> None:
+        world = models.world(tmp_path)
+        world.sketches = "on"
+        session = await talked(world)
+        for index, hop in enumerate(session.hops):
+            (closing,) = hop.sealed.keys() - set(hop.standing.receipts)
+            window = len(hop.standing.receipts) - 1
+            data = await gather(session, index, Disagreement(window, closing, closing))
+            evidence = read_evidence(session.setting.domain, data)
+            check_model(evidence, world.manifest)
+            assert evidence.receipts == (*hop.standing.receipts, closing)
+            assert ZERO32 not in (closing.challenge, closing.sketches)
+            assert evidence.bundle.outputs is not None
         await session.close()
         await stopped(world)
 

@@ -148,6 +148,46 @@ def test_one_window_of_many_positions_is_for_spans_that_are_not_causal() -> None
     refused(found, "windows of 32")
 
 
+@pytest.mark.parametrize("positions", [10, 32, 40, 64])
+def test_a_closing_receipt_is_tried_behind_the_one_that_it_closes(positions: int) -> None:
+    found = bundle(positions, closing={})
+    evidence = read_evidence(samples.STAKING, found.encode())
+    check_model(evidence, MANIFEST)
+    standing, accused = evidence.receipts[-2:]
+    assert evidence.digest == digest(samples.STAKING, accused) != digest(samples.STAKING, standing)
+    assert (accused.positions, accused.previous) == (standing.positions, digest(samples.STAKING, standing))
+    assert evidence.num_windows == (positions + 31) // 32
+    lie = bundle(positions, closing={"output": samples.digest("lie")})
+    evidence = read_evidence(samples.STAKING, replace(lie, outputs=None).encode())  # readable, and judged by itself
+    assert evidence.accused.output == samples.digest("lie")
+    refused(lie, "output rows do not hash")  # which are the right ones
+
+
+@pytest.mark.parametrize("positions", [10, 40, 64, 70])
+def test_one_shot_sessions_are_closed_too(positions: int) -> None:
+    ids, wanted = [bytes(4)] * positions, [True] * positions
+    found = claim(samples.receipt(), ids, ids, wanted, context=CONTEXT, key=KEY, one_shot=True, closing={})
+    assert Bundle.decode(found.encode()) == found
+    assert read_evidence(samples.STAKING, found.encode()).num_windows == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (bundle(closing={"previous": samples.digest("x")}), "does not name"),
+        (bundle(closing={"last": 39}), "positions"),
+        (bundle(closing={"last": 41}), "positions"),
+        (bundle(closing={"attempt": 1}), "not of one node"),
+        (bundle(closing={"input": samples.digest("x")}), "input rows"),
+        (bundle(closing={"context": samples.digest("x")}), "side inputs"),
+        (replace(bundle(closing={}), sealed=(*bundle(closing={}).sealed, bundle(closing={}).sealed[-1])), "positions"),
+        (replace(bundle(closing={}), sealed=(bundle().sealed[0], bundle(closing={}).sealed[-1])), "does not name"),
+    ],
+)
+def test_what_closes_nothing_is_refused(found: Bundle, why: str) -> None:
+    refused(found, why)
+
+
 def header(**changes: int) -> bytes:
     """A header alone, of the good bundle but for some fields."""
     names = (

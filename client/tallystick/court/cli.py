@@ -1,4 +1,4 @@
-"""`tallystick evidence` and `tallystick accuse`: what there is against a node, and the case in Court."""
+"""`tallystick evidence`, `accuse`, `case` and `appeal`: what there is against a node, and the case in Court."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tallystick.court.accusing import accuse, load_evidence
-from tallystick_protocol.chain.docket import Docket, Standing
+from tallystick.court.appealing import appeal
+from tallystick_protocol.chain.court import State
+from tallystick_protocol.chain.docket import LAST_ROUND, Docket, Standing
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.cid import Cid
@@ -37,8 +39,13 @@ def add(
         parser.add_argument("--store", type=Path, default=os.environ.get("TALLYSTICK_STORE", "content"))
         parser.add_argument("--json", action="store_true", help="one JSON object")
     case = commands.add_parser("case", help="how a case in Court stands")
-    case.add_argument("id", help="as `tallystick accuse` told it, 0x…")
     case.set_defaults(command=lambda options: _case(options, open_chain(options)))
+    appealing = commands.add_parser("appeal", help="appeal against what the jury of a case says, for a bond")
+    appealing.add_argument("--max-bond", type=int, help="token base units that the bond may take")
+    appealing.add_argument("--json", action="store_true", help="one JSON object")
+    appealing.set_defaults(command=lambda options: _appeal(options, Wallet(open_chain(options), open_key(options))))
+    for parser in (case, appealing):
+        parser.add_argument("id", help="as `tallystick accuse` told it, 0x…")
 
 
 def _evidence(options: argparse.Namespace, chain: Chain) -> int:
@@ -57,15 +64,35 @@ async def _accuse(options: argparse.Namespace, wallet: Wallet) -> int:
 
 
 def _case(options: argparse.Namespace, chain: Chain) -> int:
-    docket = Docket(chain)
+    docket, id_ = Docket(chain), _id(options.id)
+    standing = docket.standing(id_)
+    told = _told(standing)
+    if standing.state is State.DRAWN and standing.round < LAST_ROUND:
+        times = docket.times()
+        begin = standing.commit_end + times.reveal
+        told |= {
+            "votes_say": docket.verdict_so_far(id_).name.lower(), "appeal_bond_wei": docket.appeal_bond(id_),
+            "appeal_from": begin, "appeal_until": begin + times.appeal,
+        }  # fmt: skip
+    print(json.dumps(told))
+    return 0
+
+
+async def _appeal(options: argparse.Namespace, wallet: Wallet) -> int:
+    most = None if options.max_bond is None else Wei(options.max_bond)
+    made = await asyncio.to_thread(appeal, wallet, _id(options.id), most)
+    _tell(options, {"round": made.round, "against": made.against.name.lower(), "bond_wei": made.bond})
+    return 0
+
+
+def _id(text: str) -> Digest:
     try:
-        id_ = Digest(bytes.fromhex(options.id.removeprefix("0x")))
+        id_ = Digest(bytes.fromhex(text.removeprefix("0x")))
     except ValueError:
         id_ = Digest(b"")
     if len(id_) != 32:
-        raise ConfigError(f"{options.id!r} is not the id of a case (0x and 64 hex digits)")
-    print(json.dumps(_told(docket.standing(id_))))
-    return 0
+        raise ConfigError(f"{text!r} is not the id of a case (0x and 64 hex digits)")
+    return id_
 
 
 def _told(standing: Standing) -> dict[str, Any]:

@@ -66,6 +66,21 @@ def _independent(found: list[Candidate], route: list[Candidate], index: int) -> 
     return apart(found, owners(route[max(0, index - 1) : index + 1]))
 
 
+def strangers_first(drawn: list[Candidate], hop: Candidate, acquainted: Collection[Address]) -> list[Candidate]:
+    """Auditors in the order in which they are asked: the hop's class before others, and in each first those who have
+    not been shown what the hop answered. Who has could say the same without computing.
+
+    acquainted: owners of nodes that get the hop's rows and receipts anyhow, as its next hop or to check that one.
+    """
+    return sorted(
+        drawn,
+        key=lambda c: (
+            c.offer.numeric_class != hop.offer.numeric_class,
+            c.operator in acquainted or c.payee in acquainted,
+        ),
+    )
+
+
 def checkable(candidates: list[Candidate], avoid: Collection[Address], across: bool = False) -> list[Candidate]:
     """Those that somebody else could check, over their whole span and with no regard to the hop before.
 

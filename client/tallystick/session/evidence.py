@@ -19,14 +19,17 @@ log = logging.getLogger(__name__)
 
 
 async def gather(session: Session, index: int, disagreement: Disagreement) -> bytes:
-    """The bundle about the disputed receipt of hop `index`: as a juror would read it, else nothing.
+    """The bundle about the disputed receipt of hop `index`, which may be a closing one: as a juror would read it, else
+    nothing.
 
     The rows that entered come from the hop before, those that left from the client itself or, between hops, from the
     accused: without them a juror can find wrong bits, and no more than a fault. Raises BadEvidence, Unreachable, and
     what the hop before answers.
     """
     hop, accused, setting = session.hops[index], disagreement.hop, session.setting
-    receipts = [*hop.standing.receipts[: disagreement.window], accused]
+    window, standing = disagreement.window, hop.standing
+    closes = accused.previous in standing.digests[window : window + 1]
+    receipts = [*standing.receipts[: window + closes], accused]
     if index == 0:
         inputs = session.input_rows(0, accused.last)
     else:

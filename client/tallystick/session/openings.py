@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from tallystick.attribution import failed
 from tallystick.payments import Need
 from tallystick.routing.candidates import Candidate
-from tallystick.routing.choice import auditors, draw, foreign_auditors, of_other_classes
+from tallystick.routing.choice import (
+    auditors,
+    draw,
+    foreign_auditors,
+    of_other_classes,
+    owners,
+    strangers_first,
+)
 from tallystick.routing.route import successors
 from tallystick.session.auditing import Audit
 from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
@@ -49,6 +56,7 @@ class Openings:
         self._reserved: list[Need] = []
         self._give_up_at: dict[int, float] = {}
         self._opened: set[Address] = set()
+        self._entered: dict[int, set[Address]] = {}
         self._any_class: set[int] = set()
 
     async def open_hop(self, index: int) -> None:
@@ -179,6 +187,7 @@ class Openings:
         if candidate.node in self._opened:  # what was set aside for it may be spent
             await asyncio.to_thread(setting.purse.top_up, candidate.node)
         self._opened.add(candidate.node)
+        self._entered.setdefault(candidate.span.start, set()).update(owners([candidate]))
         ask = partial(Remote.open, setting.peers, candidate, opening, setting.key, setting.domain, setting.purse)
         try:
             remote = await ask()
@@ -217,13 +226,21 @@ class Openings:
 
     def draw_auditors(self, index: int, avoid: Collection[Address] = ()) -> list[Candidate]:
         """Who may check hop `index`, drawn at random by stake; not at many times the usual price. Its own class comes
-        first, others only where sketches are in use, those that count before the rest."""
+        first, others only where sketches are in use, those that count before the rest; `strangers_first` in each."""
         drawn: list[Candidate] = []
         for possible in self._auditors(index, avoid):
             coins = [1.0 - _COINS.random() for _ in possible]
             usual = statistics.median(c.offer.price for c in possible) if possible else 0
             drawn += draw(possible, coins, int(AUDITOR_PRICE_FACTOR * usual))
-        return drawn
+        return self._in_order(index, drawn)
+
+    def _in_order(self, index: int, drawn: list[Candidate]) -> list[Candidate]:
+        """The next hop, all who were, and whoever checks it get what hop `index` answered; whoever checks the hop
+        before would be shown what that one answered."""
+        session, hop = self._session, self._session.route[index]
+        beside = [audit.remote.candidate for audit in session.audits if audit.index == index - 1]
+        acquainted = owners([*session.route[index + 1 : index + 2], *beside])
+        return strangers_first(drawn, hop, acquainted | self._entered.get(hop.span.end, set()))
 
     def may_audit(self, candidate: Candidate, index: int) -> bool:
         """Whether a node may still check hop `index`."""
@@ -244,7 +261,7 @@ class Openings:
 
     async def open_audit(self, index: int, drawn: list[Candidate] | None = None) -> None:
         """Open an auditor for hop `index`: a session of its own, fed by the hop before. Raises NoAuditor."""
-        for candidate in self.draw_auditors(index) if drawn is None else drawn:
+        for candidate in self.draw_auditors(index) if drawn is None else self._in_order(index, drawn):
             if candidate.node in self._session.unfit or candidate.node == self._session.route[index].node:
                 continue
             try:

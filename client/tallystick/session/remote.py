@@ -128,6 +128,7 @@ class Remote:
         self.due_after: dict[int, int] = {}
         self._due_to = self._dropped = 0
         self.is_draining = False
+        self.lacks: Wei | None = None
         self.crops: list[tuple[int, int]] = []
         self.line = Line(candidate.node, channel)
         self._domain = domain
@@ -226,10 +227,10 @@ class Remote:
             self._once.check(receipt)
             if receipt.last > self.kept_of(take(frame.body, "epoch", int, 0)):
                 return  # signed before rows of it were taken back
+            self.sealed[receipt] = sealed_field(frame, "receipt")
             if self._closes(receipt):
                 return
             self.arrivals[receipt] = int(time.time())
-            self.sealed[receipt] = sealed_field(frame, "receipt")
             hearing.on_receipt(self, receipt)
         elif frame.kind in (Kind.RESULT, Kind.TENSOR):
             hearing.on_result(self, frame)
@@ -245,6 +246,9 @@ class Remote:
                 self._is_reminded = True
                 return
             if self._is_overtaken(error):
+                return
+            if error.code == "insufficient_funds" and error.fields.get("waits") is True and "of" not in frame.body:
+                self.lacks = Wei(_number(error, "needed") or 0)
                 return
             if isinstance(error, Draining):
                 self.is_draining = True
@@ -430,6 +434,11 @@ class Remote:
             self.rows_paid = rows
             self._voucher = Frame(Kind.VOUCHER, {"voucher": purse.promise(self.node, more)})
             self._signed = purse.promised(self.node)
+            await self.send(self._voucher)
+
+    async def show_voucher(self) -> None:
+        """Send the last voucher again: a node that waits for money looks at its channel then."""
+        if self._voucher is not None:
             await self.send(self._voucher)
 
     def _debt(self, purse: Purse) -> Wei | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from tallystick_protocol.errors import (
     NoAuditor,
     Overloaded,
     TallystickError,
+    Unreachable,
 )
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.types import WINDOW, Address
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 SETTLE_TIMEOUT_S = 60.0
 INSIST_S = 0.3
 LEASE_S = 20.0
+FUNDINGS = 2
 COMPLAINTS = ("link_mismatch", "bad_tensor", "bad_position")
 """What a hop says of rows or receipts of the one before."""
 
@@ -66,6 +69,7 @@ class Repair:
         self.wrong_from: dict[Remote, int] = {}
         self.unaudited: dict[int, float] = {}
         self._tried_at: dict[int, float] = {}
+        self._funded: Counter[Remote] = Counter()
         self._pointed: dict[Remote, asyncio.Future[None]] = {}
 
     @property
@@ -93,6 +97,10 @@ class Repair:
         if self.succession.contradiction is not None:
             await self.succession.judge()
             return True
+        for remote in self._session.everybody():
+            if remote.lacks is not None:
+                await self._fund(remote)
+                return True
         for index, hop in enumerate(self._session.hops):
             if hop.failure is not None:
                 await self._mend(index, hop.failure)
@@ -127,9 +135,27 @@ class Repair:
                 return True
         for index, hop in enumerate(self._session.hops):
             if hop.is_draining and index not in self._unmoved and self.has_stand_in(index):
-                self.migrate(index, self._session.openings.stand_ins(index)[0], "draining")
+                why = "unstaked" if hop.node in self._session.stakes.gone else "draining"
+                self.migrate(index, self._session.openings.stand_ins(index)[0], why)
         await self._find_auditors()
         return await self._finish_migration()
+
+    async def _fund(self, remote: Remote) -> None:
+        """A node waits for money in its channel: put there once more what was set aside for it. A node that says so
+        again and again is believed twice; without money somebody else may put it there, as long as the node waits."""
+        needed, remote.lacks = remote.lacks, None
+        assert needed is not None
+        self._funded[remote] += 1
+        if self._funded[remote] > FUNDINGS:
+            return
+        log.warning("the channel to %s is used up: %d token units are needed there", remote.node, needed)
+        try:
+            await asyncio.to_thread(self._session.setting.purse.cover, remote.node, needed)
+            await remote.show_voucher()
+        except (ConfigError, ChainError) as error:
+            log.warning("it cannot be filled (%s); within 45 s: tallystick fund --node %s", error, remote.node)
+        except Unreachable:
+            return  # it is mended in its turn
 
     def _note_failed(self, audit: Audit) -> None:
         """Put down why an auditor goes. Who was too busy is not gone for other sessions."""

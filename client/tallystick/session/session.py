@@ -28,6 +28,7 @@ from tallystick.session.rewinding import Rewinding
 from tallystick.session.ring import Ring
 from tallystick.session.setting import Setting
 from tallystick.session.sketching import Sketching
+from tallystick.session.stakes import Stakes
 from tallystick.session.watch import IDLE_S, LOOK_EVERY_S, Watch
 from tallystick.verdict import Verdict
 from tallystick_protocol.errors import NoAuditor, TallystickError, Unreachable
@@ -72,6 +73,7 @@ class Session:
         self.epoch = 0
         self.witnesses: set[Remote] = set()
         self.watch = Watch(self)
+        self.stakes = Stakes(self)
         self.ring: Ring | None = None
         self.monitor = Monitor(setting.reputation, route, setting.candidates, setting.work)
         self.books = Books(self)
@@ -100,8 +102,9 @@ class Session:
 
     @property
     def unfit(self) -> set[Address]:
-        """Nodes that take no part: those that lied or are banned, those that were lost, and those to be kept apart."""
-        return self.avoid | self.lost | self.apart()
+        """Nodes that take no part: those that lied or are banned, that were lost, whose stake has left, and those to be
+        kept apart."""
+        return self.avoid | self.lost | self.stakes.gone.keys() | self.apart()
 
     @property
     def nodes(self) -> set[Address]:
@@ -312,12 +315,13 @@ class Session:
                 await asyncio.gather(task, return_exceptions=True)
         await self.lookout.close()
         await self.repair.call_off()
+        await self.stakes.close()
         for remote in self.everybody():
             self.books.note_payment(remote)
             await remote.close()
         await self.farewells.settle()
         self.openings.release()
-        blameless = {"draining", "slow", "overloaded"}
+        blameless = {"draining", "unstaked", "slow", "overloaded"}
         if self.watch.longest_pause_s > IDLE_S:
             blameless.add("session_unknown")
         left = {old for old, _, why in self.verdict.replaced if why in blameless}
@@ -374,3 +378,4 @@ class Session:
                 self.work.set()
             await self.watch.look()
             self.lookout.look()
+            self.stakes.look()

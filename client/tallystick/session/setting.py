@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -18,7 +18,7 @@ from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.peer import Peers
 from tallystick_protocol.receipts import Context, Receipt, rows_root
 from tallystick_protocol.signing import Domain, Key
-from tallystick_protocol.types import Digest, Span, Wei
+from tallystick_protocol.types import Address, Digest, Span, Wei
 from tallystick_protocol.vouchers import charge
 from tallystick_protocol.wire import Wire
 
@@ -50,12 +50,17 @@ async def _nobody() -> list[Candidate]:
     return []
 
 
+async def _none_of(_: Collection[Address]) -> dict[Address, str]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What a session needs of its client. stack: the layers from token ids to a result. top_k 0: dense rows.
 
     wire: how hidden rows travel between hops (`tallystick_protocol.wire`).
     wait_s: how long to wait for a node when layers are not served any more; look_again: who serves them now;
+    unstaked: which of some nodes do not stake for the model any more, and what the chain says of them.
     on_waiting: called with the error that will be raised when nobody comes. work: what the route was planned for;
     reputation: learns what its nodes deliver; suspicions: which pairs of nodes of different classes disagree a little,
     again and again; proven: classes in which equal bits count. numeric_class: the only one that hops may be of.
@@ -78,6 +83,7 @@ class Setting:
     wire: Wire = "f32"
     wait_s: float = 0.0
     look_again: Callable[[], Awaitable[list[Candidate]]] = _nobody
+    unstaked: Callable[[Collection[Address]], Awaitable[dict[Address, str]]] = _none_of
     on_waiting: Callable[[NoRoute], None] = lambda _: None
     work: Workload = field(default_factory=lambda: Workload(0))
     reputation: Reputation = field(default_factory=Reputation)

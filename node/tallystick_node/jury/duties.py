@@ -17,7 +17,8 @@ TURNS = 8
 
 
 class Duty(Enum):
-    """WAIT: nothing. The others are calls of the Court; VOTE and REVEAL are for who has seats, the rest for anybody."""
+    """WAIT: nothing. The others are calls of the Court; VOTE and REVEAL are for who has seats, APPEAL is for who knows
+    better, the rest for anybody."""
 
     WAIT = "wait"
     DRAW = "draw"
@@ -25,6 +26,7 @@ class Duty(Enum):
     VOTE = "vote"
     REVEAL = "reveal"
     REDRAW = "redraw"
+    APPEAL = "appeal"
     RULE = "rule"
     ENFORCE = "enforce"
     SETTLE = "settle"
@@ -50,7 +52,7 @@ def duty_in(standing: Standing, times: Times, block: int, now: int, said: Verdic
     last = standing.round == LAST_ROUND
     if said is Verdict.MISSED and not last:
         return Duty.REDRAW
-    return Duty.RULE if now >= reveal_end + (0 if last else times.appeal) else Duty.WAIT
+    return Duty.RULE if now >= reveal_end + (0 if last else times.appeal) else Duty.APPEAL
 
 
 def is_late(standing: Standing, times: Times, now: int) -> bool:

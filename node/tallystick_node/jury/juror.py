@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tallystick_node.config import NodeConfig
+from tallystick_node.jury.appealing import Appeals, Budget, Side, has_begun, is_worth_it, side_in
 from tallystick_node.jury.duties import Duty, duty_in, is_late, turns
 from tallystick_node.jury.holding import Holding
 from tallystick_node.jury.judging import Finding, judge
 from tallystick_node.jury.ledger import Ledger
-from tallystick_protocol.chain.court import State
+from tallystick_protocol.chain.court import State, Verdict, Vote
 from tallystick_protocol.chain.docket import Docket, Opening, Standing, is_fined, is_silent
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.content.store import LocalStore
@@ -36,7 +37,7 @@ from tallystick_protocol.evidence.checking import Evidence, check_model, read_ev
 from tallystick_protocol.evidence.recomputing import Job, recompute
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.transport.scopes import MayDial, scope_of
-from tallystick_protocol.types import ZERO32, Address, Digest, ModelId
+from tallystick_protocol.types import ZERO32, Address, Digest, ModelId, Wei
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class Juror:
         self.holding = Holding(self._folder, own, config.jury_bytes, config.jury_disk)
         self._ledger = Ledger(state / "jury.db")
         self._costs = Costs(config.jury_positions, config.jury_seconds)
+        budget = Budget(Wei(config.appeal_max), Wei(config.jury_appeal_max))
+        self._appeals = Appeals(self._docket, wallet, self._ledger, budget)
         self._judging: dict[Digest, asyncio.Task[Finding]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._last: dict[Digest, Finding] = {}
@@ -121,27 +124,35 @@ class Juror:
         look = await asyncio.to_thread(self._look_at, opening)
         if look is None:
             return
-        standing, duty, now, seats = look
-        if duty is Duty.VOTE:
+        standing, duty, now, seats, said = look
+        sworn = self._ledger.ballot(opening.id, standing.round)
+        vote = sworn.vote if sworn is not None else None
+        side = side_in(opening, self._node, self._wallet.address, vote)
+        if side in (Side.ACCUSED, Side.ACCUSER) and standing.state not in (State.RULED, State.ENFORCED):
+            self._finding(opening)  # a party wants to know in time, while the evidence is to be had
+        if duty is Duty.APPEAL:
+            await self._appeal(opening, standing, side, vote, said, now)
+        elif duty is Duty.VOTE:
             if seats:
                 await self._vote(opening, standing, seats, now)
         elif duty is Duty.REVEAL:
             await asyncio.to_thread(self._reveal, opening, standing)
         elif duty is Duty.SETTLE:
             if await asyncio.to_thread(self._settle, opening, standing):
+                await asyncio.to_thread(self._appeals.account, opening, standing.verdict)
                 self._close(opening)
         elif duty is not Duty.WAIT:
-            parties = (standing.accuser, standing.accused)
-            concerned = seats or self._node in parties or self._ledger.rounds(opening.id) or duty is Duty.RETARGET
+            concerned = seats or side or self._ledger.rounds(opening.id) or duty is Duty.RETARGET
             if concerned and self._is_our_turn(opening, duty):
                 await asyncio.to_thread(self._serve, opening, standing, duty)
 
-    def _look_at(self, opening: Opening) -> tuple[Standing, Duty, int, list[int]] | None:
-        """How a case stands, what is due, and this node's seats in its round."""
+    def _look_at(self, opening: Opening) -> tuple[Standing, Duty, int, list[int], Verdict] | None:
+        """How a case stands, what is due, the time, this node's seats in its round and what the votes say."""
         docket = self._docket
         (block, now), standing = docket.head(), docket.standing(opening.id)
         if standing.state is State.NONE:
             if block > opening.block + FORGET_BLOCKS:
+                self._appeals.account(opening, None)
                 self._close(opening)
             return None
         said = docket.verdict_so_far(opening.id)
@@ -151,8 +162,8 @@ class Juror:
         elif duty is Duty.DRAW:
             seed = docket.future_seed(opening.id, standing.round, standing.seed_block)
         else:
-            return standing, duty, now, []
-        return standing, duty, now, docket.seats(opening.id, standing, standing.round, self._node, seed)
+            return standing, duty, now, [], said
+        return standing, duty, now, docket.seats(opening.id, standing, standing.round, self._node, seed), said
 
     def _is_our_turn(self, opening: Opening, duty: Duty) -> bool:
         """Whether this node has left the others their turns."""
@@ -292,6 +303,18 @@ class Juror:
         return scope_of(ip) != "none" and self._may_dial(ip)
 
     # -- after the vote
+
+    async def _appeal(
+        self, opening: Opening, standing: Standing, side: Side | None, vote: Vote | None, said: Verdict, now: int
+    ) -> None:
+        """Appeal where this node knows better than the round."""
+        if side is None or not has_begun(side, standing, self._docket.times(), now):
+            return
+        finding = self._ledger.finding(opening.id)
+        if finding is None or not is_worth_it(side, finding, vote, said):
+            return
+        if side is not Side.JUROR or self._is_our_turn(opening, Duty.APPEAL):
+            await asyncio.to_thread(self._appeals.appeal, opening, standing, side)
 
     def _reveal(self, opening: Opening, standing: Standing) -> None:
         sworn = self._ledger.ballot(opening.id, standing.round)

@@ -1,4 +1,4 @@
-"""What a juror must not forget, written durably before anything that depends on it leaves: cases, findings, ballots.
+"""What a juror must not forget, written durably before what depends on it leaves: cases, findings, ballots, appeals.
 
 A ballot is made once for a case and round, with its vote and its salt, before its commitment is sent. Whatever is
 killed when, a restart sends that very commitment again, or reveals that very vote; it never makes another.
@@ -27,6 +27,9 @@ CREATE TABLE IF NOT EXISTS findings(id BLOB PRIMARY KEY, finding TEXT NOT NULL) 
 CREATE TABLE IF NOT EXISTS ballots(
   id BLOB NOT NULL, round INTEGER NOT NULL, seats TEXT NOT NULL, vote INTEGER NOT NULL, roots BLOB NOT NULL,
   salt BLOB NOT NULL, PRIMARY KEY(id, round)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS appeals(
+  id BLOB NOT NULL, round INTEGER NOT NULL, bond TEXT NOT NULL, others INTEGER NOT NULL,
+  lost INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(id, round)) WITHOUT ROWID;
 """
 
 
@@ -115,6 +118,32 @@ class Ledger:
         return [
             int(str(row[0])) for row in self._db.read("SELECT round FROM ballots WHERE id = ? ORDER BY round", case)
         ]
+
+    def pledge(self, case: Digest, round_: int, bond: Wei, others: bool, budget: Wei) -> bool:
+        """Enter the bond of an appeal, durable on return; False, and nothing, if it would exceed the budget.
+
+        others: whether the case is one of others, whose appeals have a budget of their own. Counted are those that
+        are open and those that were lost. Again is the same as once.
+        """
+        with self._db.transaction() as db:
+            rows = db.execute("SELECT id, round, bond FROM appeals WHERE others = ?", (others,)).fetchall()
+            if any((id_, at) == (case, round_) for id_, at, _ in rows):
+                return True
+            if sum(int(str(row[2])) for row in rows) + bond > budget:
+                return False
+            db.execute("INSERT INTO appeals VALUES(?,?,?,?,0)", (case, round_, str(bond), others))
+        return True
+
+    def pledges(self, case: Digest) -> list[int]:
+        """The rounds of a case whose appeals are open."""
+        rows = self._db.read("SELECT round FROM appeals WHERE id = ? AND lost = 0 ORDER BY round", case)
+        return [int(str(row[0])) for row in rows]
+
+    def end_pledge(self, case: Digest, round_: int, is_lost: bool) -> None:
+        """A lost bond counts from then on; one that came back, or was never paid, is forgotten."""
+        change = "UPDATE appeals SET lost = 1" if is_lost else "DELETE FROM appeals"
+        with self._db.transaction() as db:
+            db.execute(f"{change} WHERE id = ? AND round = ?", (case, round_))
 
     def close(self) -> None:
         self._db.close()

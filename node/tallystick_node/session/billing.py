@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from tallystick_node.stake import Lookups
 from tallystick_node.till import Funds, Till
-from tallystick_protocol.errors import PaymentRequired, TallystickError
+from tallystick_protocol.errors import InsufficientFunds, PaymentRequired, TallystickError
 from tallystick_protocol.signing import Domain, unseal
 from tallystick_protocol.types import Address, Wei
 from tallystick_protocol.vouchers import Voucher
 
 PAYMENT_TIMEOUT_S = 60.0
+FUNDS_TIMEOUT_S = 45.0
+"""For money in the channel: less than a client waits for anything at all."""
+
+FUNDS_POLL_S = 5.0
+"""How often a channel that does not hold enough is read again; a voucher has it read at once."""
 
 
 class Billing:
@@ -49,25 +55,31 @@ class Billing:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a step waits for a voucher."""
+        """Whether a step waits for a voucher, or for money in the channel."""
         return self._paid in self._waiting.get(self._client, ())
 
-    async def book(self, cost: Wei, is_void: Callable[[], bool]) -> bool:
-        """Charge a step as soon as it is within credit; False when it has become void meanwhile.
+    async def book(self, cost: Wei, is_void: Callable[[], bool], waits: bool = True) -> bool:
+        """Charge a step as soon as it is within credit and the channel holds it; False when it is void by then.
 
-        It is charged before it is computed: a client's sessions side by side share one credit. Raises PaymentRequired,
-        InsufficientFunds.
+        It is charged before it is computed: a client's sessions side by side share one credit. waits: whether the
+        client has time to fund its channel. Raises PaymentRequired, InsufficientFunds.
         """
-        till = self._till
+        till, until = self._till, 0.0
         while True:
             if not self._has_credit(cost):
                 await self._wait_for_voucher(cost, is_void)
             funds = await self._funds(Wei(till.account(self._client).owed + cost))
             if is_void():
                 return False
-            if self._has_credit(cost):
+            if not self._has_credit(cost):
+                continue
+            try:
+                till.check_funds(self._client, cost, funds)
                 break
-        till.check_funds(self._client, cost, funds)
+            except InsufficientFunds as short:
+                if not waits:
+                    raise
+                until = await self._wait_for_funds(short, until)
         till.charge(self._client, cost)
         self.charged_at = time.monotonic()
         return True
@@ -99,17 +111,42 @@ class Billing:
             owed=str(account.owed),
             signed=str(account.signed),
         )
+        try:
+            with self._in_line():
+                await self._tell(due)
+                async with asyncio.timeout(PAYMENT_TIMEOUT_S):
+                    while not self._has_credit(cost) and not is_void():
+                        await self._paid.wait()
+                        self._paid.clear()
+        except TimeoutError:
+            raise due from None
+
+    async def _wait_for_funds(self, short: InsufficientFunds, until: float) -> float:
+        """Wait until the channel is worth another look. until: when to give up; 0.0 at first, when the client is told.
+
+        Returns it. Raises `short` when it has come.
+        """
+        now = time.monotonic()
+        if until and now > until:
+            raise short
+        with self._in_line():
+            if not until:
+                await self._tell(InsufficientFunds(short.message, **{**short.fields, "waits": True}))
+            try:
+                async with asyncio.timeout(FUNDS_POLL_S):
+                    await self._paid.wait()
+            except TimeoutError:
+                pass
+        return until or now + FUNDS_TIMEOUT_S
+
+    @contextmanager
+    def _in_line(self) -> Iterator[None]:
+        """While held, `_paid` is set whenever something comes from the client."""
         waiting = self._waiting.setdefault(self._client, set())
         waiting.add(self._paid)
         self._paid.clear()
         try:
-            await self._tell(due)
-            async with asyncio.timeout(PAYMENT_TIMEOUT_S):
-                while not self._has_credit(cost) and not is_void():
-                    await self._paid.wait()
-                    self._paid.clear()
-        except TimeoutError:
-            raise due from None
+            yield
         finally:
             waiting.discard(self._paid)
             if not waiting:

@@ -113,7 +113,8 @@ class Passes:
 
     async def _charge(self, num_rows: int) -> None:
         model = self._engine.model
-        await self._billing.book(charge(model.span, model.manifest.layers, self._price, num_rows), lambda: False)
+        cost = charge(model.span, model.manifest.layers, self._price, num_rows)
+        await self._billing.book(cost, lambda: False, waits=False)
 
     async def _answer(self, request: int, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -66,6 +66,14 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
+class Appealed:
+    """An appeal against a round's verdict. by: the zero address where there is none."""
+
+    by: Address
+    against: Verdict
+
+
+@dataclass(frozen=True, slots=True)
 class Times:
     """The Court's delays: seconds, and blocks for lookahead and headers."""
 
@@ -120,6 +128,14 @@ class Docket:
     def ballot(self, id_: Digest, round_: int, juror: Address) -> Ballot:
         _, seats, fined, vote, settled = self._ask(self._court.ballots(id_, round_, juror))
         return Ballot(seats, fined, vote, settled)
+
+    def appealed(self, id_: Digest, round_: int) -> Appealed:
+        by, against = self._ask(self._court.appeals(id_, round_))
+        return Appealed(Address(by), Verdict(against))
+
+    def appeal_bond(self, id_: Digest) -> Wei:
+        """What an appeal against the current round's verdict takes."""
+        return Wei(int(self._ask(self._court.appealBond(id_))))
 
     def units(self, node: Address, time: int) -> int:
         """A node's units in cases opened at that time."""

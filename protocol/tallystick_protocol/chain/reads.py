@@ -54,6 +54,12 @@ class NodeRecord:
     seen_at: int = 0
     jailed: bool = False
 
+    def why_gone(self, model: ModelId) -> str:
+        """Why nothing stands behind what it signs for a model; empty where its stake does."""
+        if self.active == 0:
+            return f"its stake of {self.leaving} token units is leaving" if self.leaving else "it has no stake"
+        return "" if self.model == model else "it serves another model now"
+
 
 @dataclass(frozen=True, slots=True)
 class Serving:

@@ -114,6 +114,11 @@ class Wallet:
         """Jail a node that nobody has seen for too long."""
         self.send(f"jailing {node}", self.chain.staking.functions.jail(node))
 
+    def appeal(self, case: Digest, bond: Wei) -> None:
+        """Approve the bond and appeal against what the case's round says. Raises ChainError."""
+        self.send("approving the bond", self.chain.token.functions.approve(self.chain.court.address, bond))
+        self.send("appealing", self.chain.court.functions.appeal(case))
+
     def fund(self, client: Address, deposits: list[tuple[Address, Wei]]) -> None:
         """Approve and put tokens of this wallet into a client's channels. Raises ChainError."""
         total = sum(amount for _, amount in deposits)

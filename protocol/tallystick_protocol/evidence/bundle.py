@@ -1,7 +1,8 @@
 """The evidence about one accused receipt, as bytes that have one spelling and one content id.
 
-Integers are little-endian. The lengths of all parts follow from the header, so a bundle of another length is refused
-before any part of it is looked at.
+Integers are little-endian. The lengths of all parts follow from the header, and the number of output rows from where
+the accused receipt's window begins; a bundle of a length that the header does not allow is refused before any part of
+it is looked at.
 
 | bytes            | what                                                                               |
 |------------------|------------------------------------------------------------------------------------|
@@ -17,7 +18,8 @@ before any part of it is looked at.
 | 4                | bytes of an output row; 0 without output rows                                      |
 | 4                | m, rows of the encoder's states that a decoder's span was given, or 0              |
 | 4                | bytes of such a row, or 0                                                          |
-| n x 609          | sealed receipts of the accused, window by window, the accused one last             |
+| n x 609          | sealed receipts of the accused, window by window, the accused one last: that of a  |
+|                  | window, or one that closes the last window                                         |
 | (p + 7) / 8      | `want` of the positions [0, p), least significant bit first                        |
 | p                | token types, if any                                                                |
 | p x input row    | rows that came in at the positions [0, p)                                          |
@@ -32,10 +34,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tallystick_protocol.errors import BadEvidence
+from tallystick_protocol.errors import BadEvidence, ProtocolError
 from tallystick_protocol.manifest import Numerics
 from tallystick_protocol.receipts import Receipt, pack_flags, unpack_flags
-from tallystick_protocol.signing import SIGNATURE_BYTES
+from tallystick_protocol.signing import SIGNATURE_BYTES, from_words
 from tallystick_protocol.types import WINDOW
 from tallystick_protocol.wire import WIRES, Wire
 
@@ -116,8 +118,8 @@ class Bundle:
         inputs, memory = rows(positions, sizes.input_bytes), rows(sizes.memory_rows, sizes.memory_bytes)
         outputs = None
         if sizes.outputs:
-            span = WINDOW * (sizes.receipts - 1)
-            flags = want[span:] if sizes.outputs == _WANTED else (True,) * (positions - span)
+            first = min(_first_of(sealed[-1]), positions)
+            flags = want[first:] if sizes.outputs == _WANTED else (True,) * (positions - first)
             fits = at + sum(flags) * sizes.output_bytes == len(view) and any(flags) == bool(sizes.output_bytes)
             if not fits:
                 raise BadEvidence("output rows are those of the accused window's wanted positions, or of all")
@@ -153,7 +155,8 @@ class _Sizes:
             raise BadEvidence("not evidence of a version that is known here")
         sizes = _Sizes(*fields)
         sizes._check()
-        most = (0, WINDOW, WINDOW)[sizes.outputs] if sizes.receipts > 1 else sizes.positions * bool(sizes.outputs)
+        is_cut = sizes.receipts > 2  # else it may be one window, and a closing receipt
+        most = (WINDOW if is_cut else sizes.positions) * bool(sizes.outputs)
         before = sizes._before_outputs()
         if not before <= len(data) <= before + most * sizes.output_bytes:
             raise BadEvidence("the evidence's length is not what its header says")
@@ -165,8 +168,10 @@ class _Sizes:
         if not 0 < self.positions <= MAX_POSITIONS or self.memory_rows > MAX_POSITIONS:
             raise BadEvidence(f"evidence of {self.positions} positions; from 1 to {MAX_POSITIONS} are tried")
         windows = (self.positions + WINDOW - 1) // WINDOW
-        if self.receipts not in (1, windows):
-            raise BadEvidence(f"{self.receipts} receipts for {self.positions} positions; {windows}, or one window")
+        if self.receipts not in (1, 2, windows, windows + 1):
+            raise BadEvidence(
+                f"{self.receipts} receipts for {self.positions} positions; {windows}, or one window, and a closing one"
+            )
         if self.input_bytes < 1 or bool(self.memory_rows) != bool(self.memory_bytes):
             raise BadEvidence("rows that hold nothing")
         if bool(self.outputs) != bool(self.output_bytes) and self.outputs != _WANTED:
@@ -175,6 +180,14 @@ class _Sizes:
     def _before_outputs(self) -> int:
         rows = self.positions * (self.has_types + self.input_bytes) + self.memory_rows * self.memory_bytes
         return _HEADER.size + self.receipts * SEALED_BYTES + (self.positions + 7) // 8 + rows
+
+
+def _first_of(sealed: bytes) -> int:
+    """The position at which a receipt's window begins. Raises BadEvidence."""
+    try:
+        return from_words(Receipt, sealed[:-SIGNATURE_BYTES]).first
+    except ProtocolError as error:
+        raise BadEvidence(f"a receipt in it is none: {error.message}") from None
 
 
 def _row_bytes(rows: Sequence[bytes]) -> int:

@@ -24,8 +24,8 @@ _SAME = ("node", "model", "numeric_class", "session", "attempt", "start", "end")
 class Evidence:
     """A bundle whose parts fit each other.
 
-    receipts: window by window, the accused one last. digest: the accused one's. signers: who signed them, which only
-    the chain can tie to the accused.
+    receipts: window by window, the accused one last; behind the last window's its closing receipt, if that is accused.
+    digest: the accused one's. signers: who signed them, which only the chain can tie to the accused.
     """
 
     bundle: Bundle
@@ -36,6 +36,10 @@ class Evidence:
     @property
     def accused(self) -> Receipt:
         return self.receipts[-1]
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.receipts) - _is_closed(self.receipts)
 
 
 def read_evidence(domain: Domain, data: bytes | memoryview, accused: Digest | None = None) -> Evidence:
@@ -70,9 +74,9 @@ def check_model(evidence: Evidence, manifest: Manifest) -> None:
         raise BadEvidence(f"the receipts are about no span of the model: {error.message}") from None
     if bundle.numerics != manifest.numerics or bundle.num_positions > manifest.max_length:
         raise BadEvidence("the receipts are about other numerics, or more positions, than the model has")
-    if not causal and len(evidence.receipts) != 1:
+    if not causal and evidence.num_windows != 1:
         raise BadEvidence("a span in which a row depends on later ones has one window")
-    if causal and len(evidence.receipts) != (bundle.num_positions + WINDOW - 1) // WINDOW:
+    if causal and evidence.num_windows != (bundle.num_positions + WINDOW - 1) // WINDOW:
         raise BadEvidence("a causal span has windows of 32 positions")
     takes_ids = manifest.takes_ids(span)
     if len(bundle.inputs[0]) != (4 if takes_ids else hidden_bytes(bundle, manifest)):
@@ -119,15 +123,21 @@ def _check_outputs(bundle: Bundle, manifest: Manifest, accused: Receipt, is_resu
 
 
 def _check_chain(receipts: Sequence[Receipt], digests: Sequence[Digest], positions: int) -> None:
-    accused = receipts[-1]
+    accused, windows = receipts[-1], len(receipts) - _is_closed(receipts)
     for index, receipt in enumerate(receipts):
         if any(getattr(receipt, name) != getattr(accused, name) for name in _SAME):
             raise BadEvidence("the receipts are not of one node, model, class, session, attempt and span")
-        last = positions if index == len(receipts) - 1 else WINDOW * (index + 1)
-        if (receipt.first, receipt.last) != (WINDOW * index, last):
+        window = min(index, windows - 1)
+        last = positions if window == windows - 1 else WINDOW * (window + 1)
+        if (receipt.first, receipt.last) != (WINDOW * window, last):
             raise BadEvidence(f"receipt {index} is about positions {receipt.positions}")
         if receipt.previous != (digests[index - 1] if index else ZERO32):
             raise BadEvidence(f"receipt {index} does not name the one before it")
+
+
+def _is_closed(receipts: Sequence[Receipt]) -> bool:
+    """Whether the last receipt is about the window of the one before it, as only a closing one is."""
+    return len(receipts) > 1 and receipts[-1].first == receipts[-2].first
 
 
 def _check_roots(bundle: Bundle, receipts: Sequence[Receipt]) -> None:
