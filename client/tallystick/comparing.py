@@ -34,7 +34,7 @@ class Found:
     error: float
     tolerance: float
     squares: Any = None
-    scores: tuple[float, float] | None = None
+    scores: accumulating.Scores | None = None
 
 
 def across(claim: Work, answer: Work, manifest: Manifest, top_k: int, earlier: Sequence[Any] = ()) -> Found:
@@ -53,12 +53,14 @@ def across(claim: Work, answer: Work, manifest: Manifest, top_k: int, earlier: S
             raise CorruptResult(f"{answer.receipt.node} understates what it added", hop=answer.receipt.node)
         limits, squares = thresholds(manifest, span), statistic.squares(mine, theirs)
         error, level = statistic.rms(squares), accumulating.level(manifest, span)
-        scores = accumulating.scores(error, level) if accumulating.counts(len(squares)) else None
+        whole = accumulating.counts(len(squares))
+        scores = accumulating.scores(error, statistic.quiet(squares), level) if whole else None
         return Found(limits.zone([*earlier, squares]), error, limits.clear, squares, scores)
     ranked = manifest.output == "logits" and top_k > 0
     apart = logits.compare(list(claim.results), list(answer.results), theirs.scales, ranked)
     of_results, level = logits_thresholds(manifest), accumulating.level(manifest, span)
-    scores = accumulating.scores(apart.window, level) if accumulating.results_count(apart) else None
+    whole = accumulating.results_count(apart)
+    scores = accumulating.scores(apart.window, apart.quiet, level) if whole else None
     return Found(of_results.zone(apart), of_results.share(apart) * of_results.row, of_results.row, scores=scores)
 
 

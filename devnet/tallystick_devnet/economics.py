@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tallystick_protocol.chain.court import winning_seats
 from tallystick_protocol.signing import keccak
-from tallystick_protocol.types import Address, Digest
+from tallystick_protocol.types import WINDOW, Address, Digest
 
 SEATS = (15, 31, 61)
 SHARES = (0.1, 0.2, 0.3)
@@ -22,6 +22,8 @@ FIRST, REPEAT, CAP = 0.01, 0.1, 0.3
 BOUNTY, JURORS_PART, BURNED = 0.25, 0.25, 0.5
 FINE = 0.5
 FEE, GAMMA = 0.05, 0.9
+PRICE = 1e-6
+"""Tokens per position and layer: a node's default."""
 
 
 # Committees
@@ -99,6 +101,15 @@ def break_even(audit: float, detection: float, slashed: float, stake: float) -> 
     return audit * detection * slashed * stake
 
 
+def audited_windows(price: float, units: int, audit: float, stake: float, slashed: float = FIRST) -> float:
+    """After how many audited windows a cheater must have been found, so that all it was paid is less than it loses.
+
+    d of `break_even` is one in so many windows, the gain of a window its whole price. price: tokens per position and
+    layer. units: layers that are charged for.
+    """
+    return audit * slashed * stake / (WINDOW * units * price)
+
+
 def cheater(gain: float, audit: float, detection: float, stake: float, sessions: int, seed: int) -> float:
     """Profit of a node that cheats in every session, in tokens, under graded slashing.
 
@@ -174,6 +185,12 @@ def tables(rounds: int) -> Iterator[str]:
         for detection in (1.0, 0.8):
             first, later = (break_even(audit, detection, part, 1000) for part in (FIRST, REPEAT))
             yield f"{audit:6.2f}  {detection:8.1f}  {first:22.3f}  {later:17.3f}"
+    yield ""
+    yield "audited windows within which a cheater must be found, else its price is worth more than the first slash"
+    yield "audits  2 layers  2 layers and the head; stake 1,000, at the default price"
+    for audit in (0.01, 0.05 / 3):
+        two, three = (audited_windows(PRICE, units, audit, 1000) for units in (2, 3))
+        yield f"{audit:6.3f}  {two:8.0f}  {three:21.0f}"
     yield ""
     yield "griefing: a case about nothing that finds no voter, in tokens burned; stake 1,000"
     yield "cases before  of the bond  in fines"

@@ -31,8 +31,9 @@ Merkle root over the pieces (`weights`). Both are recomputed here by everybody w
                   decoder gets as memory), in norms and rows alike; the decoder's canary runs on the same ids over it
     clear         only where the publisher has measured it: the largest error across classes that is nothing but noise,
                   if that is less than the protocol's (`sketching.thresholds`)
-    margins       only where they were measured: [[start, end, rare, usual], ...], the errors that honest windows of a
-                  span seldom and at times exceed, if less than the protocol's (`sketching.accumulating`)
+    margins       only where they were measured: [[start, end, rare, usual, quiet], ...], the errors that honest windows
+                  of a span seldom and at times exceed, and their quiet rows at times, if less than the protocol's
+                  (`sketching.accumulating`); quiet may be left out
 """
 
 from __future__ import annotations
@@ -119,12 +120,14 @@ class Pooling:
 @dataclass(frozen=True, slots=True)
 class Margin:
     """What was measured of one span between honest nodes of different classes: the errors that a window seldom has, and
-    that it has at times (`sketching.accumulating`); of results, over a window."""
+    that it, and its quiet rows, have at times (`sketching.accumulating`); of results, over a window. quiet: None where
+    it was not measured."""
 
     start: int
     end: int
     rare: float
     usual: float
+    quiet: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,8 +320,12 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
             "output": _link(manifest.canary.output),
         },
         **({} if manifest.clear is None else {"clear": manifest.clear}),
-        **({} if not manifest.margins else {"margins": [list(astuple(one)) for one in manifest.margins]}),
+        **({} if not manifest.margins else {"margins": [_margin(one) for one in manifest.margins]}),
     }
+
+
+def _margin(one: Margin) -> list[float]:
+    return [part for part in astuple(one) if part is not None]
 
 
 def _from_json(value: Any) -> Manifest:

@@ -80,6 +80,8 @@ def _check_margins(manifest: Manifest) -> None:
         _bounded("a margin's end", one.end, one.start + 1, manifest.layers)
         if not (type(one.rare) is type(one.usual) is float and 0 < one.usual <= one.rare < 1):
             raise ManifestError("a margin's levels are numbers between 0 and 1, the usual one at most the rare one")
+        if one.quiet is not None and not (type(one.quiet) is float and 0 < one.quiet <= one.rare):
+            raise ManifestError("a margin's quiet level is a number above 0, at most the rare one")
     spans = [(one.start, one.end) for one in manifest.margins]
     if spans != sorted(set(spans)):
         raise ManifestError("margins are in the order of their spans, one for each")

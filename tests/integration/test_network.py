@@ -13,6 +13,7 @@ from conftest import Running
 from harness.waiting import eventually
 from tallystick import AsyncClient, Sampling, Token
 from tallystick.generation import Answer, Stream
+from tallystick.routing.proven import Proven
 from tallystick_protocol.types import WINDOW, Wei
 
 PROMPT = "The function returns a list of"
@@ -67,6 +68,14 @@ async def test_full_verification_recomputes_every_window_of_every_span_on_other_
     assert hops == {check.node for check in honest.verdict.checks}
     assert not hops & {check.auditor for check in honest.verdict.checks}
     assert honest.verdict.receipts == 3 * windows
+
+
+async def test_a_verified_answer_proves_its_class_to_whoever_shares_the_clients_memory(
+    running: Running, honest: Answer
+) -> None:
+    remembered = Proven(running.net.settings().cache / "classes.json")
+    assert honest.verdict.unproven == [] and honest.verdict.checked
+    assert all(remembered.counts(hop.offer.numeric_class) for hop in honest.route)
 
 
 async def test_every_node_is_paid_for_the_rows_it_computed_and_nothing_is_withheld(

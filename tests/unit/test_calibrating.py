@@ -27,8 +27,14 @@ def around(size: float, spread: float = 0.1, seed: int = 0) -> np.ndarray:
     return size * np.exp(draw.normal(0.0, spread, (TEXTS, WINDOWS)))
 
 
-def measured(honest: np.ndarray, span: Span = SPAN, **cheaters: np.ndarray) -> Measured:
-    return Measured(span, 1, {"a / b": honest}, {"a": 1.1 * honest}, cheaters)
+def measured(honest: np.ndarray, span: Span = SPAN, quiet: float = 0.85, **cheaters: np.ndarray) -> Measured:
+    """quiet: what three quarters of an honest window's rows exceed, relative to the window's error."""
+
+    def both(errors: np.ndarray, part: float = 0.85) -> np.ndarray:
+        return np.stack([errors, part * errors], axis=-1)
+
+    shown = {name: both(errors) for name, errors in cheaters.items()}
+    return Measured(span, 1, {"a / b": both(honest, quiet)}, {"a": both(1.1 * honest)}, shown)
 
 
 def rounding() -> np.ndarray:
@@ -42,7 +48,7 @@ def test_levels_hold_for_honest_windows_that_were_not_looked_at(honest: np.ndarr
     found = judge(measured(honest))
     assert honest.max() < found.level.rare < 3 * honest.max() and found.level.usual <= found.level.rare
     again = rounding() if (honest == 0).any() else around(3e-7, seed=9)
-    means = np.mean([scores(float(error), found.level) for error in again.ravel()], axis=0)
+    means = np.mean([scores(float(error), 0.85 * float(error), found.level) for error in again.ravel()], axis=0)
     assert all(means <= MEANS) and all(np.array(found.held_out) <= MEANS)
     assert found.windows == TEXTS * WINDOWS and found.exact == pytest.approx((honest == 0).mean())
     assert found.stock == pytest.approx(1.1 * honest.max())
@@ -55,6 +61,15 @@ def test_what_is_far_above_takes_four_windows_and_what_is_among_the_noise_takes_
     assert found["gross"].windows == 4
     assert found["near"].windows is not None and 4 < found["near"].windows <= 40
     assert found["none"].windows is None, "an honest node is not found"
+
+
+def test_an_error_in_every_row_is_found_among_windows_that_err_as_much_in_a_few() -> None:
+    """An error just under the tolerance: half of the honest rows have none at all, its rows all have one."""
+    honest, near = rounding(), around(4e-4, 0.05)
+    spread, quiet = judge(measured(honest, near=near)), judge(measured(honest, quiet=0.0, near=near))
+    assert spread.cheaters["near"].windows is None or spread.cheaters["near"].windows > 40
+    assert quiet.cheaters["near"].windows is not None and quiet.cheaters["near"].windows <= 11
+    assert quiet.level.quiet == pytest.approx(quiet.level.rare / 8, rel=0.02), "no less: other devices may err in all"
 
 
 def test_one_text_that_is_unlike_the_others_widens_the_level() -> None:
@@ -100,6 +115,8 @@ def test_thresholds_are_never_loosened() -> None:
 def test_the_usual_level_is_not_loosened_either() -> None:
     tight = replace(samples.manifest(), margins=(Margin(0, 1, 4e-6, 1e-8),))
     assert calibrated(tight, [judged(6e-7)]).margins[0].usual == 1e-8
+    quiet = replace(samples.manifest(), margins=(Margin(0, 1, 4e-6, 1e-6, 1e-8),))
+    assert calibrated(quiet, [judged(6e-7)]).margins[0].quiet == 1e-8
 
 
 def test_a_noise_above_clear_leaves_clear_to_the_protocol() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tallystick_devnet import economics
+from tallystick_node.config import NodeConfig
 
 # contracts.md section 2.5: seats -> quorum missed, then convicts alone / blocks for shares 0.1, 0.2, 0.3
 DESIGN = {
@@ -60,6 +61,18 @@ def test_cheating_pays_above_the_break_even_and_not_below(audit: float, detectio
     assert mean(worth / 2) < 0
     # Later convictions cost ten times as much: far above what even those cost, it pays.
     assert mean(economics.break_even(audit, detection, economics.REPEAT, stake) * 2) > 0
+
+
+def test_what_a_node_earns_in_the_audited_windows_is_what_it_loses() -> None:
+    """A node that cheats in every window, and is found after so many audited ones."""
+    assert NodeConfig.model_fields["price"].default == economics.PRICE * 1e18
+    for units, audit, stake in ((2, 0.01, 1000.0), (3, 0.05 / 3, 5000.0)):
+        windows = economics.audited_windows(economics.PRICE, units, audit, stake)
+        earned = 32 * units * economics.PRICE
+        assert windows / audit * earned == pytest.approx(economics.FIRST * stake)
+        assert earned == pytest.approx(economics.break_even(audit, 1 / windows, economics.FIRST, stake))
+    assert int(economics.audited_windows(economics.PRICE, 2, 0.01, 1000)) == 1562
+    assert int(economics.audited_windows(economics.PRICE, 3, 0.01, 1000)) == 1041
 
 
 def test_accusing_pays_who_is_right_two_times_in_three() -> None:

@@ -162,9 +162,12 @@ def test_rows_that_nobody_asked_for_prove_nothing(models: Models, tmp_path: Path
 def test_a_stand_in_of_another_operator_that_signs_the_same_proves_a_class(
     models: Models, tmp_path: Path, owners: tuple[str, str]
 ) -> None:
+    """Every span is owned alike, for a busy machine may have other hops replaced, too."""
+
     def own(world: World) -> None:
         for copy, owner in enumerate(owners):
-            owned(copies(world, copy)[1], samples.address(owner))
+            for index, node in enumerate(copies(world, copy)):
+                owned(node, samples.address(f"{owner} of span {index}"))
 
     async def work(world: World, session: Session) -> list[int]:
         killed: list[Any] = []
@@ -176,7 +179,8 @@ def test_a_stand_in_of_another_operator_that_signs_the_same_proves_a_class(
         return await generate(session, PROMPT, TOKENS, on_token=on_token)
 
     world, session, ids = play(models, tmp_path, work, "off", own)
-    assert len(ids) == TOKENS and len(session.verdict.replaced) == 1
+    lost = {node for node, _, _ in session.verdict.replaced}
+    assert len(ids) == TOKENS and copies(world, 0)[1].address in lost
     assert world.proven.counts(CLASS) == (owners == ("one", "two"))
 
 

@@ -11,9 +11,11 @@ import torch
 from faults.breaking import BREAKING
 from faults.computing import COMPUTING, KNOWN_CHALLENGE
 from harness.small_models import Models
+from tallystick_devnet import economics
 from tallystick_protocol.manifest import Numerics
 from tallystick_protocol.sketching.thresholds import Zone, thresholds
-from zoo.across import HONEST, entered, judge, measure_across, windows_of
+from tallystick_protocol.types import WINDOW
+from zoo.across import BUDGET, HONEST, LENGTH_ACROSS, entered, judge, measure_across, windows_of
 from zoo.audits import serve
 from zoo.cheaters import Found, measure, spoilt, walk
 from zoo.honest import WAYS, honest_audits
@@ -22,8 +24,11 @@ from zoo.protocol import SCENARIOS, perform
 from zoo.run import PAGE
 from zoo.table import read_table, sessions_to_99, to_99
 
-SLOW = ("int8", "corrupt_row")
-"""Cheaters that lie between the zones of other classes."""
+SLOW = ("int8", "corrupt_row", "under_tolerance")
+"""Cheaters that lie between the zones of other classes, or below them."""
+
+PROMISED = economics.audited_windows(economics.PRICE, 3, 0.01, 1000)
+"""Windows within which a cheater must be found: of two layers and the head, which earn most (docs/court.md)."""
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +52,7 @@ def test_the_table_lists_every_cheater() -> None:
 @pytest.mark.parametrize("name", COMPUTING)
 def test_who_computes_wrongly_is_caught_in_its_first_audit(name: str, found: dict[str, Found]) -> None:
     assert found[name].caught == found[name].audits == (3 if COMPUTING[name].at_end else 2)
-    what, check, detected, _, _, audits = read_table(PAGE)[name]
+    what, check, detected, _, _, audits, _ = read_table(PAGE)[name]
     assert (what, check, detected) == (COMPUTING[name].what, "`hash`", "1.00")
     assert audits.startswith("1,")
 
@@ -59,7 +64,7 @@ def test_who_breaks_the_protocol_is_caught_by_the_check_named_for_it(name: str, 
     assert scenario.check in outcome.checks, outcome
     assert not outcome.innocent and not outcome.overpaid
     assert outcome.is_right and not outcome.error, "the session went on with honest nodes"
-    _, check, detected, _, _, audits = read_table(PAGE)[name]
+    _, check, detected, _, _, audits, _ = read_table(PAGE)[name]
     assert (check, detected) == (f"`{scenario.check}`", "1.00")
     assert audits.startswith("1," if scenario.audits else "0,")
 
@@ -96,16 +101,23 @@ def test_the_table_says_what_another_class_finds(numerics: Numerics, column: int
     found, table = measure_across(8, 0, numerics), read_table(PAGE)
     assert judge(found[HONEST], 0).detected == 0
     for name in COMPUTING:
-        assert judge(found[name], 0).detected == pytest.approx(float(table[name][column]), abs=0.1), name
+        needed = judge(found[name], 0)
+        assert needed.detected == pytest.approx(float(table[name][column]), abs=0.01), name
+        assert needed.windows_to_99 is not None and needed.windows_to_99 <= PROMISED, name
     for name in SLOW:
-        needed, stated = judge(found[name], 0).audits_to_99, int(table[name][5].split(", ")[place])
-        assert needed is not None and stated / 2 <= needed <= 2 * stated, name
+        needed, (*_, audits, windows) = judge(found[name], 0), table[name]
+        stated = int(audits.split(", ")[place]), int(windows.split(", ")[place - 1])
+        for count, told in zip((needed.audits_to_99, needed.windows_to_99), stated, strict=True):
+            assert count is not None and told / 2 <= count <= 2 * told, name
 
 
-@pytest.mark.parametrize("name", SLOW)
-def test_int8_and_one_corrupted_row_are_found_by_other_classes_too(name: str) -> None:
-    detected, counts = read_table(PAGE)[name][3:5], read_table(PAGE)[name][5].split(", ")
-    assert all(float(share) >= 0.99 for share in detected) and all(count.isdigit() for count in counts)
+@pytest.mark.parametrize("name", COMPUTING)
+def test_who_computes_wrongly_is_found_by_other_classes_within_what_the_economics_promise(name: str) -> None:
+    *_, fp32, bf16w, audits, windows = read_table(PAGE)[name]
+    assert float(fp32) >= 0.99 and float(bf16w) >= 0.99
+    assert all(count.isdigit() for count in audits.split(", "))
+    assert all(0 < int(count) <= PROMISED for count in windows.split(", "))
+    assert BUDGET * LENGTH_ACROSS <= PROMISED * WINDOW, "who is not found in the zoo's horizon may still be in time"
 
 
 def test_audits_to_99_percent() -> None:

@@ -16,10 +16,10 @@ from tallystick_model.calibrating.measuring import Measured
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_protocol.manifest import Numerics
-from tallystick_protocol.sketching.accumulating import Capital, Level, counts, results_count, scores
+from tallystick_protocol.sketching.accumulating import Capital, Level, Scores, counts, results_count, scores
 from tallystick_protocol.sketching.logits import Apart, compare
 from tallystick_protocol.sketching.rows import Sketches, sketch
-from tallystick_protocol.sketching.statistic import rms, squares
+from tallystick_protocol.sketching.statistic import quiet, rms, squares
 from tallystick_protocol.sketching.thresholds import Zone, logits_thresholds, thresholds
 from tallystick_protocol.types import WINDOW, Positions
 from zoo.audits import Task, serve
@@ -27,21 +27,31 @@ from zoo.cheaters import spoilt, walk
 from zoo.other_class import Answer, OtherClass
 
 HONEST = "honest"
+LENGTH_ACROSS = 3 * WINDOW
+"""Positions of a session, of which an audit compares every window."""
+
 BUDGET = 128
-"""Audits of one node that are looked at before it counts as never found."""
+"""Audited sessions of one node that are looked at before it counts as never found: their windows are a quarter of those
+that the economics promise (`economics.audited_windows`)."""
 
 AUDITORS = 2
-"""That take turns: a client avoids a node that disagrees for good with two others."""
+"""That take turns, a session each: a client avoids a node that disagrees for good with two others."""
 
 CALIBRATED_ON, CALIBRATED_LENGTH = 26, 160
 """Longer pieces of the same text, which give the levels of slow evidence, as `tallystick calibrate` does."""
 
 RUNS = 200
-FEW = 16
-"""Audits whose windows a zone looks back on: eight whole windows, or 128 rows."""
 
 Windows = list[Any]
-"""Of one audit: for each window what `squares` gave, or an `Apart` where results are compared."""
+"""Of one audited session: for each window what `squares` gave, or an `Apart` where results are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Sessions that were audited until a node was found, and their windows."""
+
+    audits: int
+    windows: int
 
 
 @dataclass(slots=True)
@@ -63,33 +73,35 @@ class Seen:
             return limits.share(window) / limits.guilty
         return rms(window) / thresholds(self.model.manifest, self.model.span).guilty
 
-    def is_found(self, audits: Sequence[Windows]) -> bool:
-        """Whether so many audits, one after the other, show that it is guilty."""
-        windows = [window for audit in audits for window in audit]
+    def is_found(self, audit: Windows) -> bool:
+        """Whether the windows of a session, one after the other, show that it is guilty."""
         if self.model.is_last:
             limits = logits_thresholds(self.model.manifest)
-            return any(limits.zone(window) is Zone.GUILTY for window in windows)
+            return any(limits.zone(window) is Zone.GUILTY for window in audit)
         limits_of_rows = thresholds(self.model.manifest, self.model.span)
-        return limits_of_rows.zone(windows) is Zone.GUILTY
+        return any(limits_of_rows.zone(audit[: at + 1]) is Zone.GUILTY for at in range(len(audit)))
 
-    def scored(self, audit: Windows) -> list[tuple[float, float]]:
+    def scored(self, audit: Windows) -> list[Scores]:
         """What an audit adds to slow evidence."""
-        errors = [(w.window, results_count(w)) if isinstance(w, Apart) else (rms(w), counts(len(w))) for w in audit]
-        return [scores(error, self.level) for error, is_whole in errors if is_whole]
+        errors = [
+            ((w.window, w.quiet), results_count(w)) if isinstance(w, Apart) else ((rms(w), quiet(w)), counts(len(w)))
+            for w in audit
+        ]
+        return [scores(*error, self.level) for error, is_whole in errors if is_whole]
 
-    def audits_needed(self, draw: random.Random, zones: bool = True) -> int | None:
+    def audits_needed(self, draw: random.Random, zones: bool = True) -> Needed | None:
         """After how many audits, in some order and perhaps again, it is found; None beyond the budget.
 
         zones: or is it slow evidence alone that counts?
         """
-        looked: list[Windows] = []
-        pairs = [Capital()] * AUDITORS
+        windows, pairs = 0, [Capital()] * AUDITORS
         for number in range(BUDGET):
-            looked.append(draw.choice(self.audits))
-            for one in self.scored(looked[-1]):
+            audit = draw.choice(self.audits)
+            windows += len(audit)
+            for one in self.scored(audit):
                 pairs[number % AUDITORS] = pairs[number % AUDITORS].after(one)
-            if all(pair.is_conclusive for pair in pairs) or (zones and self.is_found(looked[-FEW:])):
-                return len(looked)
+            if all(pair.is_conclusive for pair in pairs) or (zones and self.is_found(audit)):
+                return Needed(number + 1, windows)
         return None
 
 
@@ -128,7 +140,8 @@ def measure_across(
     draw, found = random.Random(seed), dict[str, list[Seen]]()
     with OtherClass() as other:
         longer = walk(CALIBRATED_ON, seed + 1, numerics, CALIBRATED_LENGTH)
-        for (span, right, tasks), (_, _, others) in zip(walk(count, seed, numerics), longer, strict=True):
+        walked = walk(count, seed, numerics, LENGTH_ACROSS)
+        for (span, right, tasks), (_, _, others) in zip(walked, longer, strict=True):
             level = calibrate(right, others, other.compute(numerics, span, others), draw)
             answers = other.compute(numerics, span, tasks)
             rows = [entered(right, task) for task in tasks]
@@ -139,7 +152,8 @@ def measure_across(
                     claimed = session.record._outputs
                     seen.audits.append(windows_of(model, task, x, claimed, answer, lambda: draw.randbytes(32)))
                 found.setdefault(name, []).append(seen)
-            told = f"honest at {found[HONEST][-1].worst:.1e} of guilty, levels {level.rare:.1e} and {level.usual:.1e}"
+            levels = f"{level.rare:.1e}, {level.usual:.1e} and {level.quiet:.1e}"
+            told = f"honest at {found[HONEST][-1].worst:.1e} of guilty, levels {levels}"
             say(f"{numerics}, layers {span}, across classes: {told}")
     return found
 
@@ -151,22 +165,29 @@ def calibrate(right: SpanModel, tasks: Sequence[Task], answers: Sequence[Answer]
         found = windows_of(
             right, task, entered(right, task), session.record._outputs, answer, lambda: draw.randbytes(32)
         )
-        errors.append([w.window if isinstance(w, Apart) else rms(w) for w in found[right.is_last :]])
+        errors.append([
+            (w.window, w.quiet) if isinstance(w, Apart) else (rms(w), quiet(w)) for w in found[right.is_last :]
+        ])  # fmt: skip
     return levels_of(Measured(right.span, 1, {"as it is / AVX2": np.array(errors)})).level
 
 
 @dataclass(frozen=True, slots=True)
 class Across:
-    """detected: the share of nodes that are found within the budget. audits_to_99: after which 99 of 100 are."""
+    """detected: the share of nodes that are found within the budget. audits_to_99: after which 99 of 100 are;
+    windows_to_99: in their windows."""
 
     detected: float
     audits_to_99: int | None
+    windows_to_99: int | None
 
 
 def judge(seen: Sequence[Seen], seed: int, runs: int = RUNS, zones: bool = True) -> Across:
     """A node in one of the spans, drawn at random, audited until it is found; so often."""
     draw = random.Random(seed)
     needed = [draw.choice(seen).audits_needed(draw, zones) for _ in range(runs)]
-    counts = sorted(count for count in needed if count is not None)
+    found = [one for one in needed if one is not None]
     at = -(-99 * runs // 100) - 1
-    return Across(len(counts) / runs, counts[at] if at < len(counts) else None)
+    if at >= len(found):
+        return Across(len(found) / runs, None, None)
+    audits, windows = sorted(one.audits for one in found), sorted(one.windows for one in found)
+    return Across(len(found) / runs, audits[at], windows[at])

@@ -44,6 +44,8 @@ def computing(texts: int, seed: int) -> dict[str, dict[str, Any]]:
             "audits_to_99": to_99(one.detected),
             "audits_to_99_across_classes": across.audits_to_99,
             "audits_to_99_across_classes_bf16w": rounded.audits_to_99,
+            "windows_to_99_across_classes": across.windows_to_99,
+            "windows_to_99_across_classes_bf16w": rounded.windows_to_99,
         }
         spans = [f"{x.worst:.1e}/{y.worst:.1e}" for x, y in zip(fp32[name], bf16w[name], strict=True)]
         say(f"{name}: errors as shares of guilty, fp32/bf16w, by span: {', '.join(spans)}")
@@ -73,6 +75,8 @@ def breaking(folder: Path) -> dict[str, dict[str, Any]]:
                 "audits_to_99": audits,
                 "audits_to_99_across_classes": None if across is None else audits,
                 "audits_to_99_across_classes_bf16w": None if across is None else audits,
+                "windows_to_99_across_classes": None if across is None else audits,
+                "windows_to_99_across_classes_bf16w": None if across is None else audits,
             }
     finally:
         models.close()

@@ -10,9 +10,10 @@ from typing import Any
 BEGIN, END = "<!-- zoo -->", "<!-- end of zoo -->"
 HEAD = (
     "| cheater | what it does | caught by | in one audit | across classes, `fp32` | `bf16w` |"
-    " audits to 99 %: own class, `fp32`, `bf16w` |"
+    " audits to 99 %: own class, `fp32`, `bf16w` | windows: `fp32`, `bf16w` |"
 )
-COUNTS = ("audits_to_99", "audits_to_99_across_classes", "audits_to_99_across_classes_bf16w")
+AUDITS = ("audits_to_99", "audits_to_99_across_classes", "audits_to_99_across_classes_bf16w")
+WINDOWS = ("windows_to_99_across_classes", "windows_to_99_across_classes_bf16w")
 
 AUDITED = 0.05 / 3
 """The chance that a span of a session over three hops is audited by default."""
@@ -34,12 +35,12 @@ def row(name: str, one: Mapping[str, Any]) -> str:
     across = [one["detected_across_classes"], one["detected_across_classes_bf16w"]]
     cells = [name, one["what"], one["check"], f"{one['detected']:.2f}"]
     cells += ["-" if share is None else f"{share:.2f}" for share in across]
-    counts = ["-" if one[count] is None else str(one[count]) for count in COUNTS]
-    return "| " + " | ".join([*cells, ", ".join(counts)]) + " |"
+    cells += [", ".join("-" if one[count] is None else str(one[count]) for count in kind) for kind in (AUDITS, WINDOWS)]
+    return "| " + " | ".join(cells) + " |"
 
 
 def lines(cheaters: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return [HEAD, "|---|---|---|---|---|---|---|", *(row(name, one) for name, one in cheaters.items())]
+    return [HEAD, "|---|---|---|---|---|---|---|---|", *(row(name, one) for name, one in cheaters.items())]
 
 
 def put_table(page: Path, cheaters: Mapping[str, Mapping[str, Any]]) -> None:

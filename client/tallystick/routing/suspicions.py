@@ -18,7 +18,7 @@ from tallystick.routing.remembered import latest, newer, read, write
 from tallystick_protocol.sketching.accumulating import BETS, Capital
 from tallystick_protocol.types import Address, Digest, ModelId, Span
 
-VERSION = 1
+VERSION = 2
 MAX_PAIRS = 10_000
 MAX_SEEN = 8_192
 FORGOTTEN_AFTER_S = 30 * 86_400.0

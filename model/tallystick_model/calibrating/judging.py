@@ -13,7 +13,16 @@ import numpy as np
 from tallystick_model.calibrating.measuring import Errors, Measured
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.manifest import Manifest, Margin
-from tallystick_protocol.sketching.accumulating import FULL, MEANS, Capital, Level, level, protocol_level, scores
+from tallystick_protocol.sketching.accumulating import (
+    FULL,
+    MEANS,
+    Capital,
+    Level,
+    Scores,
+    level,
+    protocol_level,
+    scores,
+)
 from tallystick_protocol.sketching.thresholds import thresholds
 from tallystick_protocol.types import Span
 
@@ -23,6 +32,10 @@ SLACK = 1.25
 USUAL_SLACK, USUAL_PART = 1.1, 0.25
 """The usual level is so many times the one by which windows score this part of what is assumed, on average over all
 texts: some of them are worse."""
+
+QUIET_LEAST = 0.125
+"""The quiet level is no less than this part of the rare one: that no quiet row of these classes erred says little of
+devices that were not measured."""
 
 CLEAR_SLACK = 2.0
 LEAST_WINDOWS = 100
@@ -59,14 +72,15 @@ class Judged:
     median: float
     worst: float
     stock: float
-    held_out: tuple[float, float]
+    held_out: Scores
     cheaters: dict[str, Shown]
 
 
 def judge(measured: Measured, seed: int = 0) -> Judged:
     """The levels of a span, and what they show of cheaters. Raises ConfigError where no levels hold for other texts."""
     honest = np.concatenate(list(measured.honest.values()), axis=1)
-    windows = honest.size // measured.challenges
+    sizes = honest[..., 0]
+    windows = sizes.size // measured.challenges
     if len(honest) < 2 or windows < LEAST_WINDOWS:
         raise ConfigError(
             f"layers {measured.span}: {windows} windows of {len(honest)} texts say too little of honest nodes: give two"
@@ -83,41 +97,49 @@ def judge(measured: Measured, seed: int = 0) -> Judged:
         measured.span,
         found,
         windows,
-        float((honest == 0).mean()),
-        float(np.median(honest)),
-        float(honest.max()),
-        max((float(errors.max()) for errors in measured.stock.values()), default=0.0),
+        float((sizes == 0).mean()),
+        float(np.median(sizes)),
+        float(sizes.max()),
+        max((float(errors[..., 0].max()) for errors in measured.stock.values()), default=0.0),
         held_out,
-        {name: _shown(errors.ravel(), found, draw) for name, errors in measured.cheaters.items()},
+        {name: _shown(errors.reshape(-1, 2), found, draw) for name, errors in measured.cheaters.items()},
     )
 
 
 def _levels(honest: Errors, factor: float) -> Level:
-    """From errors (texts, windows): the largest times the factor, and what windows seldom exceed by much."""
-    rare = max(factor * float(honest.max()), LEAST_LEVEL)
-    low, high = np.log(LEAST_LEVEL), np.log(rare)
+    """The largest error times the factor, and what windows, and their quiet rows, seldom exceed by much."""
+    rare = max(factor * float(honest[..., 0].max()), LEAST_LEVEL)
+    usual = _seldom_exceeded(honest[..., 0], rare, MEANS[1])
+    quiet = max(_seldom_exceeded(honest[..., 1], rare, MEANS[2]), QUIET_LEAST * rare)
+    return Level(_up(rare), _up(usual), _up(quiet))
+
+
+def _seldom_exceeded(errors: Any, most: float, mean: float) -> float:
+    """The level by which windows score no more than USUAL_PART of what is assumed, on average, with its slack."""
+    low, high = np.log(LEAST_LEVEL), np.log(most)
     while high - low > 0.01:
         middle = (low + high) / 2
-        usual = float(_scores(honest, float(np.exp(middle))).mean())
-        low, high = (low, middle) if usual <= USUAL_PART * MEANS[1] else (middle, high)
-    usual = min(USUAL_SLACK * float(np.exp(high)), rare)
-    return Level(_up(rare), _up(usual))
+        scored = float(_scores(errors, float(np.exp(middle))).mean())
+        low, high = (low, middle) if scored <= USUAL_PART * mean else (middle, high)
+    return min(USUAL_SLACK * float(np.exp(high)), most)
 
 
-def _scores(errors: Errors, limit: float) -> Errors:
+def _scores(errors: Any, limit: float) -> Any:
     """`accumulating.scores` by one level, of many windows."""
     with np.errstate(divide="ignore"):
         return np.clip(np.log(errors / limit) / math.log(FULL), 0.0, 1.0)
 
 
-def _held_out(honest: Errors, factor: float) -> tuple[float, float]:
+def _held_out(honest: Errors, factor: float) -> Scores:
     """Mean scores of each text against levels from all others."""
     found = []
     for text in range(len(honest)):
         limits = _levels(np.delete(honest, text, axis=0), factor)
-        found.append([_scores(honest[text], limit).mean() for limit in (limits.rare, limits.usual)])
-    rare, usual = np.mean(found, axis=0)
-    return float(rare), float(usual)
+        sizes, quiet = honest[text, :, 0], honest[text, :, 1]
+        pairs = (sizes, limits.rare), (sizes, limits.usual), (quiet, limits.quiet)
+        found.append([_scores(errors, limit).mean() for errors, limit in pairs])
+    rare, usual, quiet = (float(mean) for mean in np.mean(found, axis=0))
+    return rare, usual, quiet
 
 
 def _up(value: float) -> float:
@@ -127,13 +149,14 @@ def _up(value: float) -> float:
 
 
 def _shown(errors: Any, limits: Level, draw: Random) -> Shown:
-    windows = [scores(float(error), limits) for error in errors]
+    windows = [scores(float(error), float(quiet), limits) for error, quiet in errors]
     needed = sorted(_needed(windows, draw) for _ in range(RUNS))
     at = needed[-(-99 * RUNS // 100) - 1]
-    return Shown(float(errors.min()), float(np.median(errors)), at if at <= LONGEST else None)
+    sizes = errors[:, 0]
+    return Shown(float(sizes.min()), float(np.median(sizes)), at if at <= LONGEST else None)
 
 
-def _needed(windows: Sequence[tuple[float, float]], draw: Random) -> int:
+def _needed(windows: Sequence[Scores], draw: Random) -> int:
     """Windows of one pair, drawn again and again, until it disagrees for good."""
     capital = Capital()
     while not capital.is_conclusive and capital.windows < LONGEST:
@@ -160,8 +183,9 @@ def calibrated(manifest: Manifest, judged: Sequence[Judged]) -> Manifest:
     kept = {(one.start, one.end): one for one in manifest.margins}
     for one in judged:
         start, end = one.span.start, one.span.end
-        usual = min(one.level.usual, level(manifest, one.span).usual)
-        kept[start, end] = Margin(start, end, one.level.rare, usual)
+        before = level(manifest, one.span)
+        usual, quiet = min(one.level.usual, before.usual), min(one.level.quiet, before.quiet)
+        kept[start, end] = Margin(start, end, one.level.rare, usual, quiet)
     clear = manifest.clear
     if hidden:
         noise = CLEAR_SLACK * max(one.worst for one in hidden)

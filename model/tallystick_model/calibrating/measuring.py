@@ -19,7 +19,7 @@ from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sketching.logits import compare
 from tallystick_protocol.sketching.matrix import CHALLENGE_BYTES
 from tallystick_protocol.sketching.rows import Sketches, sketch
-from tallystick_protocol.sketching.statistic import error
+from tallystick_protocol.sketching.statistic import errors
 from tallystick_protocol.types import WINDOW, Positions, Span
 
 CHALLENGES = 2
@@ -27,7 +27,7 @@ CHALLENGES = 2
 
 TOP_K = 64
 Errors = Any
-"""Of windows, (texts, windows times challenges) float64."""
+"""Of windows, (texts, windows times challenges, 2) float64: the root mean square over rows, and `statistic.quiet`."""
 
 
 @dataclass(slots=True)
@@ -180,13 +180,14 @@ class _Claims:
         """Of each window, as the auditor finds it."""
         if self._sketches:
             pairs = zip(self._sketches, auditor._sketches, strict=True)
-            return np.array([[error(a, b) for a, b in zip(one, other, strict=True)] for one, other in pairs])
-        found = np.zeros((self._texts, self._windows))
+            return np.array([[errors(a, b) for a, b in zip(one, other, strict=True)] for one, other in pairs])
+        found = np.zeros((self._texts, self._windows, 2))
         for text in range(self._texts):
             for window in range(self._windows):
                 cut = slice(window * WINDOW, (window + 1) * WINDOW)
                 mine, theirs = ([row.tobytes() for row in side._left[text, cut]] for side in (self, auditor))
-                found[text, window] = compare(mine, theirs, auditor._scales[text, cut], ranked).window
+                apart = compare(mine, theirs, auditor._scales[text, cut], ranked)
+                found[text, window] = apart.window, apart.quiet
         return found
 
 

@@ -13,7 +13,8 @@ from tallystick_protocol.sketching.accumulating import protocol_level
 from tallystick_protocol.sketching.thresholds import thresholds
 
 HEAD = (
-    "layers", "windows", "exact", "median", "worst", "stock", "rare", "usual", "weakest cheater", "times", "found in"
+    "layers", "windows", "exact", "median", "worst", "stock", "rare", "usual", "quiet", "weakest cheater", "times",
+    "found in",
 )  # fmt: skip
 """windows, exact, median, worst: of honest nodes; times: the weakest cheater's median over the honest worst; found in:
 windows after which 99 of 100 of every kind of cheater are found by slow evidence."""
@@ -39,7 +40,7 @@ def rows(judged: Sequence[Judged]) -> list[tuple[str, ...]]:
         shown = one.cheaters[name]
         slowest = [cheat.windows for cheat in one.cheaters.values()]
         needed = "more" if None in slowest else str(max(count for count in slowest if count is not None))
-        numbers = (one.median, one.worst, one.stock, one.level.rare, one.level.usual)
+        numbers = (one.median, one.worst, one.stock, one.level.rare, one.level.usual, one.level.quiet)
         found.append((
             str(one.span), str(one.windows), f"{one.exact:.0%}", *(f"{number:.1e}" for number in numbers),
             f"{name} {shown.median:.1e}", f"{shown.median / max(one.worst, FLOOR):.1f}", needed,
@@ -56,6 +57,7 @@ def values(judged: Sequence[Judged]) -> list[dict[str, Any]]:
             "honest": {"exact": one.exact, "median": one.median, "worst": one.worst, "stock_worst": one.stock},
             "rare": one.level.rare,
             "usual": one.level.usual,
+            "quiet": one.level.quiet,
             "held_out": list(one.held_out),
             "cheaters": {
                 name: {"lowest": shown.lowest, "median": shown.median, "windows_to_99": shown.windows}
@@ -109,7 +111,7 @@ def _column(manifest: Manifest, one: Judged, names: Sequence[str], x: Any, y: An
     wide = x(0.3) - x(0.1)
     tall = max(y(one.median) - y(one.worst), 1.0)
     drawn = [f'<rect x="{x(0.1):.1f}" y="{y(one.worst):.1f}" width="{wide:.1f}" height="{tall:.1f}" fill="#2ca02c"/>']
-    for error, colour in ((one.level.rare, "#1f77b4"), (one.level.usual, "#6baed6")):
+    for error, colour in ((one.level.rare, "#1f77b4"), (one.level.usual, "#6baed6"), (one.level.quiet, "#c6dbef")):
         drawn.append(_line(x(0.05), y(error), x(0.95), y(error), colour, 2))
     limits = thresholds(manifest, one.span)
     marks = [(protocol_level(manifest, one.span), "4 3")]
@@ -127,7 +129,7 @@ def _column(manifest: Manifest, one: Judged, names: Sequence[str], x: Any, y: An
 def _legend(names: Sequence[str]) -> list[str]:
     told = [
         ("honest, median to worst", "#2ca02c", ""), ("rare level", "#1f77b4", ""), ("usual level", "#6baed6", ""),
-        ("protocol: clear", "#444444", "2 3"), ("protocol: level", "#444444", "4 3"),
+        ("quiet level", "#c6dbef", ""), ("protocol: clear", "#444444", "2 3"), ("protocol: level", "#444444", "4 3"),
         ("protocol: guilty", "#444444", "8 3"),
         *((name, _colour(number), "") for number, name in enumerate(names)),
     ]  # fmt: skip

@@ -1,9 +1,10 @@
 """Slow evidence: what many windows of one pair of nodes say together, none of which says anything alone.
 
-Each whole window has two scores between 0 and 1: how far its error lies above what honest windows seldom have, and
-above what they have at times. Of two honest nodes of different classes, whatever came before it, a window scores at
-most MEANS on average. That is all that is assumed; windows need not be independent, errors need not be normal (half of
-the windows of `bf16w` have none at all).
+Each whole window has three scores between 0 and 1: how far its error lies above what honest windows seldom have, and
+above what they have at times; and how far the errors of its quiet rows, that three quarters of them exceed, lie above
+what those of honest windows have at times. Of two honest nodes of different classes, whatever came before it, a window
+scores at most MEANS on average. That is all that is assumed; windows need not be independent, errors need not be normal
+(half of the rows of `bf16w` have none at all, which is what the third score is for).
 
 Under it, for every bet b in [0, 1/mean], the product of 1 + b (score - mean) does not grow on average: it is a fair
 game's capital or worse. So is a mixture over bets, and over the window at which the game begins (who cheats late must
@@ -25,15 +26,18 @@ from tallystick_protocol.types import WINDOW, Span
 ERROR = 1e-6
 """The chance that a pair of honest nodes is ever found to disagree, over all windows that it will ever have."""
 
-MEANS = (0.01, 0.2)
+MEANS = (0.01, 0.2, 0.2)
 """What an honest window scores on average, at most: one in a hundred may reach 1 by the rare level, one in five by the
-usual one. The first finds large errors in few windows, the second small ones that are always there."""
+usual one, and by the quiet one. The first finds large errors in few windows, the others small ones that are always
+there, or in almost every row."""
 
 FULL = 1.5
 """A window scores 1 whose error is so many times the level."""
 
 BETS = tuple(
-    (which, part / MEANS[which]) for which, parts in enumerate(((0.03, 0.125, 0.5, 0.9), (0.3, 0.9))) for part in parts
+    (which, part / MEANS[which])
+    for which, parts in enumerate(((0.03, 0.125, 0.5, 0.9), (0.3, 0.9), (0.3, 0.9)))
+    for part in parts
 )
 """(which score, what is bet on it), equal shares."""
 
@@ -42,6 +46,8 @@ SUSPECT = 100.0
 
 LIMIT = 1e30
 
+Scores = tuple[float, float, float]
+
 _FP32, _FP32_RESULTS = 5e-6, 1e-6
 _BF16W_SHORT, _BF16W_LONG, _BF16W_RESULTS = 3e-3, 4e-3, 1e-2
 _SHORT_LAYERS = 2
@@ -49,10 +55,11 @@ _SHORT_LAYERS = 2
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Errors that honest windows have seldom, and at times."""
+    """Errors that honest windows have seldom, and at times; and that three quarters of their rows exceed at times."""
 
     rare: float
     usual: float
+    quiet: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class Capital:
     bets: tuple[float, ...] = (0.0,) * len(BETS)
 
     def after(self, scores: Sequence[float]) -> Capital:
-        """The capital after one more window. scores: by both levels."""
+        """The capital after one more window. scores: by the three levels."""
         windows = self.windows + 1
         fresh = 1.0 / (windows * (windows + 1))
         grown = (
@@ -86,9 +93,9 @@ class Capital:
         return self.total >= SUSPECT
 
 
-def scores(error: float, level: Level) -> tuple[float, float]:
-    """Of a window with this error."""
-    return _score(error, level.rare), _score(error, level.usual)
+def scores(error: float, quiet: float, level: Level) -> Scores:
+    """Of a window with this error, three quarters of whose rows err by more than `quiet`."""
+    return _score(error, level.rare), _score(error, level.usual), _score(quiet, level.quiet)
 
 
 def _score(error: float, level: float) -> float:
@@ -103,8 +110,9 @@ def level(manifest: Manifest, span: Span) -> Level:
     most = protocol_level(manifest, span)
     for one in manifest.margins:
         if (one.start, one.end) == (span.start, span.end):
-            return Level(min(most, one.rare), min(most, one.usual))
-    return Level(most, most)
+            rare = min(most, one.rare)
+            return Level(rare, min(most, one.usual), rare if one.quiet is None else min(most, one.quiet))
+    return Level(most, most, most)
 
 
 def protocol_level(manifest: Manifest, span: Span) -> float:

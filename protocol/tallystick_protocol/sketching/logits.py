@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 
+from tallystick_protocol.sketching.statistic import quiet, rms
+
 _PAIR = np.dtype([("id", "<u4"), ("value", "<f4")])
 
 
 @dataclass(frozen=True, slots=True)
 class Apart:
     """row: the largest root mean square of d in a row; window: over all rows; edge: how far the largest value of an id
-    that only the auditor has lies above the smallest claimed one, in scales. num_rows: that were compared."""
+    that only the auditor has lies above the smallest claimed one, in scales. num_rows: that were compared. quiet: as
+    `statistic.quiet` says."""
 
     row: float
     window: float
     edge: float
     num_rows: int
+    quiet: float
 
 
 def compare(claimed: list[bytes], recomputed: list[bytes], scales: Any, ranked: bool) -> Apart:
@@ -35,7 +39,7 @@ def compare(claimed: list[bytes], recomputed: list[bytes], scales: Any, ranked: 
         if not one and not other:
             continue
         if len(one) != len(other):
-            return Apart(np.inf, np.inf, np.inf, len(claimed))
+            return Apart(np.inf, np.inf, np.inf, len(claimed), np.inf)
         away, edge = _ranked(one, other) if ranked else (_values(one) - _values(other), 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             square = float(np.mean(np.square(away / scale))) if np.any(away != 0) else 0.0
@@ -43,8 +47,8 @@ def compare(claimed: list[bytes], recomputed: list[bytes], scales: Any, ranked: 
         rows.append(square)
     squares = np.nan_to_num(np.array(rows, dtype=np.float64), nan=np.inf, posinf=np.inf)
     worst = float(np.sqrt(squares.max(initial=0.0)))
-    window = float(np.sqrt(squares.mean())) if len(rows) else 0.0
-    return Apart(worst, window, float(np.nan_to_num(max(edges), nan=np.inf, posinf=np.inf)), len(rows))
+    most = float(np.nan_to_num(max(edges), nan=np.inf, posinf=np.inf))
+    return Apart(worst, rms(squares), most, len(rows), quiet(squares))
 
 
 def scales_of(values: Any, is_ranking: bool) -> Any:
