@@ -110,19 +110,20 @@ class CanonicalLinear(nn.Module):
         return self._over_weight()
 
     def _over_weight(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight, product = self.__dict__.get("product", (None, None))
-        if weight is not self.weight:
-            assert self.packing is not None
-            made = self.packing.over(self.weight, self.bias, self.out_features, self.in_features, self.rounds)
-            _, product = self.__dict__["product"] = self.weight, made
-        found: Callable[[torch.Tensor], torch.Tensor] = product
-        return found
+        known: tuple[int, Callable[[torch.Tensor], torch.Tensor]] = self.__dict__.get("product", (0, None))
+        if known[0] == id(self.weight):
+            return known[1]
+        assert self.packing is not None
+        product = self.packing.over(self.weight, self.bias, self.out_features, self.in_features, self.rounds)
+        self.__dict__["product"] = id(self.weight), product  # which keeps the weight, and so its id
+        return product
 
     def plain_weight(self) -> torch.Tensor:
         """(out, in) fp32; a copy where it is packed."""
         held, begin = self.within or (self, 0)
-        weight = held.weight.float()
-        if held.packing is not None:
+        if held.packing is None:
+            weight = held.weight.float()
+        else:
             weight = held.packing.unpack(held.weight, held.out_features, held.in_features)
         return weight[begin : begin + self.out_features]
 
