@@ -7,7 +7,7 @@ import base64
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,10 +209,11 @@ async def test_who_does_not_read_is_forgotten(monkeypatch: pytest.MonkeyPatch, c
             sock.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
         else:
             await asyncio.to_thread(upgrade, sock)
-            await asyncio.to_thread(sock.sendall, PING * (16 * 1024 * 1024 // len(PING)))
         await eventually("the connection", lambda: len(listener._state.connections) == 1)
         if way != "a download":
             (protocol,) = listener._state.connections
+            with suppress(ConnectionError):  # a machine that is busy takes as long to send as it takes to be forgotten
+                await asyncio.to_thread(sock.sendall, PING * (16 * 1024 * 1024 // len(PING)))
             protocol.transport.close()  # what waits for the peer is written first
         await eventually("it to be forgotten", lambda: not listener._state.connections, 20.0)
 

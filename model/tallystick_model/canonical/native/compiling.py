@@ -53,7 +53,10 @@ def lanes() -> int | None:
 @cache
 def has_threads() -> bool:
     """Whether this process has threads that can share a job."""
-    library = ctypes.CDLL(None)
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # a system whose processes are no library
+        return False
     return all(hasattr(library, name) for name in _THREADS)
 
 
