@@ -48,8 +48,6 @@ class KvCache:
         self._shapes = dict(shapes)
         self._capacity = 0
         self._written = 0
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
         pools: dict[tuple[int, int, torch.device], list[tuple[int, bool]]] = {}
         for layer, shape in self._shapes.items():
             device = (devices or {}).get(layer, CPU)
@@ -83,9 +81,6 @@ class KvCache:
                 pool[..., : self._written, :] = self._pools[index][..., : self._written, :]
             pools.append(pool)
         self._pools, self._capacity, self._located = pools, capacity, 0
-        whole = self.rows(0, capacity)
-        self._keys = {layer: keys for layer, (keys, _) in whole.items()}
-        self._values = {layer: values for layer, (_, values) in whole.items()}
 
     def place(self, layer: int) -> Any:
         """Where a layer's keys and values are in memory, and how many floats apart two groups' are, (1, 4) int64."""

@@ -11,19 +11,16 @@ counts, nor who else is computed.
 
 from __future__ import annotations
 
-import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from tallystick_model.canonical.native.compiling import Compiled, has_threads, lanes
-
-log = logging.getLogger(__name__)
+from tallystick_model.canonical.native.compiling import Compiled, if_possible, shared_from
 
 CHUNK = 16
 """Keys and values lie in memory of a multiple of so many; behind the last one they are finite."""
@@ -106,12 +103,7 @@ def _bits(value: float) -> int:
 @cache
 def attention(key_dim: int, value_dim: int) -> Attention | None:
     """Of this processor; None where there is none (`lanes`)."""
-    width = lanes()
-    try:
-        return None if width is None else compiled(key_dim, value_dim, width)
-    except (OSError, RuntimeError) as error:
-        log.info("attention in machine code is not to be had (%s)", error)
-        return None
+    return if_possible(partial(compiled, key_dim, value_dim))
 
 
 def compiled(key_dim: int, value_dim: int, width: int) -> Attention:
@@ -120,7 +112,7 @@ def compiled(key_dim: int, value_dim: int, width: int) -> Attention:
     def make() -> Any:
         from tallystick_model.canonical.native.attention_code import attention_module
 
-        return attention_module(key_dim, value_dim, _SHARED_WORK if has_threads() else None)
+        return attention_module(key_dim, value_dim, shared_from(_SHARED_WORK))
 
     code = Compiled(f"attention of {key_dim} and {value_dim}, {width} lanes", make, width)
     return Attention(key_dim, value_dim, code.function("attend", 1, 0))

@@ -39,15 +39,14 @@ _VECTOR, _WORDS, _BITS = (ir.VectorType(kind, LANES) for kind in (FLOAT, WORD, i
 
 
 def attention_module(key_dim: int, value_dim: int, shared_work: int | None) -> ir.Module:
-    """shared_work: multiplications from which threads share a call; None where one thread computes all."""
+    """shared_work: as `Shared` has it."""
     module = ir.Module("attention")
-    shared = Shared(module, _parts(module, key_dim, value_dim), "attention", shared_work is not None)
+    shared = Shared(module, _parts(module, key_dim, value_dim), "attention", shared_work)
     code = Code(module, "attend", NOTHING, [INTS], public=True)
     (task,) = code.args
     _write(code, task, key_dim, value_dim)
     count = code.mul(code.field(task, NUM_UNITS), code.field(task, HEADS))
-    is_large = code.icmp_signed(">=", code.field(task, WORK), code.number(shared_work or 0))
-    shared.compute(code, task, count, code.number(1), is_large)
+    shared.compute(code, task, count, code.number(1), code.field(task, WORK))
     return module
 
 

@@ -81,9 +81,10 @@ class Shared:
     Each takes the next parts when it has computed its last ones, so that nobody waits for one that comes late.
     """
 
-    def __init__(self, module: ir.Module, run: ir.Function, name: str, has_threads: bool) -> None:
-        self._run, self._worker = run, None
-        if not has_threads:
+    def __init__(self, module: ir.Module, run: ir.Function, name: str, shared_work: int | None) -> None:
+        """shared_work: multiplications from which threads share a task; None where one computes all."""
+        self._run, self._worker, self._shared_work = run, None, shared_work
+        if shared_work is None:
             return
         code = Code(module, f"{name}_worker", NOTHING, [BYTES])
         job = code.bitcast(code.args[0], INTS)
@@ -104,9 +105,10 @@ class Shared:
         code.ret_void()
         self._worker = code.made
 
-    def compute(self, code: Code, task: Any, count: Any, takes: Any, is_large: Any) -> None:
-        """All parts; the function that is being written ends with this. is_large: whether threads are worth it."""
-        if self._worker is not None:
+    def compute(self, code: Code, task: Any, count: Any, takes: Any, work: Any) -> None:
+        """All parts; the function that is being written ends with this. work: multiplications in all."""
+        if self._worker is not None and self._shared_work is not None:
+            is_large = code.icmp_signed(">=", work, code.number(self._shared_work))
             ask = declared(code.module, "omp_get_max_threads", WORD, [])
             start = declared(code.module, "GOMP_parallel", NOTHING, [self._worker.type, BYTES, WORD, WORD])
             job = code.alloca(INT, 5)

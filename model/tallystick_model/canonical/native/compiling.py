@@ -13,12 +13,11 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
 
-SHARED_WORK = 1 << 18
-"""Multiplications below which one thread computes."""
+T = TypeVar("T")
 
 FOLDER = Path("~/.cache/tallystick/code")
 """Where machine code is kept: to make it takes some 0.3 s a process."""
@@ -50,14 +49,29 @@ def lanes() -> int | None:
     return 16 if features.get("avx512f") else 8
 
 
+def if_possible(make: Callable[[int], T]) -> T | None:
+    """What `make` makes for this processor's `lanes`; None where there are none, or nothing can be made."""
+    width = lanes()
+    try:
+        return None if width is None else make(width)
+    except (OSError, RuntimeError) as error:  # e.g. a system that lets nobody make code
+        log.info("machine code is not to be had (%s)", error)
+        return None
+
+
 @cache
-def has_threads() -> bool:
-    """Whether this process has threads that can share a job."""
+def _threads() -> dict[str, int | None]:
+    """Where the functions are by which threads of this process share a job; empty where they are missing."""
     try:
         library = ctypes.CDLL(None)
-    except (OSError, TypeError):  # a system whose processes are no library
-        return False
-    return all(hasattr(library, name) for name in _THREADS)
+        return {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _THREADS}
+    except (OSError, TypeError, AttributeError):  # TypeError: a system whose processes are no library
+        return {}
+
+
+def shared_from(work: int) -> int | None:
+    """From so much work on threads share a job; None where this process has none that can."""
+    return work if _threads() else None
 
 
 class Compiled:
@@ -70,16 +84,14 @@ class Compiled:
 
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
-        if has_threads():
-            library = ctypes.CDLL(None)
-            for function in _THREADS:
-                binding.add_symbol(function, ctypes.cast(getattr(library, function), ctypes.c_void_p).value)
+        for function, address in _threads().items():
+            binding.add_symbol(function, address)
         features = binding.get_host_cpu_features()
         if width < 16:
             features = type(features)({one: on and "avx512" not in one for one, on in features.items()})
         said, processor = features.flatten(), binding.get_host_cpu_name()
         target = binding.Target.from_default_triple().create_target_machine(cpu=processor, features=said, opt=3)
-        kept = _Kept(name, processor, said, llvmlite_version(), str(has_threads()))
+        kept = _Kept(name, processor, said, llvmlite_version(), str(bool(_threads())))
         made = kept.read()
         if made is None:
             parsed = binding.parse_assembly(str(make()))

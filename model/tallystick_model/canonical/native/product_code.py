@@ -62,10 +62,10 @@ class Layout:
 
 
 def product_module(layout: Layout, shared_work: int | None) -> ir.Module:
-    """shared_work: multiplications from which threads share a product; None where one thread computes all."""
+    """shared_work: as `Shared` has it."""
     module = ir.Module("products")
     _pack(module, layout)
-    shared = Shared(module, _panels(module, layout), "product", shared_work is not None)
+    shared = Shared(module, _panels(module, layout), "product", shared_work)
     code = Code(module, "product", NOTHING, [INTS, FLOATS, FLOATS, INT], public=True)
     weight, x, y, rows = code.args
     task = code.alloca(INT, 4)
@@ -75,8 +75,7 @@ def product_module(layout: Layout, shared_work: int | None) -> ir.Module:
     work = code.mul(code.mul(rows, code.field(weight, 2)), code.field(weight, 3))
     few = code.icmp_signed("<=", rows, code.number(layout.pairs_up_to))
     takes = code.select(few, code.number(2), code.number(1))
-    is_large = code.icmp_signed(">=", work, code.number(shared_work or 0))
-    shared.compute(code, task, code.field(weight, 4), takes, is_large)
+    shared.compute(code, task, code.field(weight, 4), takes, work)
     return module
 
 

@@ -13,24 +13,24 @@ and take panels one after the other, so that one that comes late makes nobody wa
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from tallystick_model.canonical.native.compiling import SHARED_WORK, Compiled, has_threads, lanes
-
-log = logging.getLogger(__name__)
+from tallystick_model.canonical.native.compiling import Compiled, if_possible, shared_from
 
 PANEL = 64
 """Columns."""
 
 BLOCK = 128
 """Inputs that are added up before they are added to the sum: even, and few enough to keep what is lost small."""
+
+_SHARED_WORK = 1 << 18
+"""Multiplications below which one thread computes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,12 +95,7 @@ class Products:
 @cache
 def products(dtype: torch.dtype) -> Products | None:
     """The products of this processor over float32 or bfloat16 weights; None where there are none (`lanes`)."""
-    width = lanes()
-    try:
-        return None if width is None else compiled(dtype, width)
-    except (OSError, RuntimeError) as error:  # e.g. a system that lets nobody make code
-        log.info("products in machine code are not to be had (%s)", error)
-        return None
+    return if_possible(partial(compiled, dtype))
 
 
 def compiled(dtype: torch.dtype, width: int) -> Products:
@@ -113,7 +108,7 @@ def compiled(dtype: torch.dtype, width: int) -> Products:
         from tallystick_model.canonical.native.product_code import Layout, product_module
 
         layout = Layout(PANEL, BLOCK, width, halves=dtype is torch.bfloat16)
-        return product_module(layout, SHARED_WORK if has_threads() else None)
+        return product_module(layout, shared_from(_SHARED_WORK))
 
     code = Compiled(f"products of {dtype}, {width} lanes", make, width)
     return Products(dtype, code.function("pack", 2, 2), code.function("product", 3, 1))
