@@ -16,6 +16,7 @@ from tallystick.checks import agree, same_work
 from tallystick.comparing import Found, Work, is_same, zone
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import apart, owners
+from tallystick.session.ending import end
 from tallystick.session.proving import agreed
 from tallystick.session.remote import Hearing, Remote
 from tallystick.session.results import Results
@@ -94,9 +95,7 @@ class Audit:
     async def pause(self) -> None:
         """Stop feeding: nothing is on its way to the auditor when this returns."""
         task, self.task = self.task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await end(task)
 
     def refeed(self) -> None:
         """Another node feeds the auditor from now on: what it has not signed may never have arrived."""

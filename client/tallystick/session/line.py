@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from tallystick.session.ending import end
 from tallystick.session.patience import Patience
 from tallystick_protocol.errors import Departed, InternalError, TallystickError, Unreachable
 from tallystick_protocol.frames import Frame, Kind, take
@@ -277,9 +278,7 @@ class Line:
 
     async def close(self) -> None:
         """Leave in order."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+        await end(self._reader)
         self._fail = lambda _: None
         self._give_up(Unreachable(f"the session at {self.node} was left"))
         await self._channel.close()

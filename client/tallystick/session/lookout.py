@@ -11,6 +11,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from tallystick.session.ending import end
 from tallystick.session.openings import LOOK_OUT_S
 from tallystick.session.remote import Remote
 from tallystick_protocol.errors import TallystickError, Unreachable
@@ -56,9 +57,7 @@ class Lookout:
             self._asking = asyncio.create_task(self._ask())
 
     async def close(self) -> None:
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.gather(self._asking, return_exceptions=True)
+        await end(self._asking)
 
     async def _ask(self) -> None:
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tallystick.checks import check_input
 from tallystick.routing.candidates import Candidate
 from tallystick.session.auditing import send_kept
+from tallystick.session.ending import end
 from tallystick.session.remote import Hearing, Remote
 from tallystick_protocol.errors import TallystickError, Unreachable
 from tallystick_protocol.frames import Frame
@@ -70,8 +71,7 @@ class Migration:
 
     async def call_off(self) -> None:
         """Let the node go, paid for what it has signed."""
-        self.task.cancel()
-        await asyncio.gather(self.task, return_exceptions=True)
+        await end(self.task)
         if self._remote is not None:
             self._session.witnesses.discard(self._remote)
             self._session.books.note_payment(self._remote)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from tallystick.session.ending import end
 from tallystick_protocol.errors import CorruptResult, TallystickError
 from tallystick_protocol.frames import Frame, Kind, take
 from tallystick_protocol.sampling import Sampling, pick
@@ -67,9 +68,7 @@ class Ring:
 
     async def close(self) -> None:
         self._session.ring = None
-        if self._closing is not None:
-            self._closing.cancel()
-            await asyncio.gather(self._closing, return_exceptions=True)
+        await end(self._closing)
 
     def check(self, node: Address, frame: Frame) -> None:
         """Choose again what the last hop says that it has chosen. Raises CorruptResult where that is another token."""

@@ -17,6 +17,7 @@ from tallystick.routing.candidates import Candidate
 from tallystick.routing.monitor import Monitor
 from tallystick.session.auditing import Audit
 from tallystick.session.books import Books
+from tallystick.session.ending import end
 from tallystick.session.farewells import Farewells
 from tallystick.session.feeding import Feeding
 from tallystick.session.lookout import Lookout
@@ -310,9 +311,7 @@ class Session:
     async def close(self) -> None:
         """Close every hop. What is signed and checked has been paid before."""
         for task in (self._keeper, *self.books.arbitrations.values(), *(audit.task for audit in self.audits)):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            await end(task)
         await self.lookout.close()
         await self.repair.call_off()
         await self.stakes.close()

@@ -7,6 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
+from tallystick.session.ending import end
 from tallystick_protocol.errors import TallystickError
 from tallystick_protocol.types import Address
 
@@ -36,9 +37,7 @@ class Stakes:
             self._task = asyncio.create_task(self._ask())
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def _ask(self) -> None:
         """Of one whose stake is gone another node takes the place, as if it stopped; while there is none, it goes on.
