@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from tallystick_protocol.signing import Key
 from tallystick_protocol.types import Address, ModelId, Span
 
 if TYPE_CHECKING:
+    from harness.jury_stage import Trial
     from harness.small_models import Models
 
 
@@ -73,3 +74,21 @@ def models() -> Iterator[Models]:
 
     with small_models() as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
+    """A chain and a model for cases in Court."""
+    from harness.jury_stage import open_stage
+
+    with open_stage(tmp_path_factory.mktemp("stage")) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def trial(stage: Trial, tmp_path: Path) -> AsyncIterator[Trial]:
+    """A case's own folder and store on it."""
+    from harness.jury_stage import open_trial
+
+    async with open_trial(stage, tmp_path) as opened:
+        yield opened

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.bench_court import THOUSAND
-from harness.jury_stage import NUM_JURORS, Trial, open_stage, open_trial
+from harness.jury_stage import NUM_JURORS, Trial
 from tallystick.cli import main
 from tallystick_node.jury.judging import Finding
 from tallystick_node.jury.juror import Juror
@@ -27,18 +26,6 @@ LIES = {
     Vote.GUILTY: Finding(same_class=True, error=1.0, clear=1e-6, guilty=1e-4),
     Vote.CLEAR: Finding(same_class=True, equal=True, clear=1e-6, guilty=1e-4),
 }
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
-    with open_stage(tmp_path_factory.mktemp("appeals")) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def trial(stage: Trial, tmp_path: Path) -> AsyncIterator[Trial]:
-    async with open_trial(stage, tmp_path) as opened:
-        yield opened
 
 
 def jury(trial: Trial, lie: Vote | None = None, **settings: Any) -> list[Juror]:

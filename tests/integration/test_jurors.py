@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.bench_court import THOUSAND, key
-from harness.jury_stage import NUM_JURORS, Trial, open_stage, open_trial
+from harness.jury_stage import NUM_JURORS, Trial
 from tallystick.cli import main
 from tallystick_protocol.chain.court import State, Verdict, Vote
 from tallystick_protocol.errors import ChainError
@@ -20,18 +19,6 @@ from tallystick_protocol.keystore import create_keystore
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import from_words, seal
 from tallystick_protocol.types import Digest, Wei
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
-    with open_stage(tmp_path_factory.mktemp("jurors")) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def trial(stage: Trial, tmp_path: Path) -> AsyncIterator[Trial]:
-    async with open_trial(stage, tmp_path) as opened:
-        yield opened
 
 
 async def test_a_cheater_is_convicted_by_jurors_that_are_stopped_at_every_step(trial: Trial) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness import one_loop, samples
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import Node, World, generate
 from tallystick.routing.choice import strangers_first
 from tallystick.session.session import Session
@@ -25,12 +25,6 @@ PROMPT = [5 + 7 * i % 90 for i in range(60)]
 TOKENS = 12
 DRAWS = 24
 """Of two: all but once in 16 million one of them is never first."""
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 @pytest.mark.parametrize("sketches", ["auto", "on"])

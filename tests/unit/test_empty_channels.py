@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from harness import samples
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import PRICE, Node, World, generate
 from tallystick.session.session import Session
 from tallystick_node.session.billing import FUNDS_TIMEOUT_S
@@ -25,12 +25,6 @@ from tallystick_protocol.vouchers import charge
 PROMPT = [5 + 7 * i % 90 for i in range(40)]
 TOKENS = 30
 HOP = 1
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 @dataclass

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness import samples
-from harness.small_models import Models, fast, small_models
+from harness.small_models import Models, fast
 from harness.small_world import Node, World, audited, generate
 from tallystick.routing.candidates import Expected
 from tallystick.session import stakes
@@ -23,12 +23,6 @@ from tallystick_protocol.types import Address, ModelId, Span, Wei
 PROMPT = [5 + 7 * i % 90 for i in range(40)]
 TOKENS, EARLY = 40, 8
 LOOK_S = 0.05
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    with small_models() as found:
-        yield found
 
 
 class Registry:
