@@ -214,7 +214,7 @@ def test_keys_and_values_lie_with_their_layer(served: Published) -> None:
         out = model.forward([Segment(cache, 0, rows)])[0]
         assert type(out) is torch.Tensor and out.device == CPU
         assert isinstance(cache, KvCache)
-        assert {layer: keys.device for layer, keys in cache._keys.items()} == {1: B, 2: A}
+        assert {layer: keys.device for layer, (keys, _) in cache.rows(0, 5).items()} == {1: B, 2: A}
         model = load_span(served.manifest, Span(1, 3), served.open_piece, execution="stock", placement=placement)
         stock = model.new_cache(64)
         model.forward([Segment(stock, 0, rows)])
