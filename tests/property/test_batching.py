@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from harness.in_memory import SMALL, InMemory
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
+from tallystick_node.scheduling import engine as scheduling
 from tallystick_node.scheduling.engine import Engine, Withdrawn
+from tallystick_node.scheduling.threads import Threads
 from tallystick_protocol.errors import BadPosition, Overloaded, Unreachable
 from tallystick_protocol.manifest import Numerics
 
@@ -162,7 +164,36 @@ def test_a_long_prompt_delays_a_step_by_one_forward() -> None:
         assert engine.meter.forwards >= 1 + 300 // BUDGET
         return waited
 
-    assert max(with_engine(span, work)) <= 2  # the one in flight, and its own
+    assert max(with_engine(span, work)) <= 3  # one that is about to end, the one behind it, and its own
+
+
+def test_while_cores_are_taken_steps_wait_for_each_other_and_for_nobody_when_the_node_stops(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduling, "GAP_S", 100.0)
+    monkeypatch.setattr(scheduling, "MOST_S", 100.0)
+    span = span_of("Llama")
+    ids = torch.arange(3, 12)
+
+    async def work(engine: Engine) -> None:
+        caches = [new_cache(span) for _ in range(4)]
+        for cached in caches:  # these wait for nobody: so far no core is taken
+            await engine.forward(Segment(cached, 0, ids[:5]), "a")
+        monkeypatch.setattr(Threads, "cores_are_taken", property(lambda _: True))
+        before = engine.meter.forwards
+        steps = [asyncio.create_task(engine.forward(Segment(one, 5, ids[5:6]), "a")) for one in caches[:1]]
+        await engine.run(lambda: None)  # other work is counted like a step
+        await steps[0]
+        steps = [asyncio.create_task(engine.forward(Segment(one, one.length, ids[6:7]), "a")) for one in caches[:2]]
+        rows = await asyncio.gather(*steps)
+        assert engine.meter.forwards - before == 2
+        assert torch.equal(rows[0], span.forward([Segment(new_cache(span), 0, ids[:7])])[0][6:])
+        last = asyncio.create_task(engine.forward(Segment(caches[3], 5, ids[5:6]), "a"))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(engine.close)
+        await last
+
+    with_engine(span, work)
 
 
 def test_one_bad_session_does_not_fail_its_company() -> None:

@@ -346,3 +346,23 @@ def test_auditors_of_other_classes_are_of_other_operators_too_and_stock_nodes_ar
     assert foreign_auditors(offered, [one("stock", "stock")], 0, ()) == []
     assert checkable(offered, ()) == [] or hop not in checkable(offered, ())
     assert hop in checkable(offered, (), across=True) and one("stock", "stock") not in checkable(offered, (), True)
+
+
+def test_who_takes_a_place_again_and_again_and_fails_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hops, told = [one("a", 0, 2), one("b", 2, 4)], []
+    setting = SimpleNamespace(candidates=hops, work=Workload(4), wait_s=10.0, on_waiting=told.append)
+    session: Any = SimpleNamespace(setting=setting, route=hops, is_open=True, ids=[1, 2, 3])
+    openings, now = Openings(session), [100.0]
+    monkeypatch.setattr("tallystick.session.openings.time", SimpleNamespace(monotonic=lambda: now[0]))
+    for _ in range(5):  # it is back at once, and fails
+        openings.miss(1)
+        now[0] += 1.0
+    assert openings._give_up_at[1] == 110.0 and len(told) == 1
+    session.ids.append(4)
+    openings.miss(1)
+    assert openings._give_up_at[1] == 115.0 and len(told) == 2, "the answer has grown meanwhile"
+    openings.filled(1)  # the same hop is back, with all that it had
+    openings.miss(1)
+    assert len(told) == 3

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tallystick_node.scheduling.company import RECENT_S, Company
 from tallystick_node.scheduling.load import Meter
 from tallystick_node.scheduling.policy import MAX_STEP_ROWS, FairQueue, Job, Turn
 
@@ -198,3 +199,12 @@ def test_steps_and_prompts_are_averaged_apart_and_parts_count_as_the_whole_span(
     for _ in range(100):
         meter.note(1, 1, 0.1)
     assert meter.load(0, 0).single_s == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_forward_waits_for_half_of_the_sessions_that_were_at_work_of_late() -> None:
+    company = Company()
+    assert company.wanted(0.0) == 0
+    company.note(range(7), 1.0)
+    company.note([0], 1.4)
+    assert company.wanted(1.4) == 3
+    assert company.wanted(1.0 + RECENT_S + 0.01) == 0, "one that is alone waits for nobody"

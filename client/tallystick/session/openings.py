@@ -55,6 +55,7 @@ class Openings:
         self._nonce = fresh_nonce()
         self._reserved: list[Need] = []
         self._give_up_at: dict[int, float] = {}
+        self._missed_at: dict[int, int] = {}
         self._opened: set[Address] = set()
         self._entered: dict[int, set[Address]] = {}
         self._any_class: set[int] = set()
@@ -128,13 +129,17 @@ class Openings:
         raise nobody
 
     def miss(self, index: int) -> NoRoute:
-        """Nobody serves a hop's layers at present: the user hears of it, once, and the time to wait begins."""
+        """Nobody serves a hop's layers at present: the user hears of it, once, and the time to wait begins. It begins
+        anew only when the answer has grown meanwhile: who takes the place, and fails at once, ends no waiting."""
         session, span = self._session, self._session.route[index].span
         nobody = NoRoute(
             f"nobody else serves layers {span}; to do so: tallystick-node run --join --span {span.start}:{span.end}",
             start=span.start,
             end=span.end,
         )
+        if self._missed_at.get(index, len(session.ids)) < len(session.ids):
+            self.filled(index)
+        self._missed_at[index] = len(session.ids)
         if index not in self._give_up_at:
             self._give_up_at[index] = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
             if session.is_open:

@@ -234,7 +234,6 @@ class Repair:
                 await session.openings.substitute(index, error)
                 continue
             break
-        session.openings.filled(index)
         session.books.drop_dispute(index)
         session.hops[index] = remote
         session.attach(remote)

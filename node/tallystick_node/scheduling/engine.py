@@ -23,6 +23,7 @@ from tallystick_model.parts import part_of, parts_agree, threads_agree, wrong_la
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
 from tallystick_model.stock import StockCache
+from tallystick_node.scheduling.company import GAP_S, MOST_S, Company
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
@@ -75,8 +76,9 @@ class Engine:
         on_cpu = model.placement.first.type == "cpu"
         self.step_rows = step_rows or (STEP_ROWS if on_cpu else STEP_ROWS_ACCELERATOR)
         threads = torch.get_num_threads()
-        varies = threads > 1 and on_cpu and model.packs and threads_agree(model)
-        self._threads = Threads(threads, Cores(threads) if varies else None)
+        varies = threads > 1 and model.packs and threads_agree(model)
+        self._threads = Threads(threads, Cores(threads) if on_cpu else None, varies=varies)
+        self._company = Company()
         self.meter = Meter()
         self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
         self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -124,7 +126,7 @@ class Engine:
         has passed, Withdrawn.
         """
         model = model or self.model
-        return await self._submit(segment, payer, len(segment), divides(model, segment), wait_s, model)
+        return await self._submit(segment, payer, len(segment), divides(model, segment.cache), wait_s, model)
 
     async def run(self, work: Callable[[], T], payer: str = "", rows: int = 0) -> T:
         """The result of other work with the model, on its thread. Cancelling drops it if it has not begun.
@@ -182,6 +184,7 @@ class Engine:
 
     def _run(self) -> None:
         while self._take_in():
+            self._gather()
             turn = self._queue.pick(time.monotonic())
             answers: list[_Answer] = [(task, None, _refusal(task)) for task in turn.refused]
             segments = [(task, count) for task, count in turn.picked if isinstance(task.task, Segment)]
@@ -209,6 +212,23 @@ class Engine:
             self._queue.put(task)
         return True
 
+    def _gather(self) -> None:
+        """Let steps wait for others that are about to come, while the cores are taken."""
+        if not self.model.packs or not self._threads.cores_are_taken:
+            return
+        now = time.monotonic()
+        end = now + MOST_S
+        while now < end and self._queue.has_only_steps and len(self._queue) < self._company.wanted(now):
+            try:
+                task = self._incoming.get(timeout=min(GAP_S, end - now))
+            except queue.Empty:
+                return
+            if task is None:
+                self._incoming.put(None)  # `_take_in` hears of it
+                return
+            self._queue.put(task)
+            now = time.monotonic()
+
     def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
         """One forward; the answers to the jobs that are complete with it, or have failed."""
         rows = sum(count for _, count in batch)
@@ -226,6 +246,7 @@ class Engine:
             task = batch[0][0]
             task.withdrawn = True
             return [(task, None, error)]
+        self._company.note([id(task.task.cache) for task, _ in batch], time.monotonic())  # type: ignore[union-attr]
         took_s, share = time.perf_counter() - began, len(model.span) / len(self.model.span)
         self._threads.note(rows, took_s / share)
         self.meter.note(rows, len(batch), took_s, share)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from tallystick_model.replay import ReplayCache
-from tallystick_model.segments import Segment
+from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
 from tallystick_model.stock import StockCache
 
 
-def divides(model: SpanModel, segment: Segment) -> bool:
-    """Whether a segment may be computed in pieces.
+def divides(model: SpanModel, cache: Cache | None) -> bool:
+    """Whether rows of a session may be computed in pieces.
 
     Canonical rows of causal models may, anywhere. A stock run is computed whole where pieces would cost more: behind a
     recurrent state rows go one by one, and without a cache all rows so far are computed for each piece.
     """
-    cache = segment.cache
     if cache is None:
         return False
     if model.execution == "canonical":

@@ -84,6 +84,11 @@ class FairQueue(Generic[J]):
     def __len__(self) -> int:
         return self._num_jobs
 
+    @property
+    def has_only_steps(self) -> bool:
+        """Whether no bulk waits."""
+        return not any(line.bulk for line in self._lines.values())
+
     def put(self, job: J) -> None:
         """Take a job in."""
         line = self._lines.get(job.payer)

@@ -73,21 +73,27 @@ def _average(before: float, count: int, value: float) -> float:
 class Threads:
     """Sets torch's threads for the thread that calls it, before its work with a model."""
 
-    def __init__(self, most: int, cores: Cores | None) -> None:
-        """cores: where they run; None where their number must not vary."""
+    def __init__(self, most: int, cores: Cores | None, *, varies: bool = True) -> None:
+        """cores: where they run, None on a device that has its own. varies: whether their number may."""
         self._most, self._now = most, 0
-        self._cores = cores
+        self._cores, self._varies = cores, varies and cores is not None
         self._paces: dict[int, Pace] = {}
+
+    @property
+    def cores_are_taken(self) -> bool:
+        """Whether what is computed now slows others down, and is slowed down by them."""
+        return self._cores is not None and self._cores.are_taken
 
     def choose(self, rows: int) -> None:
         """Before a forward of so many rows."""
-        takes_one = self._cores is not None and (self._cores.are_taken or not self._pace(rows).takes_all())
+        takes_one = self._varies and (self.cores_are_taken or not self._pace(rows).takes_all())
         self._use(1 if takes_one else self._most)
 
     def note(self, rows: int, seconds: float) -> None:
         """It has taken so long. Its threads are still awake."""
         if self._cores is not None:
             self._cores.look()
+        if self._varies:
             self._pace(rows).note(self._now > 1, seconds / max(rows, FEW_ROWS))
 
     def use_all(self) -> None:
@@ -106,7 +112,7 @@ class Threads:
         if count != self._now:
             set_threads(count)
             self._now = count
-        if count > 1 and self._cores is not None:
+        if count > 1 and self._varies and self._cores is not None:
             self._cores.part()
 
 

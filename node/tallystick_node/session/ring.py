@@ -146,11 +146,14 @@ class Receiver:
         if self._unconfirmed is None:
             self._unconfirmed = position
 
-    def confirm(self, record: Record, first: int, rows: Sequence[bytes]) -> None:
-        """The client has sent the ids from position `first` on. Raises LinkMismatch where the ring brought others."""
+    def confirm(self, record: Record, first: int, rows: Sequence[bytes]) -> bool:
+        """The client has sent the ids from position `first` on; whether the ring had brought some of them before.
+
+        Raises LinkMismatch where the ring brought others.
+        """
         start = self._unconfirmed
         if start is None or not first <= start < first + len(rows):
-            return
+            return False
         for position in range(start, min(first + len(rows), len(record))):
             if leaf(rows[position - first]) != record.input_leaf(position):
                 raise LinkMismatch(
@@ -158,6 +161,7 @@ class Receiver:
                     hop=self.node or "", wrong_from=position,
                 )  # fmt: skip
         self._unconfirmed = first + len(rows) if first + len(rows) < len(record) else None
+        return True
 
     def crop(self, length: int) -> None:
         if self._unconfirmed is not None and self._unconfirmed >= length:

@@ -68,8 +68,7 @@ class Steps:
             rows, want = rows[:kept], want[:kept]
             if not rows:
                 return  # taken back since then
-            if is_first and not by_ring:
-                hop.fed_by.confirm(hop.record, frame.position, rows)
+            if is_first and not by_ring and hop.fed_by.confirm(hop.record, frame.position, rows):
                 hop.signer.wake()
             with self._of_whom(channel):
                 known = self._known(frame.position, rows, pushed=channel is not None and not by_ring)
@@ -174,7 +173,7 @@ class Steps:
         self.check_length(start + len(rows))
         if hop.rows.is_last:
             self.make_room(hop.record.size_bytes + sum(want) * hop.rows.result_bytes)
-        divisible = not hop.one_shot and divides(hop.model, hop.rows.segment(hop.cache, start, rows[:1], want[:1]))
+        divisible = not hop.one_shot and divides(hop.model, hop.cache)
         size = PIECE_ROWS if divisible else len(rows)
         for begin in range(0, len(rows), size):
             piece = slice(begin, begin + size)
@@ -212,7 +211,8 @@ class Steps:
             self.computed += len(rows)
             chosen = await hop.ring.turn(len(hop.record) - 1, outputs[-1])
             await self._deliver(Positions(start, len(hop.record)), chosen)
-        hop.signer.wake()
+        if hop.windows.may_be_due(start):
+            hop.signer.wake()
         return True
 
     def _cost(self, rows: list[bytes]) -> Wei:

@@ -101,6 +101,11 @@ class Windows:
         if self.answers is not None:
             self.answers = {digest: self.answers[digest] for digest in self._digests if digest in self.answers}
 
+    def may_be_due(self, first: int) -> bool:
+        """Whether rows from position `first` on, which are there now, may have made a window due."""
+        length = len(self._record)
+        return length // WINDOW > first // WINDOW or self._flush_to == length
+
     def next_unsigned(self, now: int) -> Receipt | None:
         """The next receipt that may be signed, or None. Raises LinkMismatch when the previous hop signed other rows.
 
