@@ -136,9 +136,10 @@ async def test_a_long_text_is_tagged_in_windows_as_by_the_pipeline(tagger: Any) 
         "token-classification", model=backend.whole, tokenizer=checkpoints.fast_tokenizer(folder),
         aggregation_strategy="simple", stride=16,
     )  # fmt: skip
+    before = len(backend.passes)
     found = await backend.token_classification(LONG, aggregation_strategy="simple", stride=16)
     assert_close(list(found), reference(LONG))
-    assert len(backend.passes) > 3
+    assert len(backend.passes) - before >= 3
 
 
 @pytest.fixture(scope="module")
