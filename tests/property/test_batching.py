@@ -114,6 +114,18 @@ TALKS = st.lists(
 @settings(max_examples=4, deadline=None)
 @given(talks=TALKS)
 def test_rows_do_not_depend_on_the_company(family: str, talks: list[Talk]) -> None:
+    company(family, talks)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=100, deadline=None)
+@given(talks=TALKS)
+def test_rows_do_not_depend_on_any_of_many_companies(family: str, talks: list[Talk]) -> None:
+    company(family, talks)
+
+
+def company(family: str, talks: list[Talk]) -> None:
     span = span_of(family)
     for talk in talks:  # examples are run again
         talk.ids.clear()
