@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 
 from harness.checkpoints import published
 from harness.task_checkpoints import SENTENCES, SEQ2SEQ_SMALL
+from tallystick.tasks.languages import source_ids, target_code
+from tallystick.tokens import Tokens
 from tallystick_model.publishing import companions, plan
 from tallystick_model.sandbox import conversion
 from tallystick_model.sandbox.sentence_pieces import written_out
@@ -114,6 +116,17 @@ def test_ids_without_a_vocab_json_are_those_of_the_checkpoints_own_tokenizer(
         assert ours.encode(text).ids == ids, text
         if "unk" not in text and theirs.unk_token_id not in ids:
             assert ours.decode(ids).strip() == theirs.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_plbarts_languages_are_marked_as_its_own_tokenizer_does(tmp_path: Path) -> None:
+    train(SENTENCES, tmp_path / "sentencepiece.bpe.model", 150)
+    folder = settings(tmp_path, "plbart", tokenizer_class="PLBartTokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    written_out(theirs).save(str(tmp_path / "tokenizer.json"))
+    tokens = Tokens(tmp_path / "tokenizer.json")
+    theirs.src_lang = "java"
+    assert source_ids(tokens, "the stick", "java", "en_XX") == theirs("the stick")["input_ids"]
+    assert target_code(tokens, "en_XX") == theirs.convert_tokens_to_ids("__en_XX__")
 
 
 def test_pieces_that_sentencepiece_takes_out_first_are_refused(tmp_path: Path) -> None:
