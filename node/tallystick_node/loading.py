@@ -24,9 +24,9 @@ from tallystick_node.alone import alone
 from tallystick_node.config import NodeConfig, process_environment
 from tallystick_node.pieces import Pieces
 from tallystick_node.placing import accelerators, place_span, room_on
-from tallystick_node.planning.choice import Machine, candidates, choose, consider_move
+from tallystick_node.planning.choice import Machine, candidates, choose, consider_move, weigh
 from tallystick_node.planning.measure import check_memory, machine_for
-from tallystick_node.planning.report import Plan, why_of
+from tallystick_node.planning.report import Plan, why_of, why_told
 from tallystick_node.planning.supply import stacks_of
 from tallystick_node.planning.survey import find_servers, supply_of
 from tallystick_node.scheduling.engine import Engine
@@ -73,9 +73,16 @@ class Loading:
             self._manifest = await (await self._pieces()).manifest(record)
         return self._manifest
 
-    async def plan(self, at: Span | None = None, dwelt_s: float = float("inf")) -> Plan:
-        """What this machine should serve, as the network is now. at: the span it serves, since dwelt_s seconds."""
+    async def plan(
+        self, at: Span | None = None, dwelt_s: float = float("inf"), *, told: Span | None = None
+    ) -> Plan:
+        """What this machine should serve, as the network is now. at: the span it serves, since dwelt_s seconds.
+
+        told: the span that it serves in any case; then what that brings. Raises ManifestError for no such layers.
+        """
         manifest = await self.manifest()
+        if told is not None:
+            manifest.stack_of(told)
         if self._machine is None:
             memory, cache, threads = self._config.memory, self._config.cache_bytes, self._config.num_threads
             room, mixed = await alone(self._room, manifest, threads=threads), self._config.device != "auto"
@@ -85,6 +92,9 @@ class Loading:
         servers = await find_servers(self._chain, self._directory, self._model, self._node)
         supply = supply_of(servers, machine.rate)
         ranked = candidates(supply, stacks, machine)
+        if told is not None:
+            why = why_told(weigh(supply, stacks, machine, told), ranked, machine)
+            return Plan(manifest, machine, supply, len(servers), ranked, told, why)
         if at is not None:
             verdict = consider_move(supply, stacks, machine, at, dwelt_s, self._draw, self._config.dwell_s)
             return Plan(manifest, machine, supply, len(servers), ranked, verdict.to or at, verdict.why)

@@ -58,14 +58,18 @@ async def test_its_log_says_why_how_long_and_that_it_looks_around(running: Runni
     assert chooser.process.alive, chooser.process.tail(20)
 
 
-def test_plan_shows_layers_candidates_and_the_choice(running: Running, tmp_path: Path) -> None:
+def plan_command(running: Running, state: Path, *options: str) -> subprocess.CompletedProcess[str]:
     chain = running.net.chain
     command = [
         sys.executable, "-m", "tallystick_node.cli", "plan", "--dry-run", "--json", "--rpc", chain.rpc,
         "--book", str(chain.book), "--model", running.id, "--sources", running.net.source,
-        "--hot-key", str(tmp_path / "none.json"), "--state", str(tmp_path),
+        "--hot-key", str(state / "none.json"), "--state", str(state), *options,
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=os.environ)
+
+
+def test_plan_shows_layers_candidates_and_the_choice(running: Running, tmp_path: Path) -> None:
+    done = plan_command(running, tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["missing_layers"] == 0 and plan["servers"] >= 7 and plan["throughput"] > 0
@@ -73,6 +77,16 @@ def test_plan_shows_layers_candidates_and_the_choice(running: Running, tmp_path:
     assert plan["choice"] == plan["candidates"][0]["span"] or plan["choice"] in {c["span"] for c in plan["candidates"]}
     assert "rows/s" in plan["why"]
     assert not list((tmp_path / "store" / "files").iterdir()), "the manifest alone was fetched"
+
+
+def test_plan_says_what_a_span_of_the_settings_would_bring(running: Running, tmp_path: Path) -> None:
+    done = plan_command(running, tmp_path, "--span", "1:2")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["choice"] == "1:2" and "the settings say so" in plan["why"] and "auto would take" in plan["why"]
+    assert "no route passes through it" in plan["why"]
+    beyond = plan_command(running, tmp_path, "--span", "1:99")
+    assert beyond.returncode == 1 and "has layers [0, 6), not [1, 99)" in beyond.stderr
 
 
 @pytest.mark.nightly

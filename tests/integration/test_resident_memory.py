@@ -18,7 +18,9 @@ from tallystick_protocol.types import Span
 LOAD = """
 import json, sys
 from pathlib import Path
+import torch
 import tallystick_model.loader as loader
+from tallystick_model.canonical.native.products import products
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.types import Span
 
@@ -27,6 +29,7 @@ def kilobytes(name):
 
 folder, start, end = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 manifest = Manifest.from_bytes((folder / "manifest").read_bytes())
+products(torch.float32)  # maps LLVM, whose pages are the library's file
 before = kilobytes("VmRSS")
 span = loader.load_span(manifest, Span(start, end), lambda piece: folder / "pieces" / str(piece.cid))
 print(json.dumps({"loaded": kilobytes("VmRSS") - before, "peak": kilobytes("VmHWM") - before}))

@@ -16,7 +16,9 @@ from tallystick_node.planning.choice import (
     choose,
     consider_move,
     soft_bottleneck,
+    weigh,
 )
+from tallystick_node.planning.report import why_told
 from tallystick_node.planning.supply import (
     Supply,
     all_blocks,
@@ -98,6 +100,19 @@ def test_a_network_with_other_cuts_is_joined_as_it_is() -> None:
 
 def test_nothing_is_chosen_when_no_layer_fits() -> None:
     assert choose(candidates({}, stacks_of(4, 0), machine(4, 0)), random.Random(0)) is None
+
+
+def test_a_span_that_was_told_is_weighed_though_it_does_not_fit_or_meet_the_others() -> None:
+    supply = {Span(0, 2): 10.0, Span(2, 4): 10.0}
+    stacks, small = stacks_of(4, 0), machine(4, 1)
+    crossing = weigh(supply, stacks, small, Span(1, 3))
+    assert not crossing.joined and crossing.fills == 0 and crossing.rate == pytest.approx(small.rate(Span(1, 3)))
+    words = why_told(crossing, candidates(supply, stacks, small), small)
+    assert "no route passes" in words and "left for weights" in words and "auto would take" in words
+    good = candidates(supply, stacks, machine(4, 2))[0]
+    assert weigh(supply, stacks, machine(4, 2), good.span) == good
+    assert "too" in why_told(good, [good], machine(4, 2)) and "left for" not in why_told(good, [good], machine(4, 2))
+    assert weigh({Span(0, 2): 10.0}, stacks, small, Span(2, 4)).fills == 2
 
 
 def test_nodes_that_come_at_once_differ_among_equals() -> None:

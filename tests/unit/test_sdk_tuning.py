@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from harness.sdk_backend import served_llama
 from tallystick.torch.lora import Lora
@@ -114,15 +116,82 @@ def test_generates_after_a_soft_prompt() -> None:
         assert torch.equal(*found)
 
 
-def test_adapters_are_saved_under_pefts_names_and_read_again(tmp_path: Path) -> None:
-    lora = Lora({"model.layers.0.mlp.up_proj": (72, 100)}, rank=2, alpha=4.0)
-    torch.nn.init.normal_(lora.b[0])
-    lora.save(tmp_path / "adapter.safetensors")
-    other = Lora({"model.layers.0.mlp.up_proj": (72, 100)}, rank=2, alpha=4.0)
-    other.load(tmp_path / "adapter.safetensors")
-    assert torch.equal(other.a[0], lora.a[0]) and torch.equal(other.b[0], lora.b[0])
+def test_adapters_are_a_folder_as_peft_writes_it_and_read_again(tmp_path: Path) -> None:
+    _, served, _ = served_llama()
+    lora = served.attach_lora(("up_proj", "q_proj"), rank=2, alpha=5.0)
+    for b in lora.b:
+        torch.nn.init.normal_(b)
+    lora.save(tmp_path / "adapters")
+    config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM" and config["bias"] == "none"
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (2, 5.0, lora.names)
+    stored = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    assert stored[f"{name}.lora_A.weight"].shape == (2, WIDTH) and stored[f"{name}.lora_B.weight"].shape == (100, 2)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = served(ids).logits
+        served.detach_lora()
+        again = served.load_lora(tmp_path / "adapters")
+        assert again.names == lora.names and again.scale == 2.5 and torch.equal(served(ids).logits, before)
     with pytest.raises(ConfigError, match="another rank"):
-        Lora({"model.layers.0.mlp.up_proj": (72, 100)}, rank=3, alpha=4.0).load(tmp_path / "adapter.safetensors")
+        served.attach_lora(("up_proj", "q_proj"), rank=3).load(tmp_path / "adapters")
+    served.detach_lora()
+
+
+def _changed(folder: Path, drop: str = "", **settings: Any) -> None:
+    lora = Lora({"model.layers.0.mlp.up_proj": (WIDTH, 100)}, rank=2, alpha=4.0)
+    lora.save(folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if drop:
+        stored = load_file(folder / "adapter_model.safetensors")
+        save_file({name: one for name, one in stored.items() if drop not in name}, folder / "adapter_model.safetensors")
+
+
+def test_loads_adapters_with_the_settings_that_peft_writes(tmp_path: Path) -> None:
+    _, served, _ = served_llama()
+    _changed(
+        tmp_path, alpha_pattern={}, auto_mapping=None, fan_in_fan_out=False, init_lora_weights=True, loftq_config={},
+        lora_dropout=0.05, megatron_core="megatron.core", qalora_group_size=16, use_dora=False, use_rslora=False,
+        target_modules=["up_proj"], layers_to_transform=[0], peft_version="0.19.1", base_model_name_or_path="../",
+    )  # fmt: skip
+    assert served.load_lora(tmp_path).names == ["model.layers.0.mlp.up_proj"]
+    served.detach_lora()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"peft_type": "IA3"}, "does not describe LoRA"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"use_rslora": True}, "use_rslora"),
+        ({"alpha_pattern": {"up_proj": 1}}, "alpha_pattern"),
+        ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"something_new": 1}, "something_new"),
+        ({"r": 3}, "two matrices of rank 3"),
+        ({"r": True}, "r is no positive number"),
+        ({"lora_alpha": "16"}, "lora_alpha is no positive number"),
+        ({"drop": "lora_B"}, "two matrices"),
+        ({"drop": "lora"}, "holds no adapters"),
+    ],
+)
+def test_refuses_adapters_that_would_be_others_here(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    _, served, _ = served_llama()
+    served.detach_lora()
+    _changed(tmp_path, **settings)
+    with pytest.raises(ConfigError, match=said):
+        served.load_lora(tmp_path)
+    assert served.lora is None
+
+
+def test_refuses_adapters_of_another_model(tmp_path: Path) -> None:
+    _, served, _ = served_llama()
+    for name, width in (("model.layers.9.mlp.up_proj", WIDTH), ("model.layers.0.mlp.up_proj", WIDTH + 1)):
+        Lora({name: (width, 100)}, rank=2, alpha=4.0).save(tmp_path)
+        with pytest.raises(ConfigError, match="the model has"):
+            served.load_lora(tmp_path)
 
 
 def test_refuses_adapters_that_no_node_takes() -> None:

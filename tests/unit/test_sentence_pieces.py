@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 
 from harness.checkpoints import published
 from harness.task_checkpoints import SENTENCES, SEQ2SEQ_SMALL
+from tallystick.tasks.languages import source_ids, target_code
+from tallystick.tokens import Tokens
 from tallystick_model.publishing import companions, plan
 from tallystick_model.sandbox import conversion
 from tallystick_model.sandbox.sentence_pieces import written_out
@@ -31,12 +33,13 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def train(lines: list[str], path: Path, size: int) -> list[str]:
+def train(lines: list[str], path: Path, size: int, **options: Any) -> list[str]:
     """A SentencePiece model of a few sentences; its pieces."""
     prefix = str(path.with_suffix(""))
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=prefix, vocab_size=size, hard_vocab_limit=False, minloglevel=2
-    )
+        sentence_iterator=iter(lines), model_prefix=prefix, vocab_size=size, hard_vocab_limit=False, minloglevel=2,
+        **options,
+    )  # fmt: skip
     shutil.move(f"{prefix}.model", path)
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     return [model.id_to_piece(number) for number in range(3, model.get_piece_size())]
@@ -87,6 +90,50 @@ def test_the_ids_are_those_of_the_checkpoints_own_tokenizer(name: str, request: 
         if not known.isdisjoint(theirs.convert_ids_to_tokens(ids)) and "unk" not in text:
             decoded = theirs.decode(ids, skip_special_tokens=True).replace("__en__", "")
             assert ours.decode(ids).strip() == decoded.strip()
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize(
+    "name, file, options",
+    [
+        ("plbart", "sentencepiece.bpe.model", {"tokenizer_class": "PLBartTokenizer"}),
+        (
+            "plbart", "sentencepiece.bpe.model",
+            {"tokenizer_class": "PLBartTokenizer", "language_codes": "multi", "src_lang": "java", "tgt_lang": "en_XX"},
+        ),
+        ("bert-generation", "spiece.model", {"tokenizer_class": "BertGenerationTokenizer"}),
+    ],
+    ids=["plbart", "plbart-multi", "bert-generation"],
+)  # fmt: skip
+def test_ids_without_a_vocab_json_are_those_of_the_checkpoints_own_tokenizer(
+    tmp_path: Path, name: str, file: str, options: dict[str, Any], kind: str
+) -> None:
+    train(SENTENCES, tmp_path / file, 200 if kind == "bpe" else 150, model_type=kind)
+    theirs = transformers.AutoTokenizer.from_pretrained(settings(tmp_path, name, **options))
+    ours = written_out(theirs)
+    for text in [*SENTENCES, *TEXTS]:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text).ids == ids, text
+        if "unk" not in text and theirs.unk_token_id not in ids:
+            assert ours.decode(ids).strip() == theirs.decode(ids, skip_special_tokens=True).strip()
+
+
+def test_plbarts_languages_are_marked_as_its_own_tokenizer_does(tmp_path: Path) -> None:
+    train(SENTENCES, tmp_path / "sentencepiece.bpe.model", 150)
+    folder = settings(tmp_path, "plbart", tokenizer_class="PLBartTokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    written_out(theirs).save(str(tmp_path / "tokenizer.json"))
+    tokens = Tokens(tmp_path / "tokenizer.json")
+    theirs.src_lang = "java"
+    assert source_ids(tokens, "the stick", "java", "en_XX") == theirs("the stick")["input_ids"]
+    assert target_code(tokens, "en_XX") == theirs.convert_tokens_to_ids("__en_XX__")
+
+
+def test_pieces_that_sentencepiece_takes_out_first_are_refused(tmp_path: Path) -> None:
+    train(SENTENCES, tmp_path / "spiece.model", 160, user_defined_symbols=["half"])
+    folder = settings(tmp_path, "bert-generation", tokenizer_class="BertGenerationTokenizer")
+    with pytest.raises(ValueError, match=r"gives ids that no tokenizer\.json would"):
+        written_out(transformers.AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.mark.filterwarnings("ignore:Recommended")

@@ -1,8 +1,9 @@
 """Source and target languages of translation models: which token or prefix names them.
 
 Three conventions are known. Codes as special tokens, in the source text and as the first target token: M2M100
-("__en__"), mBART ("en_XX"), NLLB ("eng_Latn"). A target code before the source text: Marian's models for several
-languages (">>fra<<"). Words before the source text: T5 ("translate English to German: "), whose words the caller gives.
+("__en__"), mBART ("en_XX"), NLLB ("eng_Latn"), PLBart ("__java__", "__en_XX__"). A target code before the source text:
+Marian's models for several languages (">>fra<<"). Words before the source text: T5 ("translate English to German: "),
+whose words the caller gives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Collection
 from tallystick.tokens import Tokens
 from tallystick_protocol.errors import ConfigError
 
-_CODE = re.compile(r"__[a-z]{2,8}__|[a-z]{2,3}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
+_CODE = re.compile(r"__[a-z]{2,12}(?:_[A-Z]{2})?__|[a-z]{2,3}_[A-Z]{2}|[a-z]{3}_[A-Z][a-z]{3}")
+_PLBART = "__en_XX__"
 _MARK = re.compile(r">>[A-Za-z_-]{2,20}<<")
 
 
@@ -48,8 +50,8 @@ def source_ids(tokens: Tokens, text: str, source: str | None, target: str | None
         wanted = code_of(tokens, source)
         special = tokens.analyse(text).special
         marks = [i for i, token in enumerate(ids) if special[i] and token in known.values()]
-        if not marks:  # M2M100 without a default source: the code comes first
-            return [wanted, *ids]
+        if not marks:  # without a default source M2M100's code comes first, PLBart's last
+            return [*ids, wanted] if _PLBART in known else [wanted, *ids]
         return [wanted if i in marks else token for i, token in enumerate(ids)]
     mark = None if target is None else tokens.id_of(f">>{target}<<")
     if target is not None and mark is None and (targets := tokens.matching(_MARK)):

@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tallystick.passes import Hidden
+from tallystick.torch import adapter_files
 from tallystick.torch.backend import Backend, Passing
 from tallystick.torch.caches import REOPENINGS, NetworkCache, Overturned, ReplayCache, SessionCache
 from tallystick.torch.contrastive import contrastive_search
@@ -98,8 +99,23 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
 
         The model's parameters are theirs. `detach_lora` gives the plain model back.
         """
-        self.lora = Lora(targeted(linear_modules(self._backend.manifest), targets), rank, alpha)
+        manifest = self._backend.manifest
+        self.lora = Lora(targeted(linear_modules(manifest), targets), rank, alpha, manifest.name)
         return self.lora
+
+    def load_lora(self, folder: Path) -> Lora:
+        """Attach the adapters that `Lora.save` or PEFT wrote into a folder.
+
+        Raises ConfigError for those of another model, or with settings that are not supported.
+        """
+        found, own = adapter_files.read(Path(folder)), linear_modules(self._backend.manifest)
+        for name, shape in found.shapes.items():
+            if own.get(name) != shape:
+                raise ConfigError(f"{folder} adapts {name[:120]} {shape}, the model has {own.get(name)} there")
+        lora = Lora(found.shapes, found.rank, found.alpha, self._backend.manifest.name)
+        lora.load(folder)
+        self.lora = lora
+        return lora
 
     def detach_lora(self) -> None:
         self.lora = None

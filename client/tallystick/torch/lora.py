@@ -7,25 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tallystick.torch import adapter_files
 from tallystick_protocol.errors import ConfigError
 from tallystick_protocol.passes import MAX_RANK
-
-_PREFIX = "base_model.model."
-"""How PEFT names the modules in an adapter's file."""
 
 
 class Lora(nn.Module):
     """y = W x + (alpha / r) B A x on every adapted module. A is drawn, B begins as zero: at first nothing changes."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float) -> None:
-        """shapes: {module: (in, out)}. Raises ConfigError for no modules, or a rank that nodes do not take."""
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], rank: int, alpha: float, base: str = "") -> None:
+        """shapes: {module: (in, out)}; base: what people call the model. Raises ConfigError for no modules, or a rank
+        that nodes do not take."""
         super().__init__()
         if not shapes or not 0 < rank <= MAX_RANK:
             raise ConfigError(f"adapters take at least one target module and a rank from 1 to {MAX_RANK}")
         self.names = sorted(shapes)
+        self.rank, self.alpha, self.base = rank, alpha, base
         self.scale = alpha / rank
         self.a = nn.ParameterList(torch.empty(rank, shapes[name][0]) for name in self.names)
         self.b = nn.ParameterList(torch.zeros(shapes[name][1], rank) for name in self.names)
@@ -37,23 +36,18 @@ class Lora(nn.Module):
         pairs = zip(self.a, self.b, strict=True)
         return [tensor for a, b in pairs for tensor in (a, b * self.scale)]
 
-    def save(self, path: Path) -> None:
-        """Write the adapters as safetensors, named as in PEFT's adapter_model.safetensors."""
-        save_file(self._named(), path)
+    def save(self, folder: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors as PEFT does; makes the folder."""
+        pairs = {name: (a.data, b.data) for name, a, b in zip(self.names, self.a, self.b, strict=True)}
+        adapter_files.write(Path(folder), adapter_files.Adapters(pairs, self.alpha, self.base))
 
-    def load(self, path: Path) -> None:
-        """Read what `save` wrote. Raises ConfigError when its names or shapes are others."""
-        found, own = load_file(path), self._named()
-        if {name: tensor.shape for name, tensor in found.items()} != {n: tensor.shape for n, tensor in own.items()}:
-            raise ConfigError(f"{path} holds adapters of other modules or another rank")
+    def load(self, folder: Path) -> None:
+        """Read what `save` or PEFT wrote. Raises ConfigError where these are other adapters than this model has."""
+        found = adapter_files.read(Path(folder))
+        own = {name: (a.shape[1], len(b)) for name, a, b in zip(self.names, self.a, self.b, strict=True)}
+        if found.shapes != own or found.rank != self.rank or found.alpha != self.alpha:
+            raise ConfigError(f"{folder} holds adapters of other modules, another rank or another alpha")
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(found[name])
-
-    def _named(self) -> dict[str, torch.Tensor]:
-        halves = {"lora_A": self.a, "lora_B": self.b}
-        return {
-            f"{_PREFIX}{name}.{half}.weight": weight.data
-            for half, weights in halves.items()
-            for name, weight in zip(self.names, weights, strict=True)
-        }
+            for name, own_a, own_b in zip(self.names, self.a, self.b, strict=True):
+                own_a.copy_(found.pairs[name][0])
+                own_b.copy_(found.pairs[name][1])

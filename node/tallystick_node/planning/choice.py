@@ -104,17 +104,30 @@ def candidates(supply: Supply, stacks: tuple[Span, ...], machine: Machine) -> li
     fitting = [span for span in spans if held[span.end] - held[span.start] <= machine.memory_bytes]
     if not fitting:
         return []
+    return sorted(_weigh(supply, used, layers, machine, fitting), key=lambda one: (-one.fills, -one.gain, one.span))
+
+
+def weigh(supply: Supply, stacks: tuple[Span, ...], machine: Machine, span: Span) -> Candidate:
+    """What one span would bring, whether or not it fits the machine or the others' cuts."""
+    layers = stacks[-1].end
+    return _weigh(supply, in_use(supply, layers), layers, machine, [span])[0]
+
+
+def _weigh(
+    supply: Supply, used: Supply, layers: int, machine: Machine, spans: Sequence[Span]
+) -> list[Candidate]:
+    """used: of the supply, what routes take."""
     taken = [0.0, *accumulate(machine.row_s)]
-    rates = [1.0 / (taken[span.end] - taken[span.start] + ROW_OVERHEAD_S) for span in fitting]
+    rates = [1.0 / (taken[span.end] - taken[span.start] + ROW_OVERHEAD_S) for span in spans]
     lacking = missing(supply, layers)
     reached, leads = joints(supply, layers)
     gain = _gains(coverage(used, layers), min(rates))
     found = []
-    for span, rate in zip(fitting, rates, strict=True):
+    for span, rate in zip(spans, rates, strict=True):
         fills = lacking - missing([*supply, span], layers) if lacking else 0
         joined = lacking == fills if lacking else span.start in reached and span.end in leads
         found.append(Candidate(span, rate, fills, joined, gain(span, rate) * (1.0 if joined else UNJOINED)))
-    return sorted(found, key=lambda one: (-one.fills, -one.gain, one.span))
+    return found
 
 
 def choose(ranked: Sequence[Candidate], draw: random.Random) -> Candidate | None:

@@ -1,4 +1,4 @@
-"""`tallystick-node plan`: the choice that `run` with span = auto would make, and what it rests on."""
+"""`tallystick-node plan`: the choice that `run` with span = auto would make, or what a set span brings, and why."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from tallystick_protocol.types import ZERO_ADDRESS, Address
 async def make_plan(config: NodeConfig) -> Plan:
     """Fetch the manifest alone, measure this machine, survey the network, choose. Raises TallystickErrors.
 
-    With `node` set and registered: whether it should move from where it is.
+    With `span` set: what that one would bring. Else, with `node` set and registered: whether it should move from where
+    it is.
     """
+    told = config.layers
     chain = Chain(config.rpc, load_book(config.book))
     await asyncio.to_thread(chain.check)
     model = await asyncio.to_thread(find_model, chain, config.model)
@@ -30,6 +32,6 @@ async def make_plan(config: NodeConfig) -> Plan:
         loading = Loading(config, chain, directory, model, node)
         record = await asyncio.to_thread(chain.node, node) if config.node else None
         at = record.span if record is not None and record.active and record.model == model else None
-        return await loading.plan(at)
+        return await loading.plan(at, told=told)
     finally:
         await peers.close()

@@ -16,7 +16,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A choice and what it was made from. why: one sentence; choice: None when nothing fits."""
+    """A choice, the node's or the settings', and what it rests on. why: a sentence; choice: None when nothing fits."""
 
     manifest: Manifest
     machine: Machine
@@ -85,3 +85,25 @@ def why_of(ranked: Sequence[Candidate], choice: Candidate | None, manifest: Mani
     if choice.fills:
         return f"it fills {choice.fills} layers that nobody serves, the most that fit"
     return f"it lifts the network's soft bottleneck most: {choice.gain:.2f}, of {choice.rate:.1f} rows/s that it offers"
+
+
+def why_told(told: Candidate, ranked: Sequence[Candidate], machine: Machine) -> str:
+    """What a span that the settings name would bring, and what the node would take by itself."""
+    words = [f"the settings say so; it offers {told.rate:.1f} rows/s"]
+    if told.fills:
+        words.append(f"and fills {told.fills} layers that nobody serves")
+    else:
+        words.append(f"and lifts the network's soft bottleneck by {told.gain:.2f}")
+    if not told.joined:
+        words.append("(no route passes through it until others come)")
+    if not machine.fits(told.span):
+        size = sum(machine.layer_bytes[told.span.start : told.span.end]) / 1e6
+        words.append(f"but takes {size:,.0f} MB of memory, {machine.memory_bytes / 1e6:,.0f} MB are left for weights")
+    return f"{' '.join(words)}; {_auto(told.span, [one.span for one in ranked])}"
+
+
+def _auto(told: Span, best_first: Sequence[Span]) -> str:
+    if not best_first:
+        return "auto would find no layer that fits"
+    best = best_first[0]
+    return "auto would take it, too" if best == told else f"auto would take {best.start}:{best.end}"

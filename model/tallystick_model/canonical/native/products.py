@@ -49,9 +49,11 @@ class Products:
         """
         columns, inputs = weight.shape
         weight = weight.to(self.dtype)
-        if self.dtype is torch.bfloat16:
-            weight = F.pad(weight, (0, inputs % 2)).contiguous().view(torch.int32)
+        if inputs % 2 and self.dtype is torch.bfloat16:
+            weight = F.pad(weight, (0, 1))  # which copies
         weight = weight.contiguous()
+        if self.dtype is torch.bfloat16:
+            weight = weight.view(torch.int32)
         packed = torch.empty(-(-columns // PANEL), weight.shape[1], PANEL, dtype=weight.dtype)
         if columns % PANEL:
             packed[-1].zero_()
