@@ -52,6 +52,7 @@ class Batch:
         self._reach: dict[tuple[Mask, int, torch.device], list[tuple[Views, torch.Tensor]]] = {}
         self._views: dict[Mask, list[tuple[int, int, int, Views]]] = {}
         self._tables: dict[tuple[Mask, int], Table] = {}
+        self._places: dict[int, Any] = {}
 
     def begin(self, placed: Sequence[Placed]) -> None:
         """The rows of the next call, whose caches have room for them and for the rest of their last tiles."""
@@ -67,6 +68,7 @@ class Batch:
         self._reach.clear()
         self._views.clear()
         self._tables.clear()
+        self._places.clear()
 
     def table(self, rule: Mask, num_rows: int) -> Table:
         """Who sees what, for attention in machine code. Rows behind the placed ones are copies of the last of them."""
@@ -90,9 +92,12 @@ class Batch:
         return found
 
     def places(self, layer: int) -> Any:
-        """Where the sessions keep a layer's keys and values, (segments, 4) int64 (`KvCache.place`)."""
-        found = [segment.cache.place(layer) for segment in self._placed if segment.cache is not None]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        """Where the sessions keep a layer's keys and values, (segments, 4) int64 (`KvCache.places`)."""
+        if not self._places:
+            caches = [segment.cache for segment in self._placed if segment.cache is not None]
+            by_layer = np.stack([cache.places() for cache in caches], axis=1)
+            self._places = dict(zip(caches[0].layers, by_layer, strict=True))
+        return self._places[layer]
 
     def place_in_tile(self, num_rows: int) -> int | None:
         """Where a call's rows begin in their tile, if they are one segment's, without copies, and all in one tile."""

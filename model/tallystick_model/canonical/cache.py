@@ -56,7 +56,7 @@ class KvCache:
         self._places = list(pools.items())
         self._pools: list[torch.Tensor] = []
         self._located = 0
-        self._located_at: dict[int, Any] = {}
+        self._located_at: Any = None
 
     @property
     def size_bytes(self) -> int:
@@ -82,16 +82,21 @@ class KvCache:
             pools.append(pool)
         self._pools, self._capacity, self._located = pools, capacity, 0
 
-    def place(self, layer: int) -> Any:
-        """Where a layer's keys and values are in memory, and how many floats apart two groups' are, (1, 4) int64."""
+    @property
+    def layers(self) -> list[int]:
+        """In the order of `places`."""
+        return list(self._shapes)
+
+    def places(self) -> Any:
+        """Where each layer's keys and values are in memory, and how many floats apart two groups' are, (layers, 4)
+        int64."""
         begin = self._pools[0].data_ptr()
         if begin != self._located:  # they have grown, or this is a copy
-            self._located_at = {
-                layer: np.array([[key.data_ptr(), value.data_ptr(), key.stride(1), value.stride(1)]], dtype=np.int64)
-                for layer, (key, value) in self.rows(0, self._capacity).items()
-            }
-            self._located = begin
-        return self._located_at[layer]
+            held = self.rows(0, self._capacity)
+            pairs = [held[layer] for layer in self._shapes]
+            found = [(key.data_ptr(), value.data_ptr(), key.stride(1), value.stride(1)) for key, value in pairs]
+            self._located, self._located_at = begin, np.array(found, dtype=np.int64)
+        return self._located_at
 
     def rows(self, first: int, last: int) -> Views:
         """Rows [first, last) of every layer, as views: what is written to them is in the cache."""
