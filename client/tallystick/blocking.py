@@ -12,6 +12,7 @@ from tallystick.generation import Answer, Retracted, Token
 from tallystick.settings import Settings
 from tallystick.tasks.api import WaitingTasks
 from tallystick_protocol.signing import Key
+from tallystick_protocol.transport.loops import new_event_loop
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ class Client(WaitingTasks):
     """`AsyncClient` for code that is not async: runs an event loop in a thread of its own. Use as a context manager."""
 
     def __init__(self, key: Key, settings: Settings | None = None) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tallystick", daemon=True)
         self._thread.start()
         self._async = AsyncClient(key, settings)

@@ -20,6 +20,7 @@ from tallystick_node.config import NodeConfig, load_config
 from tallystick_node.relay.config import RelayConfig, load_relay_config
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.keystore import create_keystore, open_keystore, read_password
+from tallystick_protocol.transport.loops import new_event_loop
 from tallystick_protocol.types import Address
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only `run` needs it
@@ -106,7 +107,7 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
     config = _settings(options)
     _log_to_stderr(config.log_level)
     node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_until_stopped(node.run(lambda url: print(f"serving at {url}", flush=True))))
 
 
@@ -127,7 +128,7 @@ def _relay(options: argparse.Namespace, _: MakeEngine | None) -> int:
     _log_to_stderr(config.log_level)
     key = open_keystore(config.key, _password(config.password_file))
     relaying = run_relay(config, key, lambda name: print(f"relaying as {name}", flush=True))
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_until_stopped(relaying))
 
 
@@ -146,7 +147,7 @@ def _password(path: Path | None) -> str:
 def _plan(options: argparse.Namespace, _: MakeEngine | None) -> int:
     from tallystick_node.planning.command import make_plan
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         plan = runner.run(make_plan(_settings(options)))
     if options.json:
         print(json.dumps(plan.to_json()))
@@ -218,14 +219,6 @@ def _new_key(options: argparse.Namespace, _: MakeEngine | None) -> int:
             raise ConfigError("the passwords differ; nothing was written")
     print(create_keystore(options.path, password))
     return 0
-
-
-def _loop_factory() -> Any:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 if __name__ == "__main__":

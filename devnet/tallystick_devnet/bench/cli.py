@@ -27,6 +27,7 @@ from tallystick_devnet.bench.reference import Reference
 from tallystick_devnet.bench.sections import SECTIONS
 from tallystick_devnet.bench.texts import text_ids
 from tallystick_protocol.errors import TallystickError
+from tallystick_protocol.transport.loops import new_event_loop
 
 HEADLINES = (
     "nodes4_vs_generate", "llamacpp_rpc4_vs_generate", "sessions16_vs_1", "failover_s", "ring_20ms_vs_ideal",
@@ -87,7 +88,8 @@ def measure(names: Sequence[str], bench: Bench) -> tuple[Figures, list[str]]:
         began = time.monotonic()
         bench.say(f"{name}:")
         try:
-            figures |= asyncio.run(_section(name, bench))
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                figures |= runner.run(_section(name, bench))
         except TallystickError as error:
             bench.say(f"  failed: {error}")
             failed.append(name)
