@@ -54,7 +54,7 @@ _OWN_FAULTS = (ConfigError, ChainError, BadTensor, ContextLengthExceeded)
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What all lanes share. audit_probability: of each request under verify="audit"."""
+    """What all lanes share. audit_probability: of each request under verify="audit". model: as for `unserved`."""
 
     peers: Peers
     key: Key
@@ -67,6 +67,7 @@ class Workshop:
     audit_probability: float
     avoid: set[Address] = field(default_factory=set)
     reserved: dict[Address, Need] = field(default_factory=dict)
+    model: str = ""
 
     async def reserve(self, candidates: list[Candidate]) -> None:
         """Set money aside for nodes that are about to be used, in one transaction."""
@@ -272,7 +273,8 @@ class Lane:
         shop.avoid.add(lost.node)
         spare = stand_ins(shop.candidates, lost, shop.avoid)
         if not spare:
-            raise no_route([c for c in shop.candidates if c.node not in shop.avoid], Span(0, shop.manifest.layers))
+            left = [c for c in shop.candidates if c.node not in shop.avoid]
+            raise no_route(left, Span(0, shop.manifest.layers), shop.model)
         self._route[self._index] = spare[0]
         shop.verdict.replaced.append((lost.node, spare[0].node, error.code))
         self.draw()

@@ -22,6 +22,7 @@ from tallystick.routing.choice import (
     owners,
     strangers_first,
 )
+from tallystick.routing.gaps import unserved
 from tallystick.routing.route import successors
 from tallystick.session.auditing import Audit
 from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
@@ -130,11 +131,7 @@ class Openings:
     def miss(self, index: int) -> NoRoute:
         """Nobody serves a hop's layers at present: the user hears of it, once, and the time to wait begins."""
         session, span = self._session, self._session.route[index].span
-        nobody = NoRoute(
-            f"nobody else serves layers {span}; to do so: tallystick-node run --join --span {span.start}:{span.end}",
-            start=span.start,
-            end=span.end,
-        )
+        nobody = unserved(f"nobody else serves layers {span}; to do so", span, session.setting.work.model)
         if index not in self._give_up_at:
             self._give_up_at[index] = time.monotonic() + (session.setting.wait_s if session.is_open else 0.0)
             if session.is_open:
