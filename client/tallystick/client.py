@@ -13,7 +13,8 @@ import numpy as np
 
 from tallystick.admission import note_stock
 from tallystick.agreement.agreement import Agreement
-from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
+from tallystick.court.accusing import Accused, accuse, load_evidence
+from tallystick.court.keeping import keep_evidence, prune
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Mode, Stream
 from tallystick.lanes import Workshop
@@ -108,6 +109,8 @@ class AsyncClient(Tasks):
     async def close(self) -> None:
         await self.network.close()
         await asyncio.to_thread(self.planning.save)
+        if self.settings.evidence is not None:
+            await asyncio.to_thread(prune, LocalStore(self.settings.evidence.expanduser()))
         await self._peers.close()
 
     async def generate(self, prompt: str, **options: Any) -> Answer:
@@ -415,7 +418,8 @@ class AsyncClient(Tasks):
 
     def _keep_evidence(self, data: bytes) -> str:
         assert self.settings.evidence is not None
-        return str(keep_evidence(LocalStore(self.settings.evidence.expanduser()), data))
+        store = LocalStore(self.settings.evidence.expanduser())
+        return str(keep_evidence(store, data, self.settings.evidence_bytes))
 
     async def go_to_court(self, verdict: Verdict) -> None:
         """Accuse as the settings say; an answer does not fail by what fails here."""

@@ -6,6 +6,8 @@ Whatever is killed when, a restart finds the whole receipt and re-sends it; it n
 
 from __future__ import annotations
 
+import asyncio
+import time
 from pathlib import Path
 
 from tallystick_node.database import Database
@@ -22,6 +24,20 @@ CREATE TABLE IF NOT EXISTS receipts(
 CREATE TABLE IF NOT EXISTS sessions(session BLOB NOT NULL, attempt INTEGER NOT NULL, expires INTEGER NOT NULL,
   PRIMARY KEY(session, attempt)) WITHOUT ROWID;
 """
+
+
+KEPT_S = 14 * 86400
+"""How long receipts are kept: until no stake answers for them any more (UNBONDING)."""
+
+FORGOTTEN_AT_ONCE = 64
+"""Sessions in one transaction: who signs meanwhile waits for no more."""
+
+
+async def forget_now_and_then(journal: Journal, every_s: float = 86400.0) -> None:
+    """Forget what is older than KEPT_S, at once and then daily."""
+    while True:
+        await asyncio.to_thread(journal.forget, int(time.time()) - KEPT_S)
+        await asyncio.sleep(every_s)
 
 
 class Journal:
@@ -61,6 +77,19 @@ class Journal:
         """Every sealed receipt of a session, in the order of windows and revisions."""
         query = "SELECT sealed FROM receipts WHERE session=? ORDER BY attempt, window, revision"
         return [bytes(row[0]) for row in self._db.read(query, session)]  # type: ignore[call-overload]
+
+    def forget(self, before: int) -> int:
+        """Forget the sessions whose last receipt is older than this time (unix seconds), and return how many receipts
+        that were. None of them can be opened anew: what opens a session expires within hours."""
+        old = "SELECT session FROM receipts GROUP BY session HAVING max(at) < ?"
+        sessions, forgotten = self._db.read(old, before), 0
+        for first in range(0, len(sessions), FORGOTTEN_AT_ONCE):
+            with self._db.transaction() as db:
+                for (session,) in sessions[first : first + FORGOTTEN_AT_ONCE]:
+                    query = "DELETE FROM receipts WHERE session=? AND NOT EXISTS"
+                    query += " (SELECT 1 FROM receipts WHERE session=? AND at >= ?)"
+                    forgotten += db.execute(query, (session, session, before)).rowcount
+        return forgotten
 
     def digest_of(self, receipt: Receipt) -> Digest:
         return digest(self._domain, receipt)

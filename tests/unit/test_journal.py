@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 
 from harness import doomed_books, samples
 from tallystick_node.database import Database
-from tallystick_node.journal import Journal
+from tallystick_node.journal import KEPT_S, Journal, forget_now_and_then
 from tallystick_protocol.errors import ConfigError, Equivocation
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest, keccak, unseal
@@ -98,6 +100,37 @@ def test_a_session_is_admitted_once_and_forgotten_after_it_expires(journal: Jour
     assert not journal.admit(SESSION, 0, 200, 100)
     assert journal.admit(SESSION, 1, 100, 10)
     assert journal.admit(SESSION, 0, 300, 101)
+
+
+def test_receipts_are_forgotten_a_session_at_a_time_and_not_while_it_goes_on(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tallystick_node.journal.FORGOTTEN_AT_ONCE", 2)
+    old = [SessionId(samples.digest(f"old {at}")) for at in range(5)]
+    for session in old:
+        journal.sign(samples.receipt(session=session, at=1000))
+        journal.sign(samples.receipt(session=session, first=32, last=64, at=1999))
+    goes_on = SessionId(samples.digest("goes on"))
+    first = journal.sign(samples.receipt(session=goes_on, at=1000))
+    journal.sign(samples.receipt(session=goes_on, first=32, last=64, at=2000))
+    assert journal.forget(1999) == 0
+    assert journal.forget(2000) == 10
+    assert [len(journal.receipts(session)) for session in (*old, goes_on)] == [0] * 5 + [2]
+    assert journal.receipts(goes_on)[0] == first
+    with pytest.raises(Equivocation):
+        journal.sign(samples.receipt(session=goes_on, output=samples.digest("another")))
+
+
+async def test_a_node_forgets_what_no_stake_answers_for(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.sign(samples.receipt(at=int(time.time()) - KEPT_S - 10))
+    young = SessionId(samples.digest("young"))
+    journal.sign(samples.receipt(session=young, at=int(time.time()) - KEPT_S + 1000))
+    upkeep = asyncio.create_task(forget_now_and_then(journal))
+    async with asyncio.timeout(10):
+        while journal.receipts(samples.receipt().session):
+            await asyncio.sleep(0.01)
+    upkeep.cancel()
+    assert len(journal.receipts(young)) == 1
 
 
 def test_two_threads_never_sign_two_claims_for_one_key(tmp_path: Path) -> None:
