@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import doomed_books, samples
+from harness import doomed_books, killing, samples
 from tallystick_node.database import Database
 from tallystick_node.journal import KEPT_S, Journal, forget_now_and_then
 from tallystick_protocol.errors import ConfigError, Equivocation
@@ -214,15 +214,25 @@ def test_every_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     assert database.read("PRAGMA journal_mode") == [("wal",)]
 
 
-# An opening takes some ten statements and a round about as many: the boundaries of both are hit.
-FATAL_STATEMENTS = [*range(3, 43, 2)]
+# An opening takes some ten statements, or forty calls, and a round half as many: the boundaries of both are hit.
+FATAL = {"statements": range(3, 43, 2), "calls": range(1, 81)}
+
+Doomed = Callable[[int], tuple[list[str], int, str]]
+
+
+@pytest.fixture(params=FATAL)
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "calls" and not killing.IS_POSSIBLE:
+        pytest.skip("system calls are counted on Linux, x86-64")
+    return str(request.param)
 
 
 @pytest.fixture
-def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
-    """doomed(n): what a process printed until it killed itself before its n-th statement, and its wait status."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "harness.doomed_books", str(tmp_path)]
+def doomed(tmp_path: Path, kind: str) -> Iterator[Doomed]:
+    """doomed(n): what a process said until it was killed at its n-th statement or call, its wait status, and where."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "harness.doomed_books", str(tmp_path), kind]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -230,13 +240,13 @@ def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
         assert process.stdout is not None
         reader, writer = process.stdout, process.stdin
 
-        def run(fatal: int) -> tuple[list[str], int]:
+        def run(fatal: int) -> tuple[list[str], int, str]:
             writer.write(f"{fatal}\n")
             writer.flush()
             lines: list[str] = []
             for line in reader:
                 if line.startswith("dead "):
-                    return lines, int(line.split()[1])
+                    return lines, int(line.split()[1]), line.split()[2]
                 lines.append(line)
             raise AssertionError("the parent of the doomed processes has ended")
 
@@ -246,12 +256,14 @@ def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
 
 
 def test_whatever_is_killed_when_no_key_has_two_claims_and_no_accepted_voucher_is_lost(
-    tmp_path: Path, doomed: Callable[[int], tuple[list[str], int]]
+    tmp_path: Path, kind: str, doomed: Doomed
 ) -> None:
     seen: dict[int, str] = {}
     highest, spent = 0, 0
-    for fatal in FATAL_STATEMENTS:
-        lines, status = doomed(fatal)
+    places = set()
+    for fatal in FATAL[kind]:
+        lines, status, place = doomed(fatal)
+        places.add(place)
         assert os.WTERMSIG(status) == signal.SIGKILL
         for line in lines:
             what, number, *rest = line.split()
@@ -270,5 +282,6 @@ def test_whatever_is_killed_when_no_key_has_two_claims_and_no_accepted_voucher_i
             assert keccak(sealed[revision]).hex() == said
         till.close()
         journal.close()
+    assert places >= ({"statement"} if kind == "statements" else {"pwrite64", "fdatasync", "write"})
     assert len(seen) > 5
     assert highest > 5 * doomed_books.STEP
