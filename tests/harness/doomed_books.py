@@ -3,7 +3,8 @@ themselves, or before the n-th system call that writes, syncs or sends by whoeve
 
 argv: folder, "statements" or "calls". For each n read from stdin a process is forked; when it is dead, "dead STATUS
 WHERE" is printed. It says "receipt REVISION DIGEST-HEX" or "voucher TOTAL" after each call has returned, which is when
-the outside world may have seen it. The content of a receipt differs from run to run: the same key is tried with another claim.
+the outside world may have seen it. The content of a receipt differs from run to
+run: the same key is tried with another claim.
 """
 
 from __future__ import annotations
