@@ -7,14 +7,20 @@ Whatever is killed when, a restart finds the whole receipt and re-sends it; it n
 from __future__ import annotations
 
 import asyncio
+import logging
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 from tallystick_node.database import Database
 from tallystick_protocol.errors import Equivocation
+from tallystick_protocol.evidence.bundle import KEPT_S
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import Domain, Key, digest, seal, unseal
 from tallystick_protocol.types import Digest, SessionId, window_of
+
+log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS receipts(
@@ -25,10 +31,6 @@ CREATE TABLE IF NOT EXISTS sessions(session BLOB NOT NULL, attempt INTEGER NOT N
   PRIMARY KEY(session, attempt)) WITHOUT ROWID;
 """
 
-
-KEPT_S = 14 * 86400
-"""How long receipts are kept: until no stake answers for them any more (UNBONDING)."""
-
 FORGOTTEN_AT_ONCE = 64
 """Sessions in one transaction: who signs meanwhile waits for no more."""
 
@@ -36,7 +38,10 @@ FORGOTTEN_AT_ONCE = 64
 async def forget_now_and_then(journal: Journal, every_s: float = 86400.0) -> None:
     """Forget what is older than KEPT_S, at once and then daily."""
     while True:
-        await asyncio.to_thread(journal.forget, int(time.time()) - KEPT_S)
+        try:
+            await asyncio.to_thread(journal.forget, int(time.time()) - KEPT_S)
+        except sqlite3.Error as error:
+            log.warning("old receipts stay in the journal for now: %s", error)
         await asyncio.sleep(every_s)
 
 
@@ -45,6 +50,7 @@ class Journal:
 
     def __init__(self, path: Path, key: Key, domain: Domain) -> None:
         self._db = Database(path, _SCHEMA, version=1)
+        self._path = path
         self._key = key
         self._domain = domain
 
@@ -82,7 +88,8 @@ class Journal:
         """Forget the sessions whose last receipt is older than this time (unix seconds), and return how many receipts
         that were. None of them can be opened anew: what opens a session expires within hours."""
         old = "SELECT session FROM receipts GROUP BY session HAVING max(at) < ?"
-        sessions, forgotten = self._db.read(old, before), 0
+        with closing(sqlite3.connect(self._path)) as reader:  # of its own: who signs does not wait for all that is read
+            sessions, forgotten = reader.execute(old, (before,)).fetchall(), 0
         for first in range(0, len(sessions), FORGOTTEN_AT_ONCE):
             with self._db.transaction() as db:
                 for (session,) in sessions[first : first + FORGOTTEN_AT_ONCE]:

@@ -13,10 +13,11 @@ import pytest
 from harness import samples
 from harness.claims import claim
 from tallystick.court.accusing import load_evidence
-from tallystick.court.keeping import KEPT_S, keep_evidence, prune
+from tallystick.court.keeping import keep_evidence, prune
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.content.unixfs import Profile
 from tallystick_protocol.errors import BadEvidence, ConfigError
+from tallystick_protocol.evidence.bundle import KEPT_S
 from tallystick_protocol.receipts import Context
 
 HERE = Path(__file__).resolve().parents[2]

@@ -17,8 +17,9 @@ import pytest
 
 from harness import doomed_books, killing, samples
 from tallystick_node.database import Database
-from tallystick_node.journal import KEPT_S, Journal, forget_now_and_then
+from tallystick_node.journal import Journal, forget_now_and_then
 from tallystick_protocol.errors import ConfigError, Equivocation
+from tallystick_protocol.evidence.bundle import KEPT_S
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest, keccak, unseal
 from tallystick_protocol.types import SessionId
@@ -119,6 +120,23 @@ def test_receipts_are_forgotten_a_session_at_a_time_and_not_while_it_goes_on(
     assert journal.receipts(goes_on)[0] == first
     with pytest.raises(Equivocation):
         journal.sign(samples.receipt(session=goes_on, output=samples.digest("another")))
+
+
+async def test_a_journal_that_cannot_forget_stops_nobody(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def full(_: int) -> int:
+        loop.call_soon_threadsafe(tried.set)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(journal, "forget", full)
+    upkeep = asyncio.create_task(forget_now_and_then(journal, every_s=0.0))
+    for _ in range(2):
+        tried.clear()
+        await asyncio.wait_for(tried.wait(), 10)
+    assert not upkeep.done()
+    upkeep.cancel()
 
 
 async def test_a_node_forgets_what_no_stake_answers_for(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,11 @@ from tallystick_protocol.content.cid import Cid
 from tallystick_protocol.content.files import replacing
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import BadCid, BlockMissing, ConfigError, ContentError
-from tallystick_protocol.evidence.bundle import Bundle
+from tallystick_protocol.evidence.bundle import KEPT_S, Bundle
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import from_words
 
 log = logging.getLogger(__name__)
-
-KEPT_S = 14 * 86400
-"""From a receipt's date on: a case is opened within EVIDENCE and ruled within TRIAL, and UNBONDING covers both."""
 
 KEPT_BYTES = 1 << 30
 
