@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,8 @@ import numpy as np
 
 from tallystick.admission import note_stock
 from tallystick.agreement.agreement import Agreement
-from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
+from tallystick.court.accusing import Accused, accuse, load_evidence
+from tallystick.court.keeping import keep_evidence, prune
 from tallystick.decoding import Decoder
 from tallystick.generation import Answer, Mode, Stream
 from tallystick.lanes import Workshop
@@ -27,7 +27,8 @@ from tallystick.recomputing import Recomputer, can_recompute
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import checkable, price_of
 from tallystick.routing.route import Route, route_over
-from tallystick.session.proving import note_unproven, unproven
+from tallystick.session.coins import to_audit
+from tallystick.session.proving import note_unproven
 from tallystick.session.repair import RolledBack
 from tallystick.session.session import Session
 from tallystick.session.setting import Setting, Sides
@@ -108,6 +109,8 @@ class AsyncClient(Tasks):
     async def close(self) -> None:
         await self.network.close()
         await asyncio.to_thread(self.planning.save)
+        if self.settings.evidence is not None:
+            await asyncio.to_thread(prune, LocalStore(self.settings.evidence.expanduser()))
         await self._peers.close()
 
     async def generate(self, prompt: str, **options: Any) -> Answer:
@@ -282,6 +285,8 @@ class AsyncClient(Tasks):
             verdict=verdict,
             audit_probability=self.settings.audit_probability,
             avoid=self.planning.shunned(record.id),
+            model=self.planning.which(manifest),
+            ban=self.ban,
         )
         return Passes(workshop, route)
 
@@ -414,7 +419,8 @@ class AsyncClient(Tasks):
 
     def _keep_evidence(self, data: bytes) -> str:
         assert self.settings.evidence is not None
-        return str(keep_evidence(LocalStore(self.settings.evidence.expanduser()), data))
+        store = LocalStore(self.settings.evidence.expanduser())
+        return str(keep_evidence(store, data, self.settings.evidence_bytes))
 
     async def go_to_court(self, verdict: Verdict) -> None:
         """Accuse as the settings say; an answer does not fail by what fails here."""
@@ -459,33 +465,23 @@ class AsyncClient(Tasks):
         return session
 
     async def finish(self, session: Session | Agreement, verify: Policy) -> None:
-        """Sign, check and pay what is left; under `audit`, a secret coin decides whether one span is recomputed;
-        that of a node under suspicion always is."""
+        """Sign, check and pay what is left; under `audit`, secret coins decide which spans are recomputed."""
         await session.finish()
         if isinstance(session, Agreement):
             note_unproven(session.verdict, [hop for route in session.routes for hop in route], self.planning.proven)
             await session.take_leave()
             return
-        if verify == "audit" and not session.has_audits:
-            coin, route = secrets.SystemRandom(), session.route
-            model, suspicions = session.setting.manifest.model_id, self.planning.suspicions
-            suspect = [i for i, hop in enumerate(route) if suspicions.is_suspect(model, hop.node, hop.span)]
-            if session.sketching.is_on and suspect:
-                await session.audit_at_end(coin.choice(suspect))
-            elif coin.random() < self.settings.audit_probability:
-                await session.audit_at_end(self._drawn(session))
+        if verify == "audit":
+            if session.to_audit is None and not session.has_audits:
+                session.to_audit = to_audit(session, self.settings.audit_probability)
+            while session.to_audit:  # one that takes everybody back leaves the others for the next time
+                await session.audit_at_end(session.to_audit.pop())
         note_unproven(session.verdict, session.route, self.planning.proven)
         await session.take_leave()
         setting = session.setting
         is_plain = setting.top_k and setting.sides.memory is None and not session.sketching.is_on
         if not session.one_shot and is_plain:
             self.prefixes.remember(session.holds)
-
-    @staticmethod
-    def _drawn(session: Session) -> int:
-        """The hop that is audited when the coin has fallen: every other time one whose class that may prove."""
-        coin, first = secrets.SystemRandom(), unproven(session)
-        return coin.choice(first) if first and coin.random() < 0.5 else coin.randrange(len(session.route))
 
     def _check_length(self, manifest: Manifest, prompt: int, new: int) -> None:
         if prompt + new > manifest.max_length:

@@ -19,7 +19,7 @@ from tallystick.routing.choice import auditors, draw, owners, stand_ins, strange
 from tallystick.routing.planner import no_route
 from tallystick.session.openings import AUDITOR_PRICE_FACTOR
 from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
-from tallystick.verdict import Check, Verdict
+from tallystick.verdict import Accusation, Check, Verdict
 from tallystick_protocol.errors import (
     BadTensor,
     ChainError,
@@ -54,7 +54,10 @@ _OWN_FAULTS = (ConfigError, ChainError, BadTensor, ContextLengthExceeded)
 
 @dataclass(frozen=True, slots=True)
 class Workshop:
-    """What all lanes share. audit_probability: of each request under verify="audit"."""
+    """What all lanes share. audit_probability: of each request under verify="audit". model: as for `unserved`.
+
+    ban(verdict): who is accused there is not used by the client again.
+    """
 
     peers: Peers
     key: Key
@@ -67,6 +70,8 @@ class Workshop:
     audit_probability: float
     avoid: set[Address] = field(default_factory=set)
     reserved: dict[Address, Need] = field(default_factory=dict)
+    model: str = ""
+    ban: Callable[[Verdict], None] = lambda _: None
 
     async def reserve(self, candidates: list[Candidate]) -> None:
         """Set money aside for nodes that are about to be used, in one transaction."""
@@ -272,7 +277,8 @@ class Lane:
         shop.avoid.add(lost.node)
         spare = stand_ins(shop.candidates, lost, shop.avoid)
         if not spare:
-            raise no_route([c for c in shop.candidates if c.node not in shop.avoid], Span(0, shop.manifest.layers))
+            left = [c for c in shop.candidates if c.node not in shop.avoid]
+            raise no_route(left, Span(0, shop.manifest.layers), shop.model)
         self._route[self._index] = spare[0]
         shop.verdict.replaced.append((lost.node, spare[0].node, error.code))
         self.draw()
@@ -322,6 +328,9 @@ class Lane:
             raise CorruptResult(
                 f"{candidate.node} and {auditor} computed different passes, and nobody can say who erred"
             )
+        agreed = {candidate.node, auditor, third[0]} - set(wrong)
+        verdict.accusations.append(Accusation(wrong[0], self.span, positions, tuple(sorted(agreed))))
+        shop.ban(verdict)
         if wrong[0] == candidate.node:
             self._route[self._index] = next(c for c in shop.candidates if c.node == auditor)
             self.draw()

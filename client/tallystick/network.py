@@ -53,7 +53,7 @@ class Survey:
 
 
 class Network:
-    """Reads of chain, content and nodes for a client."""
+    """Reads of chain, content and nodes for a client. num_models: on chain, when one was last looked for."""
 
     def __init__(self, chain: Chain, peers: Peers, cache: Path, sources: list[str]) -> None:
         """cache: folder for manifests and tokenizers. sources: gateways to ask besides the model's own nodes."""
@@ -68,12 +68,14 @@ class Network:
         self._tokens: dict[ModelId, Tokens] = {}
         self._rounds: dict[ModelId, Asked] = {}
         self._surveying = asyncio.Lock()
+        self.num_models = 0
         self._rtts: dict[Address, float] = {}
         self._signers: dict[Address, Address] = {}
 
     async def find(self, text: str) -> ModelRecord:
         """A model by id, by a part of its id, or (empty) the only one. Raises UnknownModel listing what there is."""
         models = await asyncio.to_thread(self.chain.all_models)
+        self.num_models = len(models)
         wanted = text.lower().removeprefix("0x")
         found = [record for record in models if record.id.hex().startswith(wanted)] if wanted or models else []
         unread: list[TallystickError] = []

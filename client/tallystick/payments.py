@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
-from tallystick_protocol.errors import BadSignature, ConfigError, Rejected
+from tallystick_protocol.errors import BadSignature, ChainError, ConfigError, Rejected
 from tallystick_protocol.signing import Key, seal, unseal
 from tallystick_protocol.types import Address, Wei
 from tallystick_protocol.vouchers import Voucher
@@ -138,7 +138,12 @@ class Purse:
                 f"channels need {total} more token units, this client may spend {self._left}; raise max_cost"
             )
         if deposits:
-            self._wallet.fund(self.client, deposits)
+            try:
+                self._wallet.fund(self.client, deposits)
+            except ChainError as error:
+                if "transaction" in error.fields:  # it may be mined yet, and is spent then
+                    self._left = Wei(self._left - total)
+                raise
             self._left = Wei(self._left - total)
             log.info("funded %d channels with %d", len(deposits), total)
         return total

@@ -108,7 +108,13 @@ class Planning:
 
     def workload(self, manifest: Manifest, prompt: int, new: int) -> Workload:
         """What an answer asks of a route. prompt, new: positions that are given, and tokens that are expected."""
-        return Workload(manifest.layers, prompt, max(new, 1), 4 * manifest.width, self._settings.weights)
+        return Workload(
+            manifest.layers, prompt, max(new, 1), 4 * manifest.width, self._settings.weights, self.which(manifest)
+        )
+
+    def which(self, manifest: Manifest) -> str:
+        """A model's id, where the chain has others beside it; else nothing."""
+        return "0x" + manifest.model_id.hex() if self._network.num_models > 1 else ""
 
     def _route(
         self, survey: Survey, manifest: Manifest, stack: Span, verify: Policy, work: Workload, shunned: set[Address]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tallystick.court.keeping import KEPT_BYTES
 from tallystick.routing.candidates import Weights
 from tallystick.session.setting import Sketches
 from tallystick_protocol.types import Digest, Wei
@@ -28,8 +29,8 @@ class Settings:
     else could, "on" or "off". Only of rows that travel as "f32".
     wait_s: how long an answer waits for a node when the last one of some layers is lost; notify: is told of it.
     evidence: folder of a content store for evidence against nodes that were found wrong, which holds the session's text
-    or what it can be told from; None: none is kept. accuse: put it up in Court, with a bond of the key's own tokens;
-    evidence_sources: where jurors find it.
+    or what it can be told from, for 14 days and within evidence_bytes; None: none is kept. accuse: put it up in Court,
+    with a bond of the key's own tokens; evidence_sources: where jurors find it.
     recompute_bytes: pieces of one span that may be fetched so that the client itself is the third one where no other
     node can say who is wrong; with the extra `[node]` alone, and on a machine of the class in question. 0: it never is.
     """
@@ -47,6 +48,7 @@ class Settings:
     sketches: Sketches = "auto"
     wait_s: float = 30.0
     evidence: Path | None = None
+    evidence_bytes: int = KEPT_BYTES
     accuse: bool = False
     evidence_sources: list[str] = field(default_factory=list)
     recompute_bytes: int = 1 << 30

@@ -40,7 +40,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Accusation:
-    """A node whose signed work two others contradict, alike. evidence: the CID of what the Court needs, "" for none."""
+    """A node whose work two others contradict, alike. evidence: the CID of what the Court needs, "" for none: passes for
+    tuning are not signed."""
 
     node: Address
     span: Span

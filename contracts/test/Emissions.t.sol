@@ -109,6 +109,20 @@ contract EmissionsTest is CourtWorld {
         assertEq(emissions.claim(epoch_, node), 45 ether);
     }
 
+    /// Anybody may redeem for a node, be it nothing.
+    function test_redeeming_is_no_sign_of_life() public {
+        vm.warp(START + stale);
+        work(node, PAID);
+        escrow.redeem(node, new Row[](0));
+        staking.jail(node);
+        work(node, 2 * PAID);
+        escrow.redeem(node, new Row[](0));
+        uint256 epoch_ = today();
+        vm.warp(block.timestamp + epoch);
+        vm.expectRevert(abi.encodeWithSelector(IEmissions.InJail.selector, node));
+        emissions.claim(epoch_, node);
+    }
+
     function test_who_left_must_stake_again() public {
         work(node, PAID);
         uint256 epoch_ = today();

@@ -6,13 +6,21 @@ Whatever is killed when, a restart finds the whole receipt and re-sends it; it n
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 from tallystick_node.database import Database
 from tallystick_protocol.errors import Equivocation
+from tallystick_protocol.evidence.bundle import KEPT_S
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import Domain, Key, digest, seal, unseal
 from tallystick_protocol.types import Digest, SessionId, window_of
+
+log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS receipts(
@@ -23,12 +31,26 @@ CREATE TABLE IF NOT EXISTS sessions(session BLOB NOT NULL, attempt INTEGER NOT N
   PRIMARY KEY(session, attempt)) WITHOUT ROWID;
 """
 
+FORGOTTEN_AT_ONCE = 64
+"""Sessions in one transaction: who signs meanwhile waits for no more."""
+
+
+async def forget_now_and_then(journal: Journal, every_s: float = 86400.0) -> None:
+    """Forget what is older than KEPT_S, at once and then daily."""
+    while True:
+        try:
+            await asyncio.to_thread(journal.forget, int(time.time()) - KEPT_S)
+        except sqlite3.Error as error:
+            log.warning("old receipts stay in the journal for now: %s", error)
+        await asyncio.sleep(every_s)
+
 
 class Journal:
     """Signs receipts, once."""
 
     def __init__(self, path: Path, key: Key, domain: Domain) -> None:
         self._db = Database(path, _SCHEMA, version=1)
+        self._path = path
         self._key = key
         self._domain = domain
 
@@ -61,6 +83,20 @@ class Journal:
         """Every sealed receipt of a session, in the order of windows and revisions."""
         query = "SELECT sealed FROM receipts WHERE session=? ORDER BY attempt, window, revision"
         return [bytes(row[0]) for row in self._db.read(query, session)]  # type: ignore[call-overload]
+
+    def forget(self, before: int) -> int:
+        """Forget the sessions whose last receipt is older than this time (unix seconds), and return how many receipts
+        that were. None of them can be opened anew: what opens a session expires within hours."""
+        old = "SELECT session FROM receipts GROUP BY session HAVING max(at) < ?"
+        with closing(sqlite3.connect(self._path)) as reader:  # of its own: who signs does not wait for all that is read
+            sessions, forgotten = reader.execute(old, (before,)).fetchall(), 0
+        for first in range(0, len(sessions), FORGOTTEN_AT_ONCE):
+            with self._db.transaction() as db:
+                for (session,) in sessions[first : first + FORGOTTEN_AT_ONCE]:
+                    query = "DELETE FROM receipts WHERE session=? AND NOT EXISTS"
+                    query += " (SELECT 1 FROM receipts WHERE session=? AND at >= ?)"
+                    forgotten += db.execute(query, (session, session, before)).rowcount
+        return forgotten
 
     def digest_of(self, receipt: Receipt) -> Digest:
         return digest(self._domain, receipt)

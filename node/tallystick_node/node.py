@@ -17,7 +17,7 @@ from tallystick_model.parallel import ParallelSpan, close_model
 from tallystick_node.alone import alone, set_threads
 from tallystick_node.config import NodeConfig
 from tallystick_node.heartbeat import Heartbeat
-from tallystick_node.journal import Journal
+from tallystick_node.journal import Journal, forget_now_and_then
 from tallystick_node.jury.juror import Juror
 from tallystick_node.listener import Listener, bind
 from tallystick_node.loading import Loading, self_check, write_plans
@@ -195,6 +195,7 @@ class Node:
             check = self_check(loading, loaded)
             beside = [
                 write_plans(engine),
+                forget_now_and_then(journal),
                 self._renew_offers(shop, manifest),
                 self._redeem_now_and_then(redeemer),
                 heartbeat.run(lambda: self._ready),

@@ -1,8 +1,10 @@
-"""Processes that sign receipts and take vouchers until they SIGKILL themselves before their n-th SQL statement.
+"""Processes that sign receipts and take vouchers until they are killed by SIGKILL: at their n-th SQL statement by
+themselves, or before the n-th system call that writes, syncs or sends by whoever forked them.
 
-argv: folder. For each n read from stdin a process is forked; when it is dead, "dead STATUS" is printed. It prints
-"receipt REVISION DIGEST-HEX" or "voucher TOTAL" after each call has returned, which is when the outside world may have
-seen it. The content of a receipt differs from run to run: the same key is tried with another claim.
+argv: folder, "statements" or "calls". For each n read from stdin a process is forked; when it is dead, "dead STATUS
+WHERE" is printed. It says "receipt REVISION DIGEST-HEX" or "voucher TOTAL" after each call has returned, which is when
+the outside world may have seen it. The content of a receipt differs from run to
+run: the same key is tried with another claim.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import samples
+from harness.killing import kill_before
 from tallystick_node.journal import Journal
 from tallystick_node.till import Funds, Till
 from tallystick_protocol.errors import Equivocation
@@ -61,27 +64,34 @@ def main(folder: Path, fatal: int) -> None:
         till.settle(CLIENT.address, 0)
         voucher = seal(samples.ESCROW, Voucher(CLIENT.address, HOT.address, total), CLIENT)
         till.accept(voucher, CLIENT.address, ENOUGH, 0)
-        print(f"voucher {total}", flush=True)
+        say(f"voucher {total}")
         revision = next_revision(journal)
         for attempt in (revision - 1, revision):
             if attempt < 0:
                 continue
             claim = samples.receipt(revision=attempt, output=keccak(os.urandom(8)))
             try:
-                print(f"receipt {attempt} {keccak(journal.sign(claim)).hex()}", flush=True)
+                say(f"receipt {attempt} {keccak(journal.sign(claim)).hex()}")
             except Equivocation:
                 continue
 
 
-def fork(folder: Path, fatal: int) -> int:
-    """The wait status of a process that ran `main`."""
+def say(line: str) -> None:
+    """Send it in one call: it has left, or nothing of it has."""
+    os.write(1, f"{line}\n".encode())
+
+
+def fork(folder: Path, kind: str, fatal: int) -> tuple[int, str]:
+    """The wait status of a process that ran `main`, and the call before which it was killed."""
+    if kind == "calls":
+        return kill_before(fatal, lambda: main(folder, 0))
     child = os.fork()
     if child == 0:
         try:
             main(folder, fatal)
         finally:
             os._exit(1)
-    return os.waitpid(child, 0)[1]
+    return os.waitpid(child, 0)[1], "statement"
 
 
 def next_revision(journal: Journal) -> int:
@@ -90,4 +100,4 @@ def next_revision(journal: Journal) -> int:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(f"dead {fork(Path(sys.argv[1]), int(line))}", flush=True)
+        print("dead", *fork(Path(sys.argv[1]), sys.argv[2], int(line)), flush=True)

@@ -93,21 +93,23 @@ async def test_honest_nodes_of_other_classes_pass_each_others_audits(mixed: Mixe
 
 
 async def test_a_cheater_that_no_audit_convicts_is_avoided_after_a_few_sessions(mixed: Mixed) -> None:
-    """One corrupted row: too far off to be paid, too near to be guilty. Each session goes on with the other two nodes
-    of the span, which are of two other classes and check each other."""
+    """One corrupted row: too far off to be paid, too near to be guilty, but in a window now and then (errors are about
+    four fifths of `guilty`, and sketches say them to 7 %). Each session goes on with the other two nodes of the span,
+    which are of two other classes and check each other."""
     cheater, program = mixed.nodes[0][0], str(FAULTS / "cheating_node.py")
     await asyncio.to_thread(cheater.process.stop)
     mixed.net.restart(cheater, mixed.model, command(PINS[0], program, "corrupt_row"), ["--price", "1000000000"])
     await asyncio.to_thread(cheater.process.wait_for, "fault: corrupt_row", READY_TIMEOUT_S)
     await asyncio.to_thread(cheater.wait)
-    met, sessions = True, 0
+    met, sessions, convicted = True, 0, 0
     while met and sessions < len(PROMPTS):
         answer = await mixed.answer("full", PROMPTS[sessions])
         verdict, sessions = answer.verdict, sessions + 1
-        assert verdict.accusations == [] and len(answer.ids) == TOKENS
+        convicted += bool(verdict.accusations)
+        assert {one.node for one in verdict.accusations} <= {cheater.address} and len(answer.ids) == TOKENS
         assert {check.node for check in verdict.checks if check.passed is not True} <= {cheater.address}
         assert verdict.paid.get(cheater.address, 0) == 0 and cheater.address not in {hop.node for hop in answer.route}
         met = cheater.address in {lost for lost, _, _ in verdict.replaced}
-    assert not met and 1 < sessions <= 7, "four windows with each of two auditors, one a session"
+    assert not met and 1 < sessions <= 7 and convicted < sessions - 1, "a few windows with each of two auditors"
     remembered = Suspicions(mixed.net.settings().cache / "suspicions.json")
     assert remembered.avoided(mixed.model) == {cheater.address}

@@ -107,6 +107,38 @@ def test_the_only_auditor_may_be_lost(models: Models, tmp_path: Path) -> None:
     fast(run)
 
 
+def test_a_hop_is_paid_nothing_while_its_auditor_is_changed(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an auditor has not approved waits for the next one, however long the old one takes to go."""
+
+    async def run() -> None:
+        world = models.world(tmp_path, 3)
+        session = await world.session("full", 5.0)
+        audit = next(audit for audit in session.audits if audit.index == HOP)
+        hop, close, paid = session.hops[HOP], audit.remote.close, []
+
+        async def slowly() -> None:
+            for _ in range(10):
+                session.wake()
+                await asyncio.sleep(0.005)
+                paid.append(hop.rows_paid)
+            await close()
+
+        monkeypatch.setattr(audit, "compare", lambda _: [])
+        monkeypatch.setattr(audit.remote, "close", slowly)
+        answer = asyncio.ensure_future(generate(session, PROMPT, TOKENS))
+        while hop.standing.covered < WINDOW:
+            await asyncio.sleep(0.001)
+        await session.repair.change_auditor(audit)
+        assert len(await answer) == TOKENS
+        await session.close()
+        await end(world)
+        assert set(paid) == {0} and hop.rows_paid == hop.rows_due == len(session.ids)
+
+    fast(run)
+
+
 def test_whom_nobody_can_recompute_after_a_liar_was_found(models: Models, tmp_path: Path) -> None:
     """Its auditor takes the liar's place, and nobody is left to audit that one."""
 

@@ -71,6 +71,15 @@ def test_routes_are_of_one_class() -> None:
     assert len(disjoint([*nodes, candidate("c", 0, 4)], 2, best)) == 2
 
 
+def test_the_command_for_a_node_that_is_missing_says_which_model_where_there_are_several() -> None:
+    def find(pool: list[Candidate]) -> list[Candidate]:
+        return plan(pool, Workload(4, model="0x12"))
+
+    with pytest.raises(NoRoute, match=r"--span 0:4 --model 0x12$") as caught:
+        disjoint([candidate("a", 0, 4)], 2, find)
+    assert caught.value.fields == {"start": 0, "end": 4, "model": "0x12"}
+
+
 def test_no_node_at_all_is_told() -> None:
     with pytest.raises(NoRoute, match="no node of any class"):
         disjoint([], 2, best)

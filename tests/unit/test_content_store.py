@@ -154,6 +154,25 @@ def test_pins_keep_and_the_rest_is_collected(store: LocalStore, tmp_path: Path) 
     assert files_under(store.root) == [store.root / "lock"]
 
 
+def test_what_is_dropped_goes_but_for_what_others_hold_and_nothing_else_goes(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    kept = store.put_file(io.BytesIO(CONTENT))
+    dropped = store.put_file(io.BytesIO(CONTENT[:7000] + b"another end"))
+    single = store.put_file(io.BytesIO(b"one block"))
+    under_way = store.put_block(b"loose", Codec.RAW)
+    for root in (kept, dropped, single):
+        store.pin(root)
+    assert store.drop(single) == len(b"one block") and not store.has(single)
+    assert store.drop(dropped) > 0 and not store.has(dropped)
+    assert store.pins() == (kept,) and store.has(under_way)
+    assert store.read_file(kept, tmp_path / "out", ANY) == len(CONTENT)
+    again = store.put_file(io.BytesIO(CONTENT[:7000] + b"another end"))
+    assert store.read_file(again, tmp_path / "out", ANY) == 7000 + len(b"another end")
+    with pytest.raises(BlockMissing):
+        store.drop(Cid(Codec.DAG_PB, Cid.of_raw(b"never here").digest))
+
+
 def test_a_block_pinned_by_itself_outlives_the_file_it_lay_in(store: LocalStore) -> None:
     leaf = Cid.of_raw(CONTENT[:1000])
     root = store.put_file(io.BytesIO(CONTENT))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from harness import doomed_books, samples
+from harness import doomed_books, killing, samples
 from tallystick_node.database import Database
-from tallystick_node.journal import Journal
+from tallystick_node.journal import Journal, forget_now_and_then
 from tallystick_protocol.errors import ConfigError, Equivocation
+from tallystick_protocol.evidence.bundle import KEPT_S
 from tallystick_protocol.receipts import Receipt
 from tallystick_protocol.signing import digest, keccak, unseal
 from tallystick_protocol.types import SessionId
@@ -100,6 +103,54 @@ def test_a_session_is_admitted_once_and_forgotten_after_it_expires(journal: Jour
     assert journal.admit(SESSION, 0, 300, 101)
 
 
+def test_receipts_are_forgotten_a_session_at_a_time_and_not_while_it_goes_on(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tallystick_node.journal.FORGOTTEN_AT_ONCE", 2)
+    old = [SessionId(samples.digest(f"old {at}")) for at in range(5)]
+    for session in old:
+        journal.sign(samples.receipt(session=session, at=1000))
+        journal.sign(samples.receipt(session=session, first=32, last=64, at=1999))
+    goes_on = SessionId(samples.digest("goes on"))
+    first = journal.sign(samples.receipt(session=goes_on, at=1000))
+    journal.sign(samples.receipt(session=goes_on, first=32, last=64, at=2000))
+    assert journal.forget(1999) == 0
+    assert journal.forget(2000) == 10
+    assert [len(journal.receipts(session)) for session in (*old, goes_on)] == [0] * 5 + [2]
+    assert journal.receipts(goes_on)[0] == first
+    with pytest.raises(Equivocation):
+        journal.sign(samples.receipt(session=goes_on, output=samples.digest("another")))
+
+
+async def test_a_journal_that_cannot_forget_stops_nobody(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def full(_: int) -> int:
+        loop.call_soon_threadsafe(tried.set)
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(journal, "forget", full)
+    upkeep = asyncio.create_task(forget_now_and_then(journal, every_s=0.0))
+    for _ in range(2):
+        tried.clear()
+        await asyncio.wait_for(tried.wait(), 10)
+    assert not upkeep.done()
+    upkeep.cancel()
+
+
+async def test_a_node_forgets_what_no_stake_answers_for(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal.sign(samples.receipt(at=int(time.time()) - KEPT_S - 10))
+    young = SessionId(samples.digest("young"))
+    journal.sign(samples.receipt(session=young, at=int(time.time()) - KEPT_S + 1000))
+    upkeep = asyncio.create_task(forget_now_and_then(journal))
+    async with asyncio.timeout(10):
+        while journal.receipts(samples.receipt().session):
+            await asyncio.sleep(0.01)
+    upkeep.cancel()
+    assert len(journal.receipts(young)) == 1
+
+
 def test_two_threads_never_sign_two_claims_for_one_key(tmp_path: Path) -> None:
     journals = [Journal(tmp_path / "journal.db", HOT, samples.STAKING) for _ in range(2)]
     signed: list[tuple[int, bytes]] = []
@@ -181,15 +232,25 @@ def test_every_commit_is_synced_to_the_disk(tmp_path: Path) -> None:
     assert database.read("PRAGMA journal_mode") == [("wal",)]
 
 
-# An opening takes some ten statements and a round about as many: the boundaries of both are hit.
-FATAL_STATEMENTS = [*range(3, 43, 2)]
+# An opening takes some ten statements, or forty calls, and a round half as many: the boundaries of both are hit.
+FATAL = {"statements": range(3, 43, 2), "calls": range(1, 81)}
+
+Doomed = Callable[[int], tuple[list[str], int, str]]
+
+
+@pytest.fixture(params=FATAL)
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "calls" and not killing.IS_POSSIBLE:
+        pytest.skip("system calls are counted on Linux, x86-64")
+    return str(request.param)
 
 
 @pytest.fixture
-def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
-    """doomed(n): what a process printed until it killed itself before its n-th statement, and its wait status."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "harness.doomed_books", str(tmp_path)]
+def doomed(tmp_path: Path, kind: str) -> Iterator[Doomed]:
+    """doomed(n): what a process said until it was killed at its n-th statement or call, its wait status, and where."""
+    paths = [str(Path(__file__).parents[1]), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "harness.doomed_books", str(tmp_path), kind]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -197,13 +258,13 @@ def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
         assert process.stdout is not None
         reader, writer = process.stdout, process.stdin
 
-        def run(fatal: int) -> tuple[list[str], int]:
+        def run(fatal: int) -> tuple[list[str], int, str]:
             writer.write(f"{fatal}\n")
             writer.flush()
             lines: list[str] = []
             for line in reader:
                 if line.startswith("dead "):
-                    return lines, int(line.split()[1])
+                    return lines, int(line.split()[1]), line.split()[2]
                 lines.append(line)
             raise AssertionError("the parent of the doomed processes has ended")
 
@@ -213,12 +274,14 @@ def doomed(tmp_path: Path) -> Iterator[Callable[[int], tuple[list[str], int]]]:
 
 
 def test_whatever_is_killed_when_no_key_has_two_claims_and_no_accepted_voucher_is_lost(
-    tmp_path: Path, doomed: Callable[[int], tuple[list[str], int]]
+    tmp_path: Path, kind: str, doomed: Doomed
 ) -> None:
     seen: dict[int, str] = {}
     highest, spent = 0, 0
-    for fatal in FATAL_STATEMENTS:
-        lines, status = doomed(fatal)
+    places = set()
+    for fatal in FATAL[kind]:
+        lines, status, place = doomed(fatal)
+        places.add(place)
         assert os.WTERMSIG(status) == signal.SIGKILL
         for line in lines:
             what, number, *rest = line.split()
@@ -237,5 +300,6 @@ def test_whatever_is_killed_when_no_key_has_two_claims_and_no_accepted_voucher_i
             assert keccak(sealed[revision]).hex() == said
         till.close()
         journal.close()
+    assert places >= ({"statement"} if kind == "statements" else {"pwrite64", "fdatasync", "write"})
     assert len(seen) > 5
     assert highest > 5 * doomed_books.STEP

@@ -132,4 +132,4 @@ def test_no_coin_challenge_nonce_or_draw_of_a_client_can_be_foreseen(path: Path)
 
 def test_the_walk_over_coins_sees_who_draws_them() -> None:
     drawing = {path.name for path in SERVING if "secrets" in imported(ast.parse(path.read_text()))}
-    assert {"client.py", "openings.py", "sketching.py", "remote.py", "route.py", "ledger.py"} <= drawing
+    assert {"coins.py", "openings.py", "sketching.py", "remote.py", "route.py", "ledger.py"} <= drawing

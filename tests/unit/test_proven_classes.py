@@ -16,8 +16,8 @@ from harness import samples
 from harness.agreeing import agreement
 from harness.small_models import Models, fast
 from harness.small_world import Node, World, audit_at_end, audited, generate
-from tallystick import AsyncClient
 from tallystick.routing.proven import FORGOTTEN_AFTER_S, MAX_CLASSES, Proven
+from tallystick.session.coins import draw
 from tallystick.session.proving import note_unproven, unproven
 from tallystick.session.session import Session
 from tallystick.verdict import Policy, Verdict
@@ -212,7 +212,7 @@ def test_audits_look_first_where_a_class_may_be_proven(models: Models, tmp_path:
         copies(world, 0)[2].become("a class of its own")
 
     async def look(world: World, session: Session) -> tuple[list[int], Counter[int]]:
-        found = unproven(session), Counter(AsyncClient._drawn(session) for _ in range(1200))
+        found = unproven(session), Counter(draw(session) for _ in range(1200))
         owned(copies(world, 1)[1], copies(world, 0)[1].address)
         session.setting.candidates[:] = await world.look()
         assert unproven(session) == [], "an operator's own other node proves nothing"

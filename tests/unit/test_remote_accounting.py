@@ -16,7 +16,7 @@ from tallystick_node.session.record import Record
 from tallystick_node.session.windows import Terms as NodeTerms
 from tallystick_node.session.windows import Windows
 from tallystick_protocol.chain.reads import ChannelFunds
-from tallystick_protocol.errors import BadSignature, ConfigError, Rejected
+from tallystick_protocol.errors import BadSignature, ChainError, ConfigError, Rejected
 from tallystick_protocol.frames import Frame, Kind
 from tallystick_protocol.peer import error_frame
 from tallystick_protocol.receipts import Receipt
@@ -413,3 +413,20 @@ def test_no_more_is_put_into_channels_than_the_client_allows_and_a_refusal_sets_
             money.reserve([Need(NODE, Wei(41))])
     assert money.reserve([Need(NODE, Wei(40))]) == 40
     assert len(ledger.funded) == 2
+
+
+def test_a_deposit_that_may_be_mined_yet_counts_and_one_that_was_refused_does_not() -> None:
+    ledger = Ledger()
+    money = purse(ledger, max_funding=100)
+    failures = [ChainError("not mined in time", transaction="0x12"), ChainError("reverted")]
+
+    def fund(client: str, deposits: Any) -> None:
+        raise failures.pop()
+
+    wallet: Any = SimpleNamespace(fund=fund)
+    money._wallet = wallet
+    for _ in range(2):
+        with pytest.raises(ChainError):
+            money.reserve([Need(NODE, Wei(60))])
+    with pytest.raises(ConfigError, match="may spend 40"):
+        money.reserve([Need(NODE, Wei(60))])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tallystick.admission import has_class
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.choice import apart, owners, price_of
+from tallystick.routing.gaps import unserved
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Digest, Span
 
@@ -85,9 +86,5 @@ def _told(count: int, lack: _Lacking | None) -> NoRoute:
     if span is None:
         return NoRoute(f"{asked}; {lack.routes} were found", start=0, end=0)
     beside = f"there are {lack.routes}, and beside them" if lack.routes else "and"
-    return NoRoute(
-        f"{asked}; {beside} nobody serves layers {span};"
-        f" to serve them: tallystick-node run --join --span {span.start}:{span.end}",
-        start=span.start,
-        end=span.end,
-    )
+    model = str(gap.fields.get("model", "")) if gap is not None else ""
+    return unserved(f"{asked}; {beside} nobody serves layers {span}; to serve them", span, model)

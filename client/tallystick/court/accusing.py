@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
+from tallystick.court.keeping import keep_evidence
 from tallystick_protocol.chain.court import case_id
 from tallystick_protocol.chain.docket import Docket, encode_sources, receipt_words
 from tallystick_protocol.chain.writes import Wallet
@@ -26,13 +26,6 @@ class Accused:
     id: Digest
     cid: Cid
     bond: Wei
-
-
-def keep_evidence(store: LocalStore, data: bytes) -> Cid:
-    """Keep a bundle, pinned, so that whoever serves the store serves it."""
-    cid = store.put_file(BytesIO(data))
-    store.pin(cid)
-    return cid
 
 
 def load_evidence(text: str, store: LocalStore, domain: Domain) -> tuple[Evidence, Cid]:

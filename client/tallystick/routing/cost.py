@@ -27,6 +27,7 @@ class Workload:
     """What a session is going to do. row_bytes: of a hidden row between two hops. layers: the model's, for its price.
 
     prompt, new: positions that are given, and tokens that are expected; what the prompt takes is spread over them.
+    model: its id, where a node must say which of several on chain it serves; no cost depends on it.
     """
 
     layers: int
@@ -34,6 +35,7 @@ class Workload:
     new: int = 64
     row_bytes: int = 0
     weights: Weights = DEFAULT_WEIGHTS
+    model: str = ""
 
     @property
     def rows_per_token(self) -> float:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tallystick.routing.candidates import Candidate
 from tallystick.routing.cost import Workload, route_s
+from tallystick.routing.gaps import unserved
 from tallystick.routing.paths import cheapest
 from tallystick_protocol.errors import NoRoute
 from tallystick_protocol.types import Address, Digest, Span
@@ -41,7 +42,7 @@ def plan(
         mixed = cheapest(usable, goal, work)
         found = [mixed] if mixed is not None else []
     if not found:
-        raise no_route(usable, goal)
+        raise no_route(usable, goal, work.model)
     return min(found, key=lambda route: route_s(route, work))
 
 
@@ -65,17 +66,12 @@ def usable_for(
     return sorted(inside.values(), key=lambda c: (c.offer.start, c.offer.end, c.offer.price, c.node))
 
 
-def no_route(usable: Sequence[Candidate], goal: Span) -> NoRoute:
-    """The error that names the first gap and the command that would fill it."""
+def no_route(usable: Sequence[Candidate], goal: Span, model: str = "") -> NoRoute:
+    """The error that names the first gap and the command that would fill it. model: as for `unserved`."""
     start = reach(usable, goal)
     onward = [c.offer.start for c in usable if c.offer.start > start]
     end = min(onward, default=goal.end)
-    return NoRoute(
-        f"nobody serves layers [{start}, {end}) of {goal.end};"
-        f" to serve them: tallystick-node run --join --span {start}:{end}",
-        start=start,
-        end=end,
-    )
+    return unserved(f"nobody serves layers [{start}, {end}) of {goal.end}; to serve them", Span(start, end), model)
 
 
 def reach(candidates: Sequence[Candidate], goal: Span) -> int:

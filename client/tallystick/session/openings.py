@@ -22,6 +22,7 @@ from tallystick.routing.choice import (
     owners,
     strangers_first,
 )
+from tallystick.routing.gaps import unserved
 from tallystick.routing.route import successors
 from tallystick.session.auditing import Audit
 from tallystick.session.remote import Hearing, Opening, Remote, fresh_nonce
@@ -132,11 +133,7 @@ class Openings:
         """Nobody serves a hop's layers at present: the user hears of it, once, and the time to wait begins. It begins
         anew only when the answer has grown meanwhile: who takes the place, and fails at once, ends no waiting."""
         session, span = self._session, self._session.route[index].span
-        nobody = NoRoute(
-            f"nobody else serves layers {span}; to do so: tallystick-node run --join --span {span.start}:{span.end}",
-            start=span.start,
-            end=span.end,
-        )
+        nobody = unserved(f"nobody else serves layers {span}; to do so", span, session.setting.work.model)
         if self._missed_at.get(index, len(session.ids)) < len(session.ids):
             self.filled(index)
         self._missed_at[index] = len(session.ids)

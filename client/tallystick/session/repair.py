@@ -406,10 +406,10 @@ class Repair:
     async def change_auditor(self, audit: Audit) -> None:
         """Another node audits from now on, from the beginning."""
         await audit.pause()
+        self.unaudited[audit.index] = time.monotonic() + self._session.setting.wait_s  # from now on it is paid nothing
         self._session.audits.remove(audit)
         self._session.books.note_payment(audit.remote)
         await audit.remote.close()
-        self.unaudited[audit.index] = time.monotonic() + self._session.setting.wait_s
         await self._find_auditors()
 
     async def _find_auditors(self) -> None:

@@ -49,7 +49,8 @@ class Session:
 
     avoid: nodes that lied or are banned; lost: those that failed; hearsay: those of them that failed by another node's
     word alone; busy: that had no room for an audit. apart: nodes that may not take part for another reason. clearance:
-    how many windows of a hop may be paid, where that depends on more than its auditor.
+    how many windows of a hop may be paid, where that depends on more than its auditor. to_audit: hops that the coins
+    have chosen and that are still to be audited; None before they have fallen.
     """
 
     def __init__(self, setting: Setting, route: list[Candidate], verdict: Verdict) -> None:
@@ -81,6 +82,7 @@ class Session:
         self.feeding = Feeding(self)
         self.rewinding = Rewinding(self)
         self.sketching = Sketching(self)
+        self.to_audit: list[int] | None = None
         self._flushed = -1
         self.work = asyncio.Event()
         self.news = asyncio.Event()

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tallystick.client import AsyncClient
-from tallystick.court.accusing import Accused, accuse, keep_evidence, load_evidence
+from tallystick.court.accusing import Accused, accuse, load_evidence
+from tallystick.court.keeping import keep_evidence
 from tallystick.session.auditing import Disagreement
 from tallystick.session.evidence import gather
 from tallystick.session.session import Session

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import Any
 
+import requests
 from eth_account import Account
 from web3.exceptions import TransactionNotFound
 from web3.logs import DISCARD
@@ -18,6 +20,8 @@ from tallystick_protocol.signing import Key
 from tallystick_protocol.transport.contact import Contact, encode_endpoint
 from tallystick_protocol.types import Address, Digest, ModelId, Span, Wei
 from tallystick_protocol.vouchers import Bind
+
+log = logging.getLogger(__name__)
 
 RECEIPT_TIMEOUT_S = 60.0
 BIND_DEADLINE_S = 3600
@@ -63,7 +67,8 @@ class Wallet:
         return self.key.address
 
     def send(self, what: str, call: Any, appendix: bytes = b"") -> dict[str, Any]:
-        """Send a contract call and wait until it is mined. Raises ChainError saying why it would not work.
+        """Send a contract call and wait until it is mined. Raises ChainError saying why it would not work; with the
+        field `transaction` where it may be mined yet.
 
         appendix: bytes behind the arguments, which the contract ignores.
         """
@@ -77,7 +82,11 @@ class Wallet:
             transaction["data"] += appendix.hex()
             transaction["gas"] += 40 * len(appendix)  # EIP-7623's floor for a byte
             signed = Account.sign_transaction(transaction, self.key.secret)
-            return web3.eth.send_raw_transaction(signed.raw_transaction)
+            try:
+                web3.eth.send_raw_transaction(signed.raw_transaction)
+            except requests.RequestException as error:
+                log.warning("%s: no answer to the transaction (%s), which may have arrived", what, error)
+            return signed.hash
 
         with self._lock:
             digest = self.chain.guard(what, broadcast)
@@ -120,13 +129,17 @@ class Wallet:
         self.send("appealing", self.chain.court.functions.appeal(case))
 
     def fund(self, client: Address, deposits: list[tuple[Address, Wei]]) -> None:
-        """Approve and put tokens of this wallet into a client's channels. Raises ChainError."""
+        """Approve and put tokens of this wallet into a client's channels. Raises ChainError, with `transaction` where
+        the deposit may be mined yet."""
         total = sum(amount for _, amount in deposits)
         have = self.chain.balance(self.address)
         if have < total:
             raise ChainError(f"funding channels: {self.address} holds {have} token units, {total} are needed")
         approve = self.chain.token.functions.approve(self.chain.escrow.address, total)
-        self.send("approving the channel", approve)
+        try:
+            self.send("approving the channel", approve)
+        except ChainError as error:
+            raise ChainError(error.message) from None  # whatever becomes of the approval, it deposits nothing
         self.send("funding channels", self.chain.escrow.functions.fund(client, deposits))
 
     def exit(self, node: Address, amount: Wei) -> None:
@@ -158,7 +171,7 @@ class Wallet:
         return Wei(sum(int(log["args"]["amount"]) for log in logs))
 
     def _wait(self, what: str, digest: Any) -> dict[str, Any]:
-        deadline = time.monotonic() + RECEIPT_TIMEOUT_S
+        deadline, hexadecimal = time.monotonic() + RECEIPT_TIMEOUT_S, "0x" + bytes(digest).hex()
 
         def mined() -> dict[str, Any] | None:
             try:
@@ -167,9 +180,14 @@ class Wallet:
                 return None
 
         while time.monotonic() < deadline:
-            if (receipt := self.chain.guard(f"{what}: waiting for 0x{bytes(digest).hex()}", mined)) is not None:
+            try:
+                receipt = self.chain.guard(f"{what}: waiting for {hexadecimal}", mined)
+            except ChainError as error:
+                raise ChainError(error.message, transaction=hexadecimal) from None
+            if receipt is not None:
                 return receipt
             time.sleep(0.05)
         raise ChainError(
-            f"{what}: not mined within {RECEIPT_TIMEOUT_S:g} s; the transaction is 0x{bytes(digest).hex()}"
+            f"{what}: not mined within {RECEIPT_TIMEOUT_S:g} s; the transaction is {hexadecimal}",
+            transaction=hexadecimal,
         )

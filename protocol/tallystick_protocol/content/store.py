@@ -9,7 +9,7 @@ Layout of a local store; every name is one that `str(cid)` wrote:
 | files/<cid>.leaves  | where they lie (`leaves.py`)                                             |
 | pins/<cid>          | empty: the DAG under this CID is kept by `collect_garbage`               |
 | new/                | files being written                                                      |
-| lock                | shared by writers, exclusive for `collect_garbage`                       |
+| lock                | shared by writers, exclusive for `collect_garbage` and `drop`            |
 """
 
 from __future__ import annotations
@@ -177,6 +177,20 @@ class LocalStore:
             for folder in self._blocks.iterdir():
                 freed += sum(_delete(folder / str(cid)) for cid in _cids_in(folder) if cid not in kept)
             freed += sum(_delete(path) for path in self._new.iterdir())
+            self._leaves.forget()
+        return freed
+
+    def drop(self, root: Cid) -> int:
+        """Unpin a DAG, delete what no other pin reaches of it, and return the bytes freed. Nothing else goes.
+
+        Raises BlockMissing, having deleted nothing, when a pinned DAG is incomplete.
+        """
+        with locked(self.root / "lock", shared=False, timeout_s=self._lock_timeout_s):
+            kept = {cid for other in self.pins() if other != root for cid in self.cids_of(other)}
+            mine = set(self.cids_of(root)) - kept
+            self.unpin(root)
+            freed = self._drop_whole(root, kept) if root in mine else 0
+            freed += sum(_delete(self._loose(cid)) for cid in mine)
             self._leaves.forget()
         return freed
 

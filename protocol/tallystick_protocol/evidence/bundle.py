@@ -45,6 +45,9 @@ MAX_BYTES: Final = 64 << 20
 MAX_POSITIONS: Final = 4096
 MAX_RECEIPTS: Final = MAX_POSITIONS // WINDOW
 MAGIC: Final = b"TALYEVI1"
+KEPT_S: Final = 14 * 86400
+"""How long what speaks against a node is kept, from a receipt's date on: a case is opened within EVIDENCE and ruled
+within TRIAL, UNBONDING covers both, and then no stake answers for it."""
 NUMERICS: Final[tuple[Numerics, ...]] = ("fp32", "bf16w")
 SEALED_BYTES: Final = 32 * len(Receipt.__slots__) + SIGNATURE_BYTES
 _HEADER: Final = struct.Struct("<8sBBBBHHIIIII")
