@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any

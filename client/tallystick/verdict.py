@@ -40,8 +40,8 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Accusation:
-    """A node whose work two others contradict, alike. evidence: the CID of what the Court needs, "" for none: passes are
-    not signed."""
+    """A node whose work two others contradict, alike. evidence: the CID of what the Court needs, "" for none: passes
+    are not signed."""
 
     node: Address
     span: Span
