@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -184,6 +185,7 @@ def test_while_cores_are_taken_steps_wait_for_each_other_and_for_nobody_when_the
 ) -> None:
     monkeypatch.setattr(scheduling, "GAP_S", 100.0)
     monkeypatch.setattr(scheduling, "MOST_S", 100.0)
+    monkeypatch.setattr("tallystick_node.scheduling.company.RECENT_S", 100.0)
     span = span_of("Llama")
     ids = torch.arange(3, 12)
 
@@ -203,7 +205,8 @@ def test_while_cores_are_taken_steps_wait_for_each_other_and_for_nobody_when_the
         last = asyncio.create_task(engine.forward(Segment(caches[3], 5, ids[5:6]), "a"))
         await asyncio.sleep(0)
         await asyncio.to_thread(engine.close)
-        await last
+        with suppress(Unreachable):  # unless it was picked before it heard of the end; it waits for nobody either way
+            await last
 
     with_engine(span, work)
 
