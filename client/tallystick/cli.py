@@ -39,7 +39,7 @@ from tallystick_protocol.keystore import open_keystore, read_password
 from tallystick_protocol.manifest import Manifest
 from tallystick_protocol.sampling import Sampling
 from tallystick_protocol.signing import Key
-from tallystick_protocol.transport.loops import new_event_loop
+from tallystick_protocol.transport import loops
 from tallystick_protocol.wire import WIRES
 
 ENVIRONMENT = {
@@ -58,10 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level="INFO" if options.verbose else "WARNING", format="%(message)s", stream=sys.stderr)
     try:
         status = options.command(options)
-        if isinstance(status, Coroutine):
-            with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                status = runner.run(status)
-        return int(status)
+        return int(loops.run(status) if isinstance(status, Coroutine) else status)
     except TallystickError as error:
         print(f"tallystick: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ from tallystick_node.config import NodeConfig, load_config
 from tallystick_node.relay.config import RelayConfig, load_relay_config
 from tallystick_protocol.errors import ConfigError, TallystickError
 from tallystick_protocol.keystore import create_keystore, open_keystore, read_password
-from tallystick_protocol.transport.loops import new_event_loop
+from tallystick_protocol.transport import loops
 from tallystick_protocol.types import Address
 
 if TYPE_CHECKING:  # torch takes seconds to import, and only `run` needs it
@@ -107,8 +107,7 @@ def _run(options: argparse.Namespace, make_engine: MakeEngine | None) -> int:
     config = _settings(options)
     _log_to_stderr(config.log_level)
     node = Node(config, _open_keys(config, options.join), make_engine or Engine, options.join)
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_until_stopped(node.run(lambda url: print(f"serving at {url}", flush=True))))
+    return loops.run(_until_stopped(node.run(lambda url: print(f"serving at {url}", flush=True))))
 
 
 def _jail(options: argparse.Namespace, _: MakeEngine | None) -> int:
@@ -128,8 +127,7 @@ def _relay(options: argparse.Namespace, _: MakeEngine | None) -> int:
     _log_to_stderr(config.log_level)
     key = open_keystore(config.key, _password(config.password_file))
     relaying = run_relay(config, key, lambda name: print(f"relaying as {name}", flush=True))
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_until_stopped(relaying))
+    return loops.run(_until_stopped(relaying))
 
 
 def _log_to_stderr(level: str) -> None:
@@ -147,8 +145,7 @@ def _password(path: Path | None) -> str:
 def _plan(options: argparse.Namespace, _: MakeEngine | None) -> int:
     from tallystick_node.planning.command import make_plan
 
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        plan = runner.run(make_plan(_settings(options)))
+    plan = loops.run(make_plan(_settings(options)))
     if options.json:
         print(json.dumps(plan.to_json()))
     else:

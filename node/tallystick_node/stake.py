@@ -12,7 +12,7 @@ from tallystick_node.till import Funds, Till
 from tallystick_protocol.chain.reads import Chain
 from tallystick_protocol.chain.writes import Wallet
 from tallystick_protocol.errors import ChainError, ConfigError
-from tallystick_protocol.signing import Key
+from tallystick_protocol.signing import SIGNATURE_BYTES, Key
 from tallystick_protocol.transport.contact import Contact
 from tallystick_protocol.types import Address, ModelId, Span, Wei
 
@@ -127,7 +127,7 @@ class Redeemer:
             for client, total, sealed in self._till.redeemable():
                 funds = self._wallet.chain.funds(client, self._node)
                 if min(total, funds.latest) > funds.paid:
-                    due.append((client, total, sealed[-65:]))
+                    due.append((client, total, sealed[-SIGNATURE_BYTES:]))
             if not due:
                 return Wei(0)
             amount = self._wallet.redeem(self._node, due)

@@ -16,8 +16,6 @@ from tallystick_protocol.content.files import replacing
 from tallystick_protocol.content.store import LocalStore
 from tallystick_protocol.errors import BadCid, BlockMissing, ConfigError, ContentError
 from tallystick_protocol.evidence.bundle import KEPT_S, Bundle
-from tallystick_protocol.receipts import Receipt
-from tallystick_protocol.signing import from_words
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ def keep_evidence(store: LocalStore, data: bytes, most_bytes: int = KEPT_BYTES) 
 
     Raises BadEvidence, and ConfigError where it and what is still kept are more than `most_bytes`.
     """
-    accused = from_words(Receipt, Bundle.decode(data).sealed[-1][:-65])
+    accused = Bundle.decode(data).accused
     prune(store)
     with_it = len(data) + sum(size for _, _, size in _notes(store))
     cid = store.put_file(BytesIO(data))

@@ -113,7 +113,7 @@ class NetworkModelForCausalLM(PreTrainedModel, GenerationMixin):
             if own.get(name) != shape:
                 raise ConfigError(f"{folder} adapts {name[:120]} {shape}, the model has {own.get(name)} there")
         lora = Lora(found.shapes, found.rank, found.alpha, self._backend.manifest.name)
-        lora.load(folder)
+        lora.take(found)
         self.lora = lora
         return lora
 

@@ -47,6 +47,10 @@ class Lora(nn.Module):
         own = {name: (a.shape[1], len(b)) for name, a, b in zip(self.names, self.a, self.b, strict=True)}
         if found.shapes != own or found.rank != self.rank or found.alpha != self.alpha:
             raise ConfigError(f"{folder} holds adapters of other modules, another rank or another alpha")
+        self.take(found)
+
+    def take(self, found: adapter_files.Adapters) -> None:
+        """The weights of adapters of the same modules and rank."""
         with torch.no_grad():
             for name, own_a, own_b in zip(self.names, self.a, self.b, strict=True):
                 own_a.copy_(found.pairs[name][0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ from tallystick_devnet.bench.reference import Reference
 from tallystick_devnet.bench.sections import SECTIONS
 from tallystick_devnet.bench.texts import text_ids
 from tallystick_protocol.errors import TallystickError
-from tallystick_protocol.transport.loops import new_event_loop
+from tallystick_protocol.transport import loops
 
 HEADLINES = (
     "nodes4_vs_generate", "llamacpp_rpc4_vs_generate", "sessions16_vs_1", "failover_s", "ring_20ms_vs_ideal",
@@ -88,8 +87,7 @@ def measure(names: Sequence[str], bench: Bench) -> tuple[Figures, list[str]]:
         began = time.monotonic()
         bench.say(f"{name}:")
         try:
-            with asyncio.Runner(loop_factory=new_event_loop) as runner:
-                figures |= runner.run(_section(name, bench))
+            figures |= loops.run(_section(name, bench))
         except TallystickError as error:
             bench.say(f"  failed: {error}")
             failed.append(name)

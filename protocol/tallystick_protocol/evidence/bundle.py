@@ -85,6 +85,11 @@ class Bundle:
     def num_positions(self) -> int:
         return len(self.want)
 
+    @property
+    def accused(self) -> Receipt:
+        """The last one, which it is about, whoever has signed it. Raises BadEvidence."""
+        return _receipt_in(self.sealed[-1])
+
     def encode(self) -> bytes:
         """Raises BadEvidence for rows of unequal length, and for what is beyond the limits."""
         outputs = self.outputs or ()
@@ -121,7 +126,7 @@ class Bundle:
         inputs, memory = rows(positions, sizes.input_bytes), rows(sizes.memory_rows, sizes.memory_bytes)
         outputs = None
         if sizes.outputs:
-            first = min(_first_of(sealed[-1]), positions)
+            first = min(_receipt_in(sealed[-1]).first, positions)
             flags = want[first:] if sizes.outputs == _WANTED else (True,) * (positions - first)
             fits = at + sum(flags) * sizes.output_bytes == len(view) and any(flags) == bool(sizes.output_bytes)
             if not fits:
@@ -185,10 +190,10 @@ class _Sizes:
         return _HEADER.size + self.receipts * SEALED_BYTES + (self.positions + 7) // 8 + rows
 
 
-def _first_of(sealed: bytes) -> int:
-    """The position at which a receipt's window begins. Raises BadEvidence."""
+def _receipt_in(sealed: bytes) -> Receipt:
+    """Raises BadEvidence."""
     try:
-        return from_words(Receipt, sealed[:-SIGNATURE_BYTES]).first
+        return from_words(Receipt, sealed[:-SIGNATURE_BYTES])
     except ProtocolError as error:
         raise BadEvidence(f"a receipt in it is none: {error.message}") from None
 
