@@ -136,7 +136,7 @@ class TiledSeat:
         out: torch.Tensor = self._attend(query, key, value, *form)
         return out
 
-    @whole(Traits(effect=True))
+    @whole(Traits(effect=True, once=False))
     def _attend(
         self,
         query: torch.Tensor,
@@ -177,6 +177,16 @@ class TiledSeat:
             return whole.view(1, heads, R, value_dim).narrow(2, place, num_rows).transpose(1, 2).contiguous()
         rows = whole.view(count, heads // folds, folds, R, value_dim).permute(0, 3, 1, 2, 4)[at]
         return rows.reshape(1, num_rows, heads, value_dim)
+
+    def code_at_once(self, softcap: float | None) -> Attention | None:
+        """The machine code by which sessions' rows are computed, if it is."""
+        return self._code if softcap is None and self._plan.causal else None
+
+    def place(self, task: Any, num_rows: int) -> None:
+        """Write down whose rows the call's are, in a task of that code."""
+        assert self._code is not None
+        table = self._batch.table(self._plan.mask, num_rows)
+        self._code.place(task, self._batch.places(self._layer), table)
 
     def _in_machine_code(
         self,

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from tallystick_model.canonical.recording import Step, Unrecordable
-from tallystick_model.canonical.straight import Straight, run_through, straighten
+from tallystick_model.canonical.straight import Straight, Tried, run_through, straighten_and_tape
+from tallystick_model.canonical.taped import Scratch
 
 MAX_KEPT = 64
 """Numbers of rows for which a straight list is kept; the one used longest ago goes first."""
@@ -61,7 +62,8 @@ class Program:
         self._by_selected = any(
             isinstance(leaf, Size) and leaf.per_selected for step in self.steps for leaf in step.leaves
         )
-        self._straight: OrderedDict[tuple[int, int], Straight] = OrderedDict()
+        self._straight: OrderedDict[tuple[int, int], Straight | Tried] = OrderedDict()
+        self._scratch = Scratch()
 
     def run(self, inputs: Sequence[torch.Tensor], rows: int, selected: int) -> list[torch.Tensor]:
         """inputs: contiguous, in the recording's order. Returns what the forward would."""
@@ -72,7 +74,7 @@ class Program:
             return straight.run(inputs)
         steps = [self._at(step, rows, selected) for step in self.steps]
         results, learnt = run_through(steps, dict(zip(self._inputs, inputs, strict=True)), self._results)
-        self._straight[key] = straighten(steps, learnt, self._inputs, self._results)
+        self._straight[key] = straighten_and_tape(steps, learnt, self._inputs, self._results, self._scratch)
         if len(self._straight) > MAX_KEPT:
             self._straight.popitem(last=False)
         return results

@@ -50,12 +50,13 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """effect: whether a whole function does something beside what it returns; varies: whether what it returns is of
-    another size from call to call. direct: (its arguments) -> (what serves for it where they have these shapes, of how
-    many of the arguments, from the last), or None.
+    """effect: whether a whole function does something beside what it returns; once: whether doing it twice is more than
+    doing it once. varies: whether what it returns is of another size from call to call. direct: (its arguments) ->
+    (what serves for it where they have these shapes, of how many of the arguments, from the last), or None.
     """
 
     effect: bool = False
+    once: bool = True
     varies: bool = False
     direct: Callable[..., tuple[Callable[..., Any], int] | None] | None = None
 

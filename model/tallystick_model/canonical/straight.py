@@ -5,6 +5,7 @@ that are computed together (`joining.py`) in one call.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,11 @@ import torch
 from torch.utils._pytree import tree_unflatten
 
 from tallystick_model.canonical.kernels import MAX_ROWS, CanonicalLinear
+from tallystick_model.canonical.native.tape import is_possible
 from tallystick_model.canonical.recording import Step, Value
+from tallystick_model.canonical.taped import Scratch, Stretch, Taped, Writer, columns
+
+log = logging.getLogger(__name__)
 
 Registers = list[Any]
 Values = dict[int, torch.Tensor]
@@ -109,30 +114,87 @@ class Straight:
     """Calls that work on numbered registers. Not for several threads at once."""
 
     def __init__(
-        self, calls: list[Callable[[Registers], None]], size: int, inputs: list[int], results: list[Any]
+        self,
+        calls: list[Callable[[Registers], None]],
+        size: int,
+        inputs: list[int],
+        results: list[Any],
+        taped: Taped | None = None,
     ) -> None:
-        """inputs: the registers they are put into (-1 for nowhere); results: registers, or tensors that are known."""
+        """inputs: the registers they are put into (-1 for nowhere); results: registers, or tensors that are known.
+        taped: whose tapes are among the calls."""
         self._calls, self._blank, self._inputs, self._results = calls, [None] * size, inputs, results
+        self._taped = taped
+        self._quicker: Straight | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         registers: Registers = self._blank.copy()
+        if self._taped is not None:
+            self._taped.begin()
         for at, tensor in zip(self._inputs, inputs, strict=True):
             if at >= 0:
                 registers[at] = tensor
         for call in self._calls:
             call(registers)
-        return [registers[result] if isinstance(result, int) else result for result in self._results]
+        found = [registers[result] if isinstance(result, int) else result for result in self._results]
+        return found if self._taped is None else [self._taped.own(result) for result in found]
+
+
+class Tried:
+    """A list, and the same one with tapes, which is run from the second time on if it has given the same bits."""
+
+    def __init__(self, plain: Straight, taped: Straight, parts: Sequence[Step | Stretch]) -> None:
+        self.parts = parts
+        self.is_taped = False
+        self._plain, self._taped = plain, taped
+        self.run = self._try
+
+    def _try(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        found = self._taped.run(inputs)
+        expected = self._plain.run(inputs)  # whose keys and values stay in the caches
+        self.is_taped = all(_same_bits(one, other) for one, other in zip(expected, found, strict=True))
+        self.run = self._taped.run if self.is_taped else self._plain.run
+        if not self.is_taped:
+            log.warning("machine code for small operators gives other bits here, and is not used")
+        return expected
 
 
 def straighten(steps: Sequence[Step], learnt: Learnt, inputs: list[int], results: list[int]) -> Straight:
     """learnt: by `run_through`."""
+    return _straightened(steps, learnt, inputs, results)[0]
+
+
+def straighten_and_tape(
+    steps: Sequence[Step], learnt: Learnt, inputs: list[int], results: list[int], scratch: Scratch
+) -> Straight | Tried:
+    """The same, with what a tape can compute on tapes, which work on `scratch`."""
+    plain, kept, plan = _straightened(steps, learnt, inputs, results)
+    if not is_possible():
+        return plain
+    writer = Writer(learnt.forms, learnt.varying)
+    for step in kept:
+        writer.add(step)
+    taped = writer.finish([plan.resolve(number) for number in results], scratch)
+    return plain if taped is None else Tried(plain, _bound(taped.parts, plan, inputs, results, taped), taped.parts)
+
+
+def _straightened(
+    steps: Sequence[Step], learnt: Learnt, inputs: list[int], results: list[int]
+) -> tuple[Straight, list[Step], _Plan]:
     plan = _Plan(learnt, inputs)
     for step in steps:
         plan.add(step)
-    return _bound(plan.needed(results), plan, inputs, results)
+    kept = plan.needed(results)
+    return _bound(kept, plan, inputs, results), kept, plan
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype != torch.float32:
+        return torch.equal(one, other)
+    return one.shape == other.shape and torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 class _Plan:
@@ -214,7 +276,7 @@ class _Plan:
             self.steps.append(_step(joint.direct, [rows], [whole]))
         number, end = step.outs[0], begin + linear.out_features
         if count > 1:
-            return _step(_columns, [Value(whole), begin, end], [number])
+            return _step(columns, [Value(whole), begin, end], [number])
         self._inside[number] = (whole, begin)
         out = self.learnt.forms[number]
         return _step(torch.as_strided, [Value(whole), tuple(out.shape), out.stride(), begin], [number])
@@ -238,10 +300,6 @@ class _Plan:
         return kept[::-1]
 
 
-def _columns(rows: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-    return rows[..., begin:end].contiguous()
-
-
 def _step(function: Callable[..., Any], args: list[Any], outs: list[int]) -> Step:
     """A step whose arguments are plain ones."""
     return Step(function, args, None, outs, False, None)
@@ -257,11 +315,13 @@ def _identity(leaf: Any) -> Any:
     return id(leaf) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf)
 
 
-def _bound(steps: list[Step], plan: _Plan, inputs: list[int], results: list[int]) -> Straight:
+def _bound(
+    steps: Sequence[Step | Stretch], plan: _Plan, inputs: list[int], results: list[int], taped: Taped | None = None
+) -> Straight:
     """Give every value a register until its last use, and every step its registers and constants."""
     last: dict[int, int] = {}
     for at, step in enumerate(steps):
-        last |= dict.fromkeys(_taken(step.leaves), at)
+        last |= dict.fromkeys(_takes(step), at)
     last |= {plan.resolve(number): len(steps) for number in results}
     where: dict[int, int] = {}
     free: list[int] = []
@@ -279,15 +339,26 @@ def _bound(steps: list[Step], plan: _Plan, inputs: list[int], results: list[int]
     entering = [register(number) if number in last else -1 for number in inputs]
     calls = []
     for at, step in enumerate(steps):
-        taken = set(_taken(step.leaves))
-        leaves = [Value(where[leaf.number]) if isinstance(leaf, Value) else leaf for leaf in step.leaves]
+        taken, made = set(_takes(step)), list(step.gives) if isinstance(step, Stretch) else step.outs
+        if isinstance(step, Stretch):
+            entries = [(where[number], address) for number, address in step.takes.items()]
+        else:
+            leaves = [Value(where[leaf.number]) if isinstance(leaf, Value) else leaf for leaf in step.leaves]
         free += [where[number] for number in taken if last[number] == at]
-        outs = [register(number) for number in step.outs]
-        free += [where[number] for number in step.outs if number not in last]
-        calls.append(_call(step, leaves, outs))
+        outs = [register(number) for number in made]
+        free += [where[number] for number in made if number not in last]
+        if isinstance(step, Stretch):
+            assert taped is not None
+            calls.append(taped.call(step, entries, outs))
+        else:
+            calls.append(_call(step, leaves, outs))
     known = plan.learnt.known
     found = [known[number] if (number := plan.resolve(n)) in known else where[number] for n in results]
-    return Straight(calls, size, entering, found)
+    return Straight(calls, size, entering, found, taped)
+
+
+def _takes(step: Step | Stretch) -> list[int]:
+    return list(step.takes) if isinstance(step, Stretch) else _taken(step.leaves)
 
 
 def _call(step: Step, leaves: list[Any], outs: list[int]) -> Callable[[Registers], None]:

@@ -20,13 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from tallystick_model.canonical.native.compiling import Compiled, if_possible, shared_from
+from tallystick_model.canonical.native.compiling import Compiled, address_of, if_possible, shared_from
 
 CHUNK = 16
 """Keys and values lie in memory of a multiple of so many; behind the last one they are finite."""
 
 TOGETHER = 8
 """Rows of a unit at most: they read the same keys while these are in the cache."""
+
+(
+    QUERY, QUERY_HEAD, QUERY_ROW, OUT, SEGMENTS, ROWS, UNITS, NUM_UNITS, HEADS, GROUPS, SCALE, SINKS,
+    KEY, KEY_GROUP, KEY_ROW, VALUE, VALUE_GROUP, VALUE_ROW, WRITTEN, WORK, KEYS, FIELDS,
+) = range(22)  # fmt: skip
+"""Fields of a task: where things are in memory, and how many floats apart."""
 
 _SHARED_WORK = 1 << 20
 
@@ -76,22 +82,46 @@ class Attention:
         each other two groups stand. scale: of the scores, None for 1 / sqrt(key_dim). sinks: (heads,) float32.
         """
         query, key, value = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value))
-        heads, groups, count = query.shape[1], key.shape[1], query.shape[2]
-        out = query.new_empty(1, count, heads, self.value_dim)
-        bits = _bits(self.key_dim**-0.5 if scale is None else scale)
-        work = table.seen * heads * (self.key_dim + self.value_dim)
-        task = np.array(
-            (
-                query.data_ptr(), query.stride(1), query.stride(2), out.data_ptr(),
-                segments.ctypes.data, table.rows.ctypes.data, table.units.ctypes.data, len(table.units),
-                heads, groups, bits, 0 if sinks is None else sinks.data_ptr(),
-                key.data_ptr(), key.stride(1), key.stride(2), value.data_ptr(), value.stride(1), value.stride(2),
-                table.written, work, table.keys,
-            ),
-            dtype=np.int64,
-        )  # fmt: skip
+        out = query.new_empty(1, query.shape[2], query.shape[1], self.value_dim)
+        task = self.task(
+            (query.shape[1], query.stride(1), query.stride(2)),
+            (key.shape[1], key.stride(1), key.stride(2)),
+            (value.stride(1), value.stride(2)),
+            scale,
+            sinks,
+        )
+        task[[QUERY, OUT, KEY, VALUE]] = query.data_ptr(), out.data_ptr(), key.data_ptr(), value.data_ptr()
+        self.place(task, segments, table)
         self._run(task.ctypes.data)
         return out
+
+    def task(
+        self,
+        query: tuple[int, int, int],
+        key: tuple[int, int, int],
+        value: tuple[int, int],
+        scale: float | None,
+        sinks: torch.Tensor | None,
+    ) -> Any:
+        """What does not change from call to call, (FIELDS,) int64. query and key: heads, and how many floats apart two
+        of them and two rows are; value: the same without heads. sinks must live as long as the task."""
+        task = np.zeros(FIELDS, dtype=np.int64)
+        task[[HEADS, QUERY_HEAD, QUERY_ROW]], task[[GROUPS, KEY_GROUP, KEY_ROW]] = query, key
+        task[[VALUE_GROUP, VALUE_ROW]] = value
+        task[SCALE] = _bits(self.key_dim**-0.5 if scale is None else scale)
+        task[SINKS] = 0 if sinks is None else sinks.data_ptr()
+        return task
+
+    def place(self, task: Any, segments: Any, table: Table) -> None:
+        """Whose rows a call's are. Both must live as long as it runs."""
+        work = table.seen * int(task[HEADS]) * (self.key_dim + self.value_dim)
+        task[SEGMENTS], task[ROWS], task[UNITS] = segments.ctypes.data, table.rows.ctypes.data, table.units.ctypes.data
+        task[NUM_UNITS], task[WRITTEN], task[WORK], task[KEYS] = len(table.units), table.written, work, table.keys
+
+    @property
+    def address(self) -> int:
+        """Of `attend(task*)`."""
+        return address_of(self._run)
 
 
 @cache

@@ -12,7 +12,31 @@ from typing import Any
 
 from llvmlite import ir
 
-from tallystick_model.canonical.native.attention import CHUNK, TOGETHER
+from tallystick_model.canonical.native.attention import (
+    CHUNK,
+    GROUPS,
+    HEADS,
+    KEY,
+    KEY_GROUP,
+    KEY_ROW,
+    KEYS,
+    NUM_UNITS,
+    OUT,
+    QUERY,
+    QUERY_HEAD,
+    QUERY_ROW,
+    ROWS,
+    SCALE,
+    SEGMENTS,
+    SINKS,
+    TOGETHER,
+    UNITS,
+    VALUE,
+    VALUE_GROUP,
+    VALUE_ROW,
+    WORK,
+    WRITTEN,
+)
 from tallystick_model.canonical.native.code import (
     BYTES,
     FLOAT,
@@ -29,11 +53,8 @@ from tallystick_model.canonical.native.code import (
 LANES = CHUNK
 """Of every vector, on every processor: sums over keys, and over the values of a head, have so many parts."""
 
-(
-    QUERY, QUERY_HEAD, QUERY_ROW, OUT, SEGMENTS, ROWS, UNITS, NUM_UNITS, HEADS, GROUPS, SCALE, SINKS,
-    KEY, KEY_GROUP, KEY_ROW, VALUE, VALUE_GROUP, VALUE_ROW, WRITTEN, WORK, KEYS, FIELDS,
-) = range(22)  # fmt: skip
-"""Fields of a task."""
+AHEAD = 8
+"""Chunks of keys and values that are read before they are needed."""
 
 _VECTOR, _WORDS, _BITS = (ir.VectorType(kind, LANES) for kind in (FLOAT, WORD, ir.IntType(1)))
 
@@ -105,6 +126,7 @@ class _Part:
         segment = code.plus(segments, code.mul(own, code.number(4)))
         self._keys = code.plus(code.field(segment, 0, FLOATS), code.mul(group, code.field(segment, 2)))
         self._values = code.plus(code.field(segment, 1, FLOATS), code.mul(group, code.field(segment, 3)))
+        self._group_stride = code.field(segment, 2)
         self._begin = self._chunk_of(code.field(self._row(first), 2))
         self._end = code.field(self._row(code.sub(last, code.number(1))), 3)
         self._stride = code.field(task, KEYS)
@@ -118,14 +140,33 @@ class _Part:
         with self._rows() as (row, at), code.counting(code.number(0), count, code.number(1)) as one:
             place = code.mul(code.add(code.mul(at, count), one), code.number(LANES))
             code.store(_spread(0.0), self._vector(results, place), align=4)
-        with self._chunks() as chunk, self._rows() as (row, at), self._seen(chunk, row):
-            code.store(self._scores(chunk, row), self._score(scores, at, chunk), align=4)
+        keys, values = (self._keys, self._key_dim), (self._values, self._value_dim)
+        others = code.plus(self._keys, self._group_stride), self._key_dim
+        with self._chunks() as chunk:
+            self._fetch(chunk, *keys, *values)
+            with self._rows() as (row, at), self._seen(chunk, row):
+                code.store(self._scores(chunk, row), self._score(scores, at, chunk), align=4)
         with self._rows() as (row, at):
             self._soften(scores, totals, row, at)
-        with self._chunks() as chunk, self._rows() as (row, at), self._seen(chunk, row):
-            self._add_values(scores, results, chunk, at)
+        with self._chunks() as chunk:
+            self._fetch(chunk, *values, *others)
+            with self._rows() as (row, at), self._seen(chunk, row):
+                self._add_values(scores, results, chunk, at)
         with self._rows() as (row, at):
             self._hand_over(totals, results, row, at)
+
+    def _fetch(self, chunk: Any, side: Any, size: int, following: Any, its_size: int) -> None:
+        """Begin to read the chunk that is AHEAD of this one, in `following` behind the last one: by itself the
+        processor reads on only within a page. What lies there may be nothing."""
+        code = self._code
+        length = code.sub(self._chunk_of(code.add(self._end, code.number(LANES - 1))), self._begin)
+        ahead = code.add(chunk, code.smaller(length, code.number(AHEAD * LANES)))
+        here = code.plus(side, code.mul(ahead, code.number(size)))
+        there = code.plus(following, code.mul(code.sub(ahead, length), code.number(its_size)))
+        begin = code.bitcast(code.select(code.icmp_signed("<", ahead, self._end), here, there), BYTES)
+        fetch = declared(code.module, "llvm.prefetch.p0i8", NOTHING, [BYTES, WORD, WORD, WORD])
+        for line in range(0, 4 * LANES * size, 64):
+            code.call(fetch, [code.plus(begin, line), *(ir.Constant(WORD, one) for one in (0, 2, 1))])
 
     def _scores(self, chunk: Any, row: Any) -> Any:
         """Of a row with the keys chunk .. chunk + 15; -inf for those that it does not see."""

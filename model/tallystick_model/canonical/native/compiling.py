@@ -110,6 +110,13 @@ class Compiled:
         return found  # type: ignore[no-any-return]
 
 
+def address_of(function: Callable[..., None]) -> int:
+    """Where one of `Compiled`'s functions is in memory."""
+    address: int | None = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    assert address is not None
+    return address
+
+
 class _Kept:
     """Machine code that an earlier process has made of the same source for the same processor: a file that begins with
     the SHA-256 of the rest, in a folder that nobody else may write to."""

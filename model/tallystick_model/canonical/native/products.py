@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from tallystick_model.canonical.native.compiling import Compiled, if_possible, shared_from
+from tallystick_model.canonical.native.compiling import Compiled, address_of, if_possible, shared_from
 
 PANEL = 64
 """Columns."""
@@ -78,20 +78,38 @@ class Products:
         described = (ctypes.c_int64 * 5)(
             packed.data_ptr(), 0 if padded is None else padded.data_ptr(), inputs + is_odd, columns, packed.shape[0]
         )
-        address, run, empty = ctypes.addressof(described), self._run, torch.empty
-        held = (packed, padded, described)  # they live as long as their product
+        held = packed, padded, described
+        return Over(columns, inputs, is_odd, rounds, ctypes.addressof(described), self._run, held)
 
-        def product(x: torch.Tensor, _: Any = held) -> torch.Tensor:
-            out, count = empty((*x.shape[:-1], columns)), x.numel() // inputs
-            if is_odd:
-                x = F.pad(x, (0, 1))
-            run(address, x.data_ptr(), out.data_ptr(), count)
-            return out
 
-        def rounded(x: torch.Tensor) -> torch.Tensor:
-            return product(x.bfloat16().float()).bfloat16().float()
+@dataclass(frozen=True, slots=True, eq=False)
+class Over:
+    """x (..., inputs) float32, contiguous -> (..., columns) float32, over one weight.
 
-        return rounded if rounds else product
+    is_odd: whether rows are padded; rounds: whether they, and the result, are rounded to bfloat16. weight: where it is
+    described in memory, while this lives.
+    """
+
+    columns: int
+    inputs: int
+    is_odd: bool
+    rounds: bool
+    weight: int
+    _run: Callable[[int, int, int, int], None]
+    _held: tuple[Any, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.bfloat16().float() if self.rounds else x
+        out, count = torch.empty((*x.shape[:-1], self.columns)), x.numel() // self.inputs
+        if self.is_odd:
+            x = F.pad(x, (0, 1))
+        self._run(self.weight, x.data_ptr(), out.data_ptr(), count)
+        return out.bfloat16().float() if self.rounds else out
+
+    @property
+    def address(self) -> int:
+        """Of `product(weight*, x*, y*, rows)`."""
+        return address_of(self._run)
 
 
 @cache
