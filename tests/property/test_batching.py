@@ -186,9 +186,9 @@ def test_a_long_prompt_delays_a_step_by_one_forward() -> None:
 def test_while_cores_are_taken_steps_wait_for_each_other_and_for_nobody_when_the_node_stops(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(scheduling, "GAP_S", 100.0)
     monkeypatch.setattr(scheduling, "MOST_S", 100.0)
-    monkeypatch.setattr("tallystick_node.scheduling.company.RECENT_S", 100.0)
+    for name in ("GAP_S", "LAG_S", "RECENT_S"):
+        monkeypatch.setattr(f"tallystick_node.scheduling.company.{name}", 100.0)
     span = span_of("Llama")
     ids = torch.arange(3, 12)
 
@@ -196,10 +196,10 @@ def test_while_cores_are_taken_steps_wait_for_each_other_and_for_nobody_when_the
         caches = [new_cache(span) for _ in range(4)]
         for cached in caches:  # these wait for nobody: so far no core is taken
             await engine.forward(Segment(cached, 0, ids[:5]), "a")
-        monkeypatch.setattr(Threads, "cores_are_taken", property(lambda _: True))
+        monkeypatch.setattr(Threads, "cores_were_taken", property(lambda _: True))
         before = engine.meter.forwards
         steps = [asyncio.create_task(engine.forward(Segment(one, 5, ids[5:6]), "a")) for one in caches[:1]]
-        await engine.run(lambda: None)  # other work is counted like a step
+        await engine.run(lambda: None)  # other work lets nobody wait
         await steps[0]
         steps = [asyncio.create_task(engine.forward(Segment(one, one.length, ids[6:7]), "a")) for one in caches[:2]]
         rows = await asyncio.gather(*steps)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tallystick_node.scheduling.company import RECENT_S, Company
+from tallystick_node.scheduling.company import GAP_S, LAG_S, RECENT_S, Company
 from tallystick_node.scheduling.load import Meter
 from tallystick_node.scheduling.policy import MAX_STEP_ROWS, FairQueue, Job, Turn
 
@@ -201,10 +201,50 @@ def test_steps_and_prompts_are_averaged_apart_and_parts_count_as_the_whole_span(
     assert meter.load(0, 0).single_s == pytest.approx(0.1, rel=0.01)
 
 
-def test_a_forward_waits_for_half_of_the_sessions_that_were_at_work_of_late() -> None:
+def test_steps_wait_for_companions_longer_than_for_others_and_not_for_more_than_half() -> None:
     company = Company()
-    assert company.wanted(0.0) == 0
-    company.note(range(7), 1.0)
-    company.note([0], 1.4)
-    assert company.wanted(1.4) == 3
-    assert company.wanted(1.0 + RECENT_S + 0.01) == 0, "one that is alone waits for nobody"
+    assert company.waits_s({0}, 0.0) == 0, "one that is alone waits for nobody"
+    company.note(range(3), 1.0)
+    company.note(range(3, 8), 1.0)
+    assert company.most({0}, 1.0) == 4
+    assert company.waits_s({0, 1}, 1.0) == LAG_S, "the third was with them"
+    assert company.waits_s({0, 1, 2}, 1.0) == GAP_S, "all are there, but there may be more"
+    assert company.waits_s({0, 1, 2, 3}, 1.0) == 0
+    company.note([0, 1], 1.1)
+    assert company.waits_s({0, 1}, 1.1) == GAP_S, "who was not there is not waited for again"
+    assert company.waits_s({0, 2}, 1.1) == LAG_S
+    assert company.waits_s({9}, 1.1) == GAP_S, "a new one"
+    company.note([3, 4, 5], 1.1)
+    assert company.waits_s({6, 7}, 1.1) == GAP_S, "whose companions have gone on without it"
+
+
+def test_sessions_are_at_work_for_as_long_as_their_steps_are_apart() -> None:
+    company = Company()
+    company.note(range(8), 1.0)
+    company.note([0, 1], 1.4)
+    assert company.most({0}, 1.0 + RECENT_S + 0.01) == 1
+    company.note([0, 1], 11.4)
+    assert company.most({0}, 20.0) == 1 and company.most({0, 5, 6, 7}, 20.0) == 3
+    company.note([0, 1], 21.4)
+    company.note([2, 3, 4], 21.4)
+    assert company.most({0}, 30.0) == 1, "three have not come again"
+    assert company.most(set(range(16)), 30.0) == 8, "all that wait count"
+
+
+def test_no_more_steps_are_picked_than_are_asked_for_and_none_is_passed_over() -> None:
+    waiting: FairQueue[Job] = FairQueue(96)
+    jobs = [Job(f"payer {at % 2}", 1) for at in range(9)]
+    for job in jobs:
+        waiting.put(job)
+    found = [[job for job, _ in waiting.pick(0.0, 4).picked] for _ in range(3)]
+    assert [len(one) for one in found] == [4, 4, 1] and not len(waiting)
+    assert {id(job) for one in found for job in one} == {id(job) for job in jobs}
+    assert [job.payer for job in found[0]].count("payer 0") == 2, "fair within what is picked"
+
+
+def test_bulk_is_picked_beside_as_many_steps() -> None:
+    waiting: FairQueue[Job] = FairQueue(96)
+    for _ in range(9):
+        waiting.put(Job("payer", 1))
+    waiting.put(Job("payer", 500))
+    assert sorted(count for _, count in waiting.pick(0.0, 4).picked) == [1, 1, 1, 1, 92]

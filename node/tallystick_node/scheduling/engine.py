@@ -23,7 +23,7 @@ from tallystick_model.parts import part_of, parts_agree, threads_agree, wrong_la
 from tallystick_model.segments import Cache, Segment
 from tallystick_model.span import SpanModel
 from tallystick_model.stock import StockCache
-from tallystick_node.scheduling.company import GAP_S, MOST_S, Company
+from tallystick_node.scheduling.company import MOST_S, Company
 from tallystick_node.scheduling.load import Load, Meter
 from tallystick_node.scheduling.pieces import divides, piece_of
 from tallystick_node.scheduling.policy import FairQueue, Job
@@ -184,8 +184,8 @@ class Engine:
 
     def _run(self) -> None:
         while self._take_in():
-            self._gather()
-            turn = self._queue.pick(time.monotonic())
+            most = self._gather()
+            turn = self._queue.pick(time.monotonic(), most)
             answers: list[_Answer] = [(task, None, _refusal(task)) for task in turn.refused]
             segments = [(task, count) for task, count in turn.picked if isinstance(task.task, Segment)]
             for call in _calls(segments):
@@ -212,22 +212,33 @@ class Engine:
             self._queue.put(task)
         return True
 
-    def _gather(self) -> None:
-        """Let steps wait for others that are about to come, while the cores are taken."""
-        if not self.model.packs or not self._threads.cores_are_taken:
-            return
+    def _gather(self) -> float:
+        """Let steps wait for others that are about to come, while the cores are taken; how many a forward should have
+        at most."""
+        if not self.model.packs or not self._threads.cores_were_taken:
+            return inf
         now = time.monotonic()
         end = now + MOST_S
-        while now < end and self._queue.has_only_steps and len(self._queue) < self._company.wanted(now):
+        while now < end and self._queue.has_only_steps and not self._other_work_waits():
+            waits_s = self._company.waits_s(self._sessions_waiting(), now)
+            if not waits_s:
+                break
             try:
-                task = self._incoming.get(timeout=min(GAP_S, end - now))
+                task = self._incoming.get(timeout=min(waits_s, end - now))
             except queue.Empty:
-                return
+                break
             if task is None:
                 self._incoming.put(None)  # `_take_in` hears of it
-                return
+                break
             self._queue.put(task)
             now = time.monotonic()
+        return self._company.most(self._sessions_waiting(), now)
+
+    def _other_work_waits(self) -> bool:
+        return any(not isinstance(step.task, Segment) for step in self._queue.steps)
+
+    def _sessions_waiting(self) -> set[int]:
+        return {id(step.task.cache) for step in self._queue.steps if isinstance(step.task, Segment)}
 
     def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
         """One forward; the answers to the jobs that are complete with it, or have failed."""

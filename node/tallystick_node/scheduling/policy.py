@@ -89,6 +89,11 @@ class FairQueue(Generic[J]):
         """Whether no bulk waits."""
         return not any(line.bulk for line in self._lines.values())
 
+    @property
+    def steps(self) -> list[J]:
+        """Those that wait."""
+        return [job for line in self._lines.values() for job in line.steps]
+
     def put(self, job: J) -> None:
         """Take a job in."""
         line = self._lines.get(job.payer)
@@ -99,8 +104,10 @@ class FairQueue(Generic[J]):
         (line.steps if job.rows <= MAX_STEP_ROWS else line.bulk).append(job)
         self._num_jobs += 1
 
-    def pick(self, now: float) -> Turn[J]:
+    def pick(self, now: float, most_steps: float = inf) -> Turn[J]:
         """The next forward's rows. A job whose rows are all picked has left; others keep their place.
+
+        most_steps: how many steps are picked at most.
 
         Jobs that are withdrawn, or whose deadline is before `now`, leave as refused.
         """
@@ -111,7 +118,7 @@ class FairQueue(Generic[J]):
             lines = [line for line in waiting if line.tag <= furthest]  # who is ahead waits for the others to catch up
             bulk = [line for line in lines if line.bulk]
             aside = -(-self.budget // BULK_SHARE) if bulk else 0
-            room = self._pick_steps(turn, [line for line in lines if line.steps], aside, furthest)
+            room = self._pick_steps(turn, [line for line in lines if line.steps], aside, furthest, most_steps)
             self._pick_bulk(turn, bulk, room)
         self._num_jobs -= len(turn.refused) + sum(not job.rows for job, _ in turn.picked)
         self._forget_idle()
@@ -140,11 +147,11 @@ class FairQueue(Generic[J]):
                     jobs.remove(job)
                 yield from gone
 
-    def _pick_steps(self, turn: Turn[J], lines: list[_Line[J]], aside: int, furthest: float) -> int:
+    def _pick_steps(self, turn: Turn[J], lines: list[_Line[J]], aside: int, furthest: float, most: float) -> int:
         """Steps, the smallest tag first, none beyond `furthest`; returns the room that is left."""
         room = self.budget
         heapq.heapify(lines)
-        while lines and lines[0].tag <= furthest:
+        while lines and lines[0].tag <= furthest and len(turn.picked) < most:
             line = lines[0]
             job = line.steps[0]
             if job.rows > room - aside and turn.picked:

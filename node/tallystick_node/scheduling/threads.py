@@ -36,6 +36,10 @@ GAIN = 0.9
 WEIGHT = 0.2
 """Of the newest forward in the averages."""
 
+TAKEN, FREE = 0.5, 0.02
+"""Cores are taken when more than this share of forwards, the newest counting most, ends with more threads than cores;
+they are free again when it falls below the second: after some fifteen in a row that do not."""
+
 FEW_ROWS = 4
 """Up to so many rows a forward takes as long as reading the weights does."""
 
@@ -83,6 +87,11 @@ class Threads:
     def cores_are_taken(self) -> bool:
         """Whether what is computed now slows others down, and is slowed down by them."""
         return self._cores is not None and self._cores.are_taken
+
+    @property
+    def cores_were_taken(self) -> bool:
+        """Whether they are, or were before others' steps began to wait for each other, which is what frees them."""
+        return self._cores is not None and self._cores.were_taken
 
     def choose(self, rows: int) -> None:
         """Before a forward of so many rows."""
@@ -132,6 +141,7 @@ class Cores:
         self._own = -1
         self._load = -1
         self._share = 0.0
+        self.were_taken = False
         if len(self._cores) == os.cpu_count():  # what else runs on some of the cores cannot be told
             try:
                 self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
@@ -147,7 +157,7 @@ class Cores:
     def are_taken(self) -> bool:
         """Whether, of late, more threads of this machine have wanted to run than it has cores, the calling one and its
         helpers included."""
-        return self._share > 0.5
+        return self._share > TAKEN
 
     def look(self) -> None:
         """How many want to run now, when a forward ends."""
@@ -156,6 +166,7 @@ class Cores:
         except (OSError, ValueError, IndexError):
             taken = False
         self._share += WEIGHT * (taken - self._share)
+        self.were_taken = self._share > (FREE if self.were_taken else TAKEN)
 
     def part(self) -> None:
         """Before work with all threads."""
