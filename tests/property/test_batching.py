@@ -6,6 +6,7 @@ Sessions feed, roll back, change their minds and leave, all at once, through one
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.in_memory import SMALL, InMemory
+from integration.test_canonical_families import made
+from tallystick_model.parts import part_of
 from tallystick_model.segments import Segment
 from tallystick_model.span import SpanModel
 from tallystick_node.scheduling import engine as scheduling
@@ -26,6 +29,7 @@ from tallystick_node.scheduling.engine import Engine, Withdrawn
 from tallystick_node.scheduling.threads import Threads
 from tallystick_protocol.errors import BadPosition, Overloaded, Unreachable
 from tallystick_protocol.manifest import Numerics
+from tallystick_protocol.types import Span
 
 LENGTH = 160
 BUDGET = 32
@@ -212,6 +216,57 @@ def test_while_cores_are_taken_steps_wait_for_each_other_and_for_nobody_when_the
             await last
 
     with_engine(span, work)
+
+
+async def at_once(engine: Engine, segments: list[Segment]) -> None:
+    """Let all of them wait before any is begun."""
+    begun, goes_on = threading.Event(), threading.Event()
+    held = asyncio.create_task(engine.run(lambda: (begun.set(), goes_on.wait())))
+    await asyncio.to_thread(begun.wait)
+    going = [asyncio.create_task(engine.forward(one, "a")) for one in segments]
+    await asyncio.sleep(0)
+    goes_on.set()
+    await asyncio.gather(held, *going)
+
+
+def test_while_cores_are_taken_who_has_no_session_and_who_is_at_a_whole_model_travels_with_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Threads, "cores_were_taken", property(lambda _: True))
+    encoder, whole = made("BERT").cut()[0], span_of("Llama")
+    assert whole.is_first and whole.is_last
+
+    async def forwards(engine: Engine, segments: list[Segment]) -> int:
+        before = engine.meter.forwards
+        await at_once(engine, segments)
+        return engine.meter.forwards - before
+
+    async def texts(engine: Engine) -> int:
+        return await forwards(engine, [Segment(None, 0, torch.arange(3, 7)) for _ in range(8)])
+
+    async def steps(engine: Engine) -> int:
+        caches = [new_cache(whole) for _ in range(8)]
+        await forwards(engine, [Segment(one, 0, torch.arange(3, 7)) for one in caches])
+        return await forwards(engine, [Segment(one, one.length, torch.arange(3, 4)) for one in caches])
+
+    assert with_engine(encoder, texts) == 1
+    assert with_engine(whole, steps) == 1
+
+
+def test_while_cores_are_taken_no_step_is_left_behind_for_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Threads, "cores_were_taken", property(lambda _: True))
+    span = part_of(span_of("Llama"), Span(0, 1))
+
+    async def work(engine: Engine) -> int:
+        caches = [new_cache(span) for _ in range(9)]
+        for one in caches[:8]:
+            await engine.forward(Segment(one, 0, torch.arange(3, 7)), "a")
+        steps = [Segment(one, 4, torch.arange(3, 4)) for one in caches[:8]]
+        before = engine.meter.forwards
+        await at_once(engine, [Segment(caches[8], 0, torch.arange(3, 60)), *steps])
+        return engine.meter.forwards - before
+
+    assert with_engine(span, work) == 3  # 57 rows of the prompt: 24 beside all steps, 32, and 1
 
 
 def test_one_bad_session_does_not_fail_its_company() -> None:

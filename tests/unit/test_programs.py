@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tallystick_model.canonical.learning import run_through
 from tallystick_model.canonical.program import Program, Recording, Size, _size
 from tallystick_model.canonical.recording import Recorder, Traits, Unrecordable, whole
-from tallystick_model.canonical.straight import run_through, straighten
+from tallystick_model.canonical.straight import straighten
 
 SIZES = ((5, 2), (7, 3), (10, 5), (13, 4))
 WEIGHT = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))

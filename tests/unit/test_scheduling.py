@@ -206,7 +206,7 @@ def test_steps_wait_for_companions_longer_than_for_others_and_not_for_more_than_
     assert company.waits_s({0}, 0.0) == 0, "one that is alone waits for nobody"
     company.note(range(3), 1.0)
     company.note(range(3, 8), 1.0)
-    assert company.most({0}, 1.0) == 4
+    assert company.half({0}, 1.0) == 4
     assert company.waits_s({0, 1}, 1.0) == LAG_S, "the third was with them"
     assert company.waits_s({0, 1, 2}, 1.0) == GAP_S, "all are there, but there may be more"
     assert company.waits_s({0, 1, 2, 3}, 1.0) == 0
@@ -222,13 +222,22 @@ def test_sessions_are_at_work_for_as_long_as_their_steps_are_apart() -> None:
     company = Company()
     company.note(range(8), 1.0)
     company.note([0, 1], 1.4)
-    assert company.most({0}, 1.0 + RECENT_S + 0.01) == 1
-    company.note([0, 1], 11.4)
-    assert company.most({0}, 20.0) == 1 and company.most({0, 5, 6, 7}, 20.0) == 3
-    company.note([0, 1], 21.4)
-    company.note([2, 3, 4], 21.4)
-    assert company.most({0}, 30.0) == 1, "three have not come again"
-    assert company.most(set(range(16)), 30.0) == 8, "all that wait count"
+    assert company.half({0}, 1.0 + RECENT_S + 0.01) == 1
+    for at in (1.4, 1.85, 2.9, 5.5, 12.0):
+        company.note([0, 1, 2, 3], at)
+    company.note([5, 6, 7], 12.0)
+    assert company.half({0}, 12.1) == 4
+    assert company.half({0}, 30.0) == 2, "three have not come again"
+    assert company.half(set(range(16)), 30.0) == 8, "all that wait count"
+    company.note([0, 1], 9e4)
+    assert company.half({0}, 9e4 + 0.6) == 1, "a night tells nothing of how far apart steps are"
+
+
+def test_a_company_forgets_who_is_gone_though_nobody_asks() -> None:
+    company = Company()
+    for at in range(1000):
+        company.note([at], at * 10.0)
+    assert len(company._last) == len(company._until) == len(company._companions) == 1
 
 
 def test_no_more_steps_are_picked_than_are_asked_for_and_none_is_passed_over() -> None:
@@ -240,11 +249,3 @@ def test_no_more_steps_are_picked_than_are_asked_for_and_none_is_passed_over() -
     assert [len(one) for one in found] == [4, 4, 1] and not len(waiting)
     assert {id(job) for one in found for job in one} == {id(job) for job in jobs}
     assert [job.payer for job in found[0]].count("payer 0") == 2, "fair within what is picked"
-
-
-def test_bulk_is_picked_beside_as_many_steps() -> None:
-    waiting: FairQueue[Job] = FairQueue(96)
-    for _ in range(9):
-        waiting.put(Job("payer", 1))
-    waiting.put(Job("payer", 500))
-    assert sorted(count for _, count in waiting.pick(0.0, 4).picked) == [1, 1, 1, 1, 92]

@@ -196,6 +196,41 @@ def test_a_tape_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatc
     assert isinstance(one, Tried) and not one.is_taped
 
 
+def test_a_call_whose_numbers_are_not_finite_tells_nothing() -> None:
+    layer = Layer(True)
+    made = program(layer)
+    with torch.inference_mode():
+        for bad in (float("nan"), 3e38, 1.0, 1.0, 1.0):
+            made.run([torch.full((4, 12), bad)], 4, 0)
+    (one,) = lists(made)
+    assert isinstance(one, Tried) and one.is_taped
+
+
+def test_a_tape_that_cannot_be_written_or_run_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError
+
+    layer, x = Layer(False), drawn(4, 12)
+    for name in ("mean", "finished"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Tape, name, broken)
+            made = program(layer)
+            with torch.inference_mode():
+                for _ in range(3):
+                    assert torch.equal(made.run([x], 4, 0)[0], layer(x))
+        assert not isinstance(lists(made)[0], Tried)
+
+
+def test_one_memory_serves_all_lists_of_a_program() -> None:
+    made = program(Layer(False))
+    with torch.inference_mode():
+        for _ in range(3):
+            for rows in range(1, 50):
+                made.run([drawn(rows, 12)], rows, 0)
+    memories = {id(one._taped._taped._memory) for one in lists(made)}  # type: ignore[attr-defined]
+    assert len(memories - {id(None)}) == 1
+
+
 def test_lists_of_many_rows_and_machines_without_code_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(False)
     made = program(layer)
@@ -215,7 +250,8 @@ def test_lists_of_many_rows_and_machines_without_code_go_without(monkeypatch: py
 def test_tapes_are_made_for_vectors_of_either_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from tallystick_model.canonical.native import tape
 
-    code = tape._compiled(width)
+    code = tape.compiled(width)
+    assert tape._computes_as_aten(code)
     monkeypatch.setattr(tape, "_machine", lambda: code)
     assert_same(lambda tape, *seen: tape.elementwise("mul", *seen), HEADS * HEADS, HEADS, HEADS)
     x = drawn(3, 768)

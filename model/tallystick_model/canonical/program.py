@@ -2,7 +2,7 @@
 
 Sizes among the steps' arguments are found as multiples of the rows that travel and of those that are selected, plus a
 constant. For every number of rows that occurs, the first run goes step by step and learns what is constant, what is a
-view of what, and what nobody needs (`straight.py`); later runs are a straight list of calls.
+view of what, and what nobody needs (`learning.py`); later runs are a straight list of calls (`straight.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from tallystick_model.canonical.learning import run_through
 from tallystick_model.canonical.recording import Step, Unrecordable
-from tallystick_model.canonical.straight import Straight, Tried, run_through, straighten_and_tape
+from tallystick_model.canonical.straight import Straight, Tried, straighten_and_tape
 from tallystick_model.canonical.taped import Scratch
 
 MAX_KEPT = 64

@@ -7,7 +7,7 @@ at every number of rows. All else is ATen operators.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,6 +46,11 @@ class Step:
     outs: list[int]
     many: bool
     traits: Traits | None
+
+
+def taken_by(leaves: Sequence[Any]) -> list[int]:
+    """The values among a step's leaves."""
+    return [leaf.number for leaf in leaves if isinstance(leaf, Value)]
 
 
 @dataclass(frozen=True, slots=True)

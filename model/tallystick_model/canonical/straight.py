@@ -6,9 +6,7 @@ that are computed together (`joining.py`) in one call.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,98 +14,14 @@ import torch
 from torch.utils._pytree import tree_unflatten
 
 from tallystick_model.canonical.kernels import MAX_ROWS, CanonicalLinear
+from tallystick_model.canonical.learning import Learnt
 from tallystick_model.canonical.native.tape import is_possible
-from tallystick_model.canonical.recording import Step, Value
+from tallystick_model.canonical.recording import Step, Value, taken_by
 from tallystick_model.canonical.taped import Scratch, Stretch, Taped, Writer, columns
 
 log = logging.getLogger(__name__)
 
 Registers = list[Any]
-Values = dict[int, torch.Tensor]
-
-
-@dataclass(slots=True)
-class Learnt:
-    """What one run told of every value.
-
-    forms: its shape, strides and dtype, as a tensor without memory; offsets: where it begins in its memory; owners: the
-    value whose memory it lies in (itself, or one that was made before; None for an input's); known: those that depend
-    on no input; varying: those of another size from call to call.
-    """
-
-    forms: Values = field(default_factory=dict)
-    offsets: dict[int, int] = field(default_factory=dict)
-    owners: dict[int, int | None] = field(default_factory=dict)
-    known: Values = field(default_factory=dict)
-    varying: set[int] = field(default_factory=set)
-
-    def note(self, number: int, value: torch.Tensor, owner: int | None) -> None:
-        form = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-        self.forms[number], self.offsets[number], self.owners[number] = form, value.storage_offset(), owner
-
-    def begins_its_memory(self, number: int) -> bool:
-        """Whether cuts of its memory are cuts of it, at every call."""
-        return self.forms[number].is_contiguous() and self.offsets[number] == 0 and number not in self.varying
-
-
-class _Memory:
-    """Whose memory values lie in, while they are alive."""
-
-    def __init__(self) -> None:
-        self._owners: dict[int, int | None] = {}
-        self._users: Counter[int] = Counter()
-
-    def add(self, value: torch.Tensor, owner: int | None) -> int | None:
-        """The owner of its memory: the given one, unless it lies in another's."""
-        pointer = value.untyped_storage().data_ptr()
-        self._users[pointer] += 1
-        return self._owners.setdefault(pointer, owner)
-
-    def drop(self, value: torch.Tensor) -> None:
-        pointer = value.untyped_storage().data_ptr()
-        self._users[pointer] -= 1
-        if not self._users[pointer]:
-            del self._owners[pointer]
-
-
-def run_through(steps: Sequence[Step], inputs: Values, results: list[int]) -> tuple[list[torch.Tensor], Learnt]:
-    """Run steps as they were written down, letting go of values after their last use; the results, and what was learnt.
-
-    Raises nothing of its own; a step's error leaves nothing behind.
-    """
-    learnt, memory, values = Learnt(), _Memory(), dict(inputs)
-    last = dict.fromkeys(results, len(steps)) | dict.fromkeys(inputs, len(steps))
-    for at in reversed(range(len(steps))):
-        for number in [*_taken(steps[at].leaves), *steps[at].outs]:
-            last.setdefault(number, at)
-    for number, value in inputs.items():
-        learnt.note(number, value, memory.add(value, None))
-    for at, step in enumerate(steps):
-        leaves = [values[leaf.number] if isinstance(leaf, Value) else leaf for leaf in step.leaves]
-        args, kwargs = tree_unflatten(leaves, step.spec)
-        out = step.function(*args, **kwargs)
-        taken, traits = _taken(step.leaves), step.traits
-        varies = (traits is not None and traits.varies) or any(number in learnt.varying for number in taken)
-        fixed = all(number in learnt.known for number in taken) and not varies and not (traits and traits.effect)
-        for number, made in zip(step.outs, out if step.many else [out], strict=True):
-            if number in values:
-                continue  # it returned what it was given
-            values[number] = made
-            learnt.note(number, made, memory.add(made, number))
-            if varies:
-                learnt.varying.add(number)
-            if fixed:
-                learnt.known[number] = made
-        for number in {*taken, *step.outs}:
-            if last[number] == at:
-                value = values.pop(number)
-                if number not in learnt.known:
-                    memory.drop(value)
-    return [values[number] for number in results], learnt
-
-
-def _taken(leaves: Sequence[Any]) -> list[int]:
-    return [leaf.number for leaf in leaves if isinstance(leaf, Value)]
 
 
 class Straight:
@@ -125,7 +39,6 @@ class Straight:
         taped: whose tapes are among the calls."""
         self._calls, self._blank, self._inputs, self._results = calls, [None] * size, inputs, results
         self._taped = taped
-        self._quicker: Straight | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -144,7 +57,7 @@ class Straight:
 
 
 class Tried:
-    """A list, and the same one with tapes, which is run from the second time on if it has given the same bits."""
+    """A list, and the same one with tapes, which is run once it has given the same bits for numbers that are finite."""
 
     def __init__(self, plain: Straight, taped: Straight, parts: Sequence[Step | Stretch]) -> None:
         self.parts = parts
@@ -153,9 +66,15 @@ class Tried:
         self.run = self._try
 
     def _try(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        found = self._taped.run(inputs)
+        try:
+            found = self._taped.run(inputs)
+        except Exception:
+            log.exception("small operators do not run in machine code")
+            found = []
         expected = self._plain.run(inputs)  # whose keys and values stay in the caches
-        self.is_taped = all(_same_bits(one, other) for one, other in zip(expected, found, strict=True))
+        if found and not all(_is_finite(one) for one in expected):
+            return expected  # NaNs have several forms: this call tells nothing
+        self.is_taped = bool(found) and all(_same_bits(one, other) for one, other in zip(expected, found, strict=True))
         self.run = self._taped.run if self.is_taped else self._plain.run
         if not self.is_taped:
             log.warning("machine code for small operators gives other bits here, and is not used")
@@ -174,11 +93,15 @@ def straighten_and_tape(
     plain, kept, plan = _straightened(steps, learnt, inputs, results)
     if not is_possible():
         return plain
-    writer = Writer(learnt.forms, learnt.varying)
-    for step in kept:
-        writer.add(step)
-    taped = writer.finish([plan.resolve(number) for number in results], scratch)
-    return plain if taped is None else Tried(plain, _bound(taped.parts, plan, inputs, results, taped), taped.parts)
+    try:
+        writer = Writer(learnt.forms, learnt.varying)
+        for step in kept:
+            writer.add(step)
+        taped = writer.finish([plan.resolve(number) for number in results], scratch)
+        return plain if taped is None else Tried(plain, _bound(taped.parts, plan, inputs, results, taped), taped.parts)
+    except Exception:
+        log.exception("a list of calls cannot be written on tapes")
+        return plain
 
 
 def _straightened(
@@ -189,6 +112,10 @@ def _straightened(
         plan.add(step)
     kept = plan.needed(results)
     return _bound(kept, plan, inputs, results), kept, plan
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -296,7 +223,7 @@ class _Plan:
         for step in reversed(self.steps):
             if (step.traits and step.traits.effect) or any(number in wanted for number in step.outs):
                 kept.append(step)
-                wanted.update(_taken(step.leaves))
+                wanted.update(taken_by(step.leaves))
         return kept[::-1]
 
 
@@ -358,7 +285,7 @@ def _bound(
 
 
 def _takes(step: Step | Stretch) -> list[int]:
-    return list(step.takes) if isinstance(step, Stretch) else _taken(step.leaves)
+    return list(step.takes) if isinstance(step, Stretch) else taken_by(step.leaves)
 
 
 def _call(step: Step, leaves: list[Any], outs: list[int]) -> Callable[[Registers], None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -44,12 +45,18 @@ class Scratch:
     """Memory for one list at a time."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self._memory = torch.empty(0)
+        self._users: WeakSet[Taped] = WeakSet()
 
-    def need(self, size_bytes: int) -> torch.Tensor:
-        if self.memory.numel() * 4 < size_bytes:
-            self.memory = torch.empty(-(-size_bytes // 4))
-        return self.memory
+    def need(self, size_bytes: int, user: Taped) -> torch.Tensor:
+        """When it grows, nobody keeps what it was before."""
+        if self._memory.numel() * 4 < size_bytes:
+            for other in self._users:
+                other.let_go()
+            self._users.clear()
+            self._memory = torch.empty(max(-(-size_bytes // 4), 2 * self._memory.numel()))
+        self._users.add(user)
+        return self._memory
 
 
 @dataclass(slots=True, eq=False)
@@ -282,13 +289,18 @@ class Taped:
 
     def begin(self) -> None:
         """Before each run."""
-        memory = self._scratch.need(self._size_bytes)
-        if memory is self._memory:
+        if self._memory is not None:
             return
-        self._memory = memory
+        self._memory = memory = self._scratch.need(self._size_bytes, self)
         self._addresses[_SCRATCH] = memory.data_ptr()
         for views, given in self._views:
             views[:] = [self._view(seen) for seen in given]
+
+    def let_go(self) -> None:
+        """Of the memory, and of views of it."""
+        self._memory = None
+        for views, _ in self._views:
+            views.clear()
 
     def own(self, result: torch.Tensor) -> torch.Tensor:
         """A result that the next run leaves alone."""
@@ -299,6 +311,7 @@ class Taped:
     def call(self, stretch: Stretch, takes: list[tuple[int, int]], gives: list[int]) -> Callable[[list[Any]], None]:
         """takes: registers and addresses; gives: registers, in the order of the stretch's values."""
         run, addresses, places = stretch.tape.finished(self._places), self._addresses, stretch.places
+        stretch.tape.cut(0)  # it has been written down
         at = addresses.ctypes.data
         views: list[torch.Tensor] = []
         self._views.append((views, list(stretch.gives.values())))

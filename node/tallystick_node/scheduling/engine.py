@@ -78,7 +78,7 @@ class Engine:
         threads = torch.get_num_threads()
         varies = threads > 1 and model.packs and threads_agree(model)
         self._threads = Threads(threads, Cores(threads) if on_cpu else None, varies=varies)
-        self._company = Company()
+        self._company, self._gathers = Company(), model.packs and model.causal
         self.meter = Meter()
         self._queue: FairQueue[_Task] = FairQueue(self.step_rows)
         self._incoming: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
@@ -215,12 +215,12 @@ class Engine:
     def _gather(self) -> float:
         """Let steps wait for others that are about to come, while the cores are taken; how many a forward should have
         at most."""
-        if not self.model.packs or not self._threads.cores_were_taken:
+        if not self._gathers or not self._threads.cores_were_taken:
             return inf
         now = time.monotonic()
         end = now + MOST_S
-        while now < end and self._queue.has_only_steps and not self._other_work_waits():
-            waits_s = self._company.waits_s(self._sessions_waiting(), now)
+        while (waiting := self._sessions_waiting()) and now < end:
+            waits_s = self._company.waits_s(waiting, now)
             if not waits_s:
                 break
             try:
@@ -229,16 +229,18 @@ class Engine:
                 break
             if task is None:
                 self._incoming.put(None)  # `_take_in` hears of it
-                break
+                return inf
             self._queue.put(task)
             now = time.monotonic()
-        return self._company.most(self._sessions_waiting(), now)
-
-    def _other_work_waits(self) -> bool:
-        return any(not isinstance(step.task, Segment) for step in self._queue.steps)
+        is_whole = self.model.is_first and self.model.is_last
+        return inf if is_whole or not waiting else self._company.half(waiting, now)
 
     def _sessions_waiting(self) -> set[int]:
-        return {id(step.task.cache) for step in self._queue.steps if isinstance(step.task, Segment)}
+        """Whose steps wait; none if anything else does, too."""
+        steps = [step for step in self._queue.steps if not step.withdrawn]
+        if not self._queue.has_only_steps or not all(isinstance(step.task, Segment) for step in steps):
+            return set()
+        return {id(step.task.cache) for step in steps if isinstance(step.task, Segment)}
 
     def _compute(self, batch: Sequence[tuple[_Task, int]]) -> list[_Answer]:
         """One forward; the answers to the jobs that are complete with it, or have failed."""
@@ -257,7 +259,8 @@ class Engine:
             task = batch[0][0]
             task.withdrawn = True
             return [(task, None, error)]
-        self._company.note([id(task.task.cache) for task, _ in batch], time.monotonic())  # type: ignore[union-attr]
+        if self._gathers:
+            self._company.note([id(task.task.cache) for task, _ in batch], time.monotonic())  # type: ignore[union-attr]
         took_s, share = time.perf_counter() - began, len(model.span) / len(self.model.span)
         self._threads.note(rows, took_s / share)
         self.meter.note(rows, len(batch), took_s, share)

@@ -49,6 +49,13 @@ def lanes() -> int | None:
     return 16 if features.get("avx512f") else 8
 
 
+def has(feature: str) -> bool:
+    """Whether the processor has it, by LLVM's name. Where there are `lanes`."""
+    from llvmlite import binding
+
+    return bool(binding.get_host_cpu_features().get(feature))
+
+
 def if_possible(make: Callable[[int], T]) -> T | None:
     """What `make` makes for this processor's `lanes`; None where there are none, or nothing can be made."""
     width = lanes()

@@ -11,7 +11,7 @@ import ctypes
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from tallystick_model.canonical.native import attention
 from tallystick_model.canonical.native.attention import Attention
-from tallystick_model.canonical.native.compiling import Compiled, if_possible
+from tallystick_model.canonical.native.compiling import Compiled, has, if_possible
 from tallystick_model.canonical.native.products import Over
 
 log = logging.getLogger(__name__)
@@ -165,10 +165,12 @@ class Tape:
         self._add(Kind.ATTEND, [out, *sides], [task.ctypes.data, *fields], code.address)
         return task
 
-    def finished(self, places: Mapping[Hashable, tuple[int, int]]) -> Callable[[int], None]:
+    def finished(
+        self, places: Mapping[Hashable, tuple[int, int]], machine: Callable[[int, int, int], None] | None = None
+    ) -> Callable[[int], None]:
         """Runs all steps, given where an array of addresses is in memory. places: of each base, the number of an
-        address in there, and how many bytes behind it it is."""
-        machine = _machine()
+        address in there, and how many bytes behind it it is. machine: what runs them, unless it is this processor's."""
+        machine = machine or _machine()
         assert machine is not None
         records = np.zeros((len(self._records), FIELDS), dtype=np.int64)
         for record, (numbers, operands) in zip(records, self._records, strict=True):
@@ -222,6 +224,8 @@ def exponential() -> Exponential | None:
 
 
 def _tried_exponential(width: int) -> Exponential:
+    if width == 8 and not has("avx2"):
+        raise RuntimeError("torch's exponential functions are for AVX2")
     name = {16: "Sleef_expf16_u10", 8: "Sleef_expf8_u10avx2"}[width]
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     try:
@@ -250,16 +254,62 @@ def _is_atens(exponential: Exponential) -> bool:
 @cache
 def _machine() -> Callable[[int, int, int], None] | None:
     """`run` of this processor; None where there is no machine code, or it does not compute what ATen does."""
-    return if_possible(_compiled)
+    return if_possible(_tried)
 
 
-def _compiled(width: int) -> Callable[[int, int, int], None]:
+def compiled(width: int) -> Callable[[int, int, int], None]:
+    """width: float32 in the vectors that an exponential function takes. Raises RuntimeError."""
+
     def make() -> Any:
         from tallystick_model.canonical.native.tape_code import tape_module
 
         return tape_module(width)
 
     return Compiled(f"tape, {width} lanes", make, width).function("run", 2, 1)
+
+
+def _tried(width: int) -> Callable[[int, int, int], None]:
+    machine = compiled(width)
+    if not _computes_as_aten(machine):
+        raise RuntimeError("ATen computes small operators otherwise")
+    return machine
+
+
+def _computes_as_aten(machine: Callable[[int, int, int], None]) -> bool:
+    """Whether every kind of step has the bits that ATen's operators have, on numbers large, small and next to none."""
+    drawn = torch.Generator().manual_seed(0)
+    for size in (8, 33, 515, 768, MEAN_LIMIT - 1):
+        x = torch.randn(7, size, generator=drawn)
+        x[1] *= 1e-38  # some of them are no normal numbers
+        x[2] *= 1e30
+        y, column = torch.randn(7, size, generator=drawn), torch.randn(7, 1, generator=drawn)
+        square = x.square()
+        steps: list[tuple[Callable[[Tape, Seen, list[Seen]], bool], torch.Tensor, list[torch.Tensor]]] = [
+            (lambda tape, out, given: tape.mean(out, *given), square.mean(-1, keepdim=True), [square]),
+            (lambda tape, out, given: tape.elementwise("square", out, *given), x.pow(2), [x]),
+            (lambda tape, out, given: tape.elementwise("copy", out, *given), x, [x]),
+            (lambda tape, out, given: tape.elementwise("neg", out, *given), -x, [x]),
+            (lambda tape, out, given: tape.elementwise("rsqrt", out, *given), square.rsqrt(), [square]),
+            (lambda tape, out, given: tape.elementwise("round", out, *given), x.bfloat16().float(), [x]),
+        ]
+        for name in BINARY:
+            for pair in ((x, y), (x, column), (column, x)):
+                steps.append((partial(_two, name), getattr(torch, name)(*pair), list(pair)))
+        for write, expected, given in steps:
+            made = torch.empty_like(expected)
+            tape, tensors = Tape(), [made, *given]
+            out, *operands = (Seen(at, 0, tuple(one.shape), tuple(one.stride())) for at, one in enumerate(tensors))
+            if not write(tape, out, operands):
+                return False
+            addresses = np.array([one.data_ptr() for one in tensors], dtype=np.int64)
+            tape.finished({at: (at, 0) for at in range(len(tensors))}, machine)(addresses.ctypes.data)
+            if not torch.equal(made.view(torch.int32), expected.view(torch.int32)):
+                return False
+    return True
+
+
+def _two(name: str, tape: Tape, out: Seen, given: list[Seen]) -> bool:
+    return tape.elementwise(name, out, *given)
 
 
 def is_possible() -> bool:

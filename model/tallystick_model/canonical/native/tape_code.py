@@ -161,7 +161,7 @@ def _computed(code: Code, name: str, taken: list[Any], kind: Any) -> Any:
 
 
 def _rounded(code: Code, value: Any, kind: Any) -> Any:
-    """To bfloat16, to nearest, ties to even, and back; a NaN becomes the one that torch makes."""
+    """To bfloat16, to nearest, ties to even, and back; a NaN stays one."""
     lanes = kind.count if isinstance(kind, ir.VectorType) else 0
     words = _WORDS if lanes else WORD
 
