@@ -126,6 +126,11 @@ class Line:
         """Whether the connection was cut, and there is no other one yet."""
         return self._away
 
+    @property
+    def is_informed(self) -> bool:
+        """Whether it has answered often enough to tell how long its answers take."""
+        return self._patience.is_informed
+
     # -- sending
 
     async def send(self, frame: Frame) -> None:

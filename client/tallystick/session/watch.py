@@ -111,7 +111,7 @@ class Watch:
     async def look(self) -> None:
         """Ask for signs of life; fail whoever gives none, and the hop that is late."""
         session, now = self._session, time.monotonic()
-        if now - self._looked_at < LOOK_EVERY_S:
+        if now - self._looked_at < LOOK_EVERY_S and all(one.line.is_informed for one in session.everybody()):
             return
         self._looked_at = now
         for remote in session.everybody():

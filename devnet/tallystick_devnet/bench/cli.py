@@ -88,8 +88,8 @@ def measure(names: Sequence[str], bench: Bench) -> tuple[Figures, list[str]]:
         bench.say(f"{name}:")
         try:
             figures |= loops.run(_section(name, bench))
-        except TallystickError as error:
-            bench.say(f"  failed: {error}")
+        except (TallystickError, OSError, RuntimeError, ValueError) as error:
+            bench.say(f"  failed: {error!r}")
             failed.append(name)
         bench.say(f"  took {time.monotonic() - began:.0f} s")
     return figures, failed

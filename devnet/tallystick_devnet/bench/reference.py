@@ -49,7 +49,7 @@ class Reference:
 def main() -> None:
     folder, threads = Path(sys.argv[1]), int(sys.argv[2])
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):  # type: ignore[misc]
@@ -64,14 +64,15 @@ def main() -> None:
         def end(self) -> None: ...
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model.generation_config = GenerationConfig()  # nothing ends an answer, and no token is penalised
 
     def generate(prompt: list[int], tokens: int) -> dict[str, Any]:
         ids, clock = torch.tensor([prompt]), Clock()
         began = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens,
-                min_new_tokens=tokens, pad_token_id=0, streamer=clock,
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0,
+                streamer=clock,
             )  # fmt: skip
         first = clock.times[1]
         found = out[0, ids.shape[1] :].tolist()

@@ -120,7 +120,7 @@ async def first_token(bench: Bench) -> Figures:
     longest = min(plan.long_prompt, net.manifest.max_length - 8)
     async with net.client("paid4", "auditor", audits=True) as client:
         await timed(client, net, bench.prompt(8), 8)
-        for length, pairs in ((512, plan.pairs), (longest, plan.far_pairs)):
+        for length, pairs in ((min(512, longest), plan.pairs), (longest, plan.far_pairs)):
             name = f"first_token_{length}"
             for _ in range(pairs):
                 prompt = bench.prompt(length)

@@ -188,7 +188,7 @@ class _Part:
             sums = [code.fadd(_picked(code, *pair, low), _picked(code, *pair, high)) for pair in pairs]
             apart //= 2
         scale = code.bitcast(code.trunc(code.field(task, SCALE), WORD), FLOAT)
-        found = code.fmul(sums[0], _spread_value(code, scale))
+        found = code.fmul(sums[0], code.spread(scale, LANES))
         entry = self._row(row)
         places = code.add(_spread_word(code, chunk), ir.Constant(_WORDS, list(range(LANES))))
         after = code.icmp_signed(">=", places, _spread_word(code, code.field(entry, 2)))
@@ -204,7 +204,7 @@ class _Part:
         code.store(ir.Constant(FLOAT, float("-inf")), sink)
         with code.if_then(has_sinks):
             code.store(code.load(code.plus(code.inttoptr(sinks, FLOATS), self._head)), sink)
-        code.store(_spread_value(code, code.load(sink)), largest)
+        code.store(code.spread(code.load(sink), LANES), largest)
         code.store(_spread(0.0), total)
         begin, end = self._chunk_of(code.field(entry, 2)), code.field(entry, 3)
         with code.counting(begin, end, code.number(LANES)) as chunk:
@@ -222,7 +222,7 @@ class _Part:
         whole = code.load(total)
         for apart in (8, 4, 2, 1):
             whole = code.fadd(whole, _picked(code, whole, whole, [lane ^ apart for lane in range(LANES)]))
-        shared = exponential(code, code.fsub(_spread_value(code, code.load(sink)), top))
+        shared = exponential(code, code.fsub(code.spread(code.load(sink), LANES), top))
         whole = code.select(has_sinks, code.fadd(whole, shared), whole)
         code.store(code.extract_element(whole, ir.Constant(WORD, 0)), code.plus(totals, at))
 
@@ -233,7 +233,7 @@ class _Part:
         values = code.plus(self._values, code.mul(chunk, code.number(size)))
         sums: list[Any] = [_spread(0.0)] * self._vectors
         for key in range(LANES):
-            share = _spread_value(code, code.load(code.plus(shares, key)))
+            share = code.spread(code.load(code.plus(shares, key)), LANES)
             line = code.plus(values, key * size)
             sums = [_fused(code, share, _load(code, line, at_, size), one) for at_, one in enumerate(sums)]
         begin = code.mul(at, code.number(self._vectors * LANES))
@@ -243,7 +243,7 @@ class _Part:
 
     def _hand_over(self, totals: Any, results: Any, row: Any, at: Any) -> None:
         code, task, size = self._code, self._task, self._value_dim
-        total = _spread_value(code, code.load(code.plus(totals, at)))
+        total = code.spread(code.load(code.plus(totals, at)), LANES)
         head = code.add(code.mul(row, code.field(task, HEADS)), self._head)
         out = code.plus(code.field(task, OUT, FLOATS), code.mul(head, code.number(size)))
         begin = code.mul(at, code.number(self._vectors * LANES))
@@ -328,15 +328,8 @@ def _spread_int(value: int) -> Any:
     return ir.Constant(_WORDS, [value] * LANES)
 
 
-def _spread_value(code: Code, value: Any) -> Any:
-    kind = ir.VectorType(value.type, LANES)
-    undefined = ir.Constant(kind, ir.Undefined)
-    one = code.insert_element(undefined, value, ir.Constant(WORD, 0))
-    return code.shuffle_vector(one, undefined, _spread_int(0))
-
-
 def _spread_word(code: Code, value: Any) -> Any:
-    return _spread_value(code, code.trunc(value, WORD))
+    return code.spread(code.trunc(value, WORD), LANES)
 
 
 def _load(code: Code, floats: Any, vector: int, size: int) -> Any:

@@ -33,6 +33,12 @@ class Code(ir.IRBuilder):
         value = self.load(self.plus(pointer, at))
         return value if kind is None else self.inttoptr(value, kind)
 
+    def spread(self, value: Any, lanes: int) -> Any:
+        """A vector in which it stands so many times."""
+        undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+        one = self.insert_element(undefined, value, ir.Constant(WORD, 0))
+        return self.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(WORD, lanes), [0] * lanes))
+
     def smaller(self, one: Any, other: Any) -> Any:
         return self.select(self.icmp_signed("<", one, other), one, other)
 

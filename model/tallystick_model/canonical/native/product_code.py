@@ -170,7 +170,7 @@ def _block(code: Code, layout: Layout, xs: list[Any], ws: list[Any], begin: Any,
     ]
     for step in range(inputs):
         for row, x in enumerate(xs):
-            value = _spread(code, layout, code.load(code.plus(x, at, step)))
+            value = code.spread(code.load(code.plus(x, at, step)), layout.lanes)
             for number, weight in enumerate(weights):
                 slot = row * len(weights) + number
                 found[slot] = code.call(fused, [value, weight[step], found[slot]])
@@ -192,13 +192,6 @@ def _weights(code: Code, layout: Layout, where: Any) -> list[Any]:
     low = code.shl(read, ir.Constant(words, [16] * layout.lanes))
     high = code.and_(read, ir.Constant(words, [0xFFFF0000] * layout.lanes))
     return [code.bitcast(low, floats), code.bitcast(high, floats)]
-
-
-def _spread(code: Code, layout: Layout, value: Any) -> Any:
-    kind = ir.VectorType(FLOAT, layout.lanes)
-    undefined = ir.Constant(kind, ir.Undefined)
-    one = code.insert_element(undefined, value, ir.Constant(WORD, 0))
-    return code.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(WORD, layout.lanes), [0] * layout.lanes))
 
 
 def _add_up(

@@ -100,7 +100,7 @@ def _elementwise(module: ir.Module, name: str, spread: tuple[bool, ...]) -> ir.F
         whole = code.and_(count, code.number(-LANES))
         with code.counting(code.number(0), whole, code.number(LANES)) as at:
             taken = [
-                _spread(code, one) if one is not None else code.load(_vector(code, code.plus(place, at)), align=4)
+                code.spread(one, LANES) if one is not None else code.load(_vector(code, code.plus(place, at)), align=4)
                 for place, one in zip(given, fixed, strict=True)
             ]
             code.store(_computed(code, name, taken, _VECTOR), _vector(code, code.plus(out, at)), align=4)
@@ -272,12 +272,6 @@ def _attend(module: ir.Module) -> ir.Function:
     code.call(code.inttoptr(code.field(record, ONCE_MORE), kind), [task])
     code.ret_void()
     return code.made
-
-
-def _spread(code: Code, value: Any) -> Any:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    one = code.insert_element(undefined, value, ir.Constant(WORD, 0))
-    return code.shuffle_vector(one, undefined, ir.Constant(_WORDS, [0] * LANES))
 
 
 def _vector(code: Code, floats: Any) -> Any:
