@@ -89,7 +89,7 @@ def measure(names: Sequence[str], bench: Bench) -> tuple[Figures, list[str]]:
         try:
             figures |= loops.run(_section(name, bench))
         except (TallystickError, OSError, RuntimeError, ValueError) as error:
-            bench.say(f"  failed: {error!r}")
+            bench.say(f"  failed: {error}")
             failed.append(name)
         bench.say(f"  took {time.monotonic() - began:.0f} s")
     return figures, failed
