@@ -18,6 +18,7 @@ from tallystick_model.canonical.learning import Learnt
 from tallystick_model.canonical.native.tape import is_possible
 from tallystick_model.canonical.recording import Step, Value, taken_by
 from tallystick_model.canonical.taped import Scratch, Stretch, Taped, Writer, columns
+from tallystick_model.memory import all_finite
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Tried:
             log.exception("small operators do not run in machine code")
             found = []
         expected = self._plain.run(inputs)  # whose keys and values stay in the caches
-        if found and not all(_is_finite(one) for one in expected):
+        if found and not all(all_finite(one) for one in expected):
             return expected  # NaNs have several forms: this call tells nothing
         self.is_taped = bool(found) and all(_same_bits(one, other) for one, other in zip(expected, found, strict=True))
         self.run = self._taped.run if self.is_taped else self._plain.run
@@ -112,10 +113,6 @@ def _straightened(
         plan.add(step)
     kept = plan.needed(results)
     return _bound(kept, plan, inputs, results), kept, plan
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

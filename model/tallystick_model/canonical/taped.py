@@ -132,14 +132,13 @@ class Writer:
         last = {operand.base: at for at, (_, record) in enumerate(uses) for operand in record}
         number = _FIRST
         for at, (stretch, record) in enumerate(uses):
-            for base in {operand.base for operand in record}:
-                if base in places:
-                    continue
+            bases = {operand.base for operand in record}
+            for base in bases - places.keys():
                 if base in self._sizes:
                     places[base] = _SCRATCH, room.take(self._sizes[base])
                 else:
                     places[base], number = (number, 0), number + 1
-            for base in {operand.base for operand in record}:
+            for base in bases:
                 if base in self._sizes:
                     if last[base] == at and base not in pinned:
                         room.give_back(places[base][1], self._sizes[base])

@@ -39,18 +39,16 @@ def lanes() -> int | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return None
     try:
-        from llvmlite import binding
+        if not has("fma"):
+            return None
     except (ImportError, OSError) as error:
         log.info("there is no machine code to be had (%s)", error)
         return None
-    features = binding.get_host_cpu_features()
-    if not features.get("fma"):
-        return None
-    return 16 if features.get("avx512f") else 8
+    return 16 if has("avx512f") else 8
 
 
 def has(feature: str) -> bool:
-    """Whether the processor has it, by LLVM's name. Where there are `lanes`."""
+    """Whether the processor has it, by LLVM's name. Raises ImportError or OSError where there is no LLVM."""
     from llvmlite import binding
 
     return bool(binding.get_host_cpu_features().get(feature))

@@ -8,7 +8,6 @@ Products and attention, which have code of their own, are steps as well.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +22,7 @@ from tallystick_model.canonical.native.attention import Attention
 from tallystick_model.canonical.native.compiling import Compiled, has, if_possible
 from tallystick_model.canonical.native.products import Over
 
-log = logging.getLogger(__name__)
+_Machine = Callable[[int, int, int], None]
 
 UNARY = ("copy", "neg", "square", "rsqrt", "round")
 BINARY = ("add", "sub", "mul", "div")
@@ -166,7 +165,7 @@ class Tape:
         return task
 
     def finished(
-        self, places: Mapping[Hashable, tuple[int, int]], machine: Callable[[int, int, int], None] | None = None
+        self, places: Mapping[Hashable, tuple[int, int]], machine: _Machine | None = None
     ) -> Callable[[int], None]:
         """Runs all steps, given where an array of addresses is in memory. places: of each base, the number of an
         address in there, and how many bytes behind it it is. machine: what runs them, unless it is this processor's."""
@@ -242,22 +241,30 @@ def _tried_exponential(width: int) -> Exponential:
 def _is_atens(exponential: Exponential) -> bool:
     """Whether SiLU with it has the bits of ATen's."""
     x = torch.linspace(-120, 120, 1 << 14)
-    made = torch.empty_like(x)
-    tape, addresses = Tape(), np.array([x.data_ptr(), made.data_ptr()], dtype=np.int64)
-    given, out = (Seen(base, 0, tuple(x.shape), (1,)) for base in range(2))
-    if not tape.silu(out, given, exponential):
+    return _makes(torch.nn.functional.silu(x), lambda tape, out, x: tape.silu(out, x, exponential), x)
+
+
+def _makes(
+    expected: torch.Tensor, write: Callable[..., bool], *given: torch.Tensor, machine: _Machine | None = None
+) -> bool:
+    """Whether the step that `write(tape, out, *given)` writes down has these bits."""
+    made = torch.empty_like(expected)
+    tape, tensors = Tape(), [made, *given]
+    seen = [Seen(at, 0, tuple(one.shape), tuple(one.stride())) for at, one in enumerate(tensors)]
+    if not write(tape, *seen):
         return False
-    tape.finished({base: (base, 0) for base in range(2)})(addresses.ctypes.data)
-    return torch.equal(made, torch.nn.functional.silu(x))
+    addresses = np.array([one.data_ptr() for one in tensors], dtype=np.int64)
+    tape.finished({at: (at, 0) for at in range(len(tensors))}, machine)(addresses.ctypes.data)
+    return torch.equal(made.view(torch.int32), expected.view(torch.int32))
 
 
 @cache
-def _machine() -> Callable[[int, int, int], None] | None:
+def _machine() -> _Machine | None:
     """`run` of this processor; None where there is no machine code, or it does not compute what ATen does."""
     return if_possible(_tried)
 
 
-def compiled(width: int) -> Callable[[int, int, int], None]:
+def compiled(width: int) -> _Machine:
     """width: float32 in the vectors that an exponential function takes. Raises RuntimeError."""
 
     def make() -> Any:
@@ -268,14 +275,14 @@ def compiled(width: int) -> Callable[[int, int, int], None]:
     return Compiled(f"tape, {width} lanes", make, width).function("run", 2, 1)
 
 
-def _tried(width: int) -> Callable[[int, int, int], None]:
+def _tried(width: int) -> _Machine:
     machine = compiled(width)
     if not _computes_as_aten(machine):
         raise RuntimeError("ATen computes small operators otherwise")
     return machine
 
 
-def _computes_as_aten(machine: Callable[[int, int, int], None]) -> bool:
+def _computes_as_aten(machine: _Machine) -> bool:
     """Whether every kind of step has the bits that ATen's operators have, on numbers large, small and next to none."""
     drawn = torch.Generator().manual_seed(0)
     for size in (8, 33, 515, 768, MEAN_LIMIT - 1):
@@ -283,32 +290,21 @@ def _computes_as_aten(machine: Callable[[int, int, int], None]) -> bool:
         x[1] *= 1e-38  # some of them are no normal numbers
         x[2] *= 1e30
         y, column = torch.randn(7, size, generator=drawn), torch.randn(7, 1, generator=drawn)
-        square = x.square()
-        steps: list[tuple[Callable[[Tape, Seen, list[Seen]], bool], torch.Tensor, list[torch.Tensor]]] = [
-            (lambda tape, out, given: tape.mean(out, *given), square.mean(-1, keepdim=True), [square]),
-            (lambda tape, out, given: tape.elementwise("square", out, *given), x.pow(2), [x]),
-            (lambda tape, out, given: tape.elementwise("copy", out, *given), x, [x]),
-            (lambda tape, out, given: tape.elementwise("neg", out, *given), -x, [x]),
-            (lambda tape, out, given: tape.elementwise("rsqrt", out, *given), square.rsqrt(), [square]),
-            (lambda tape, out, given: tape.elementwise("round", out, *given), x.bfloat16().float(), [x]),
-        ]
+        squared = x.square()
+        alone = {"square": (x.pow(2), x), "copy": (x, x), "neg": (-x, x), "rsqrt": (squared.rsqrt(), squared)}
+        alone["round"] = x.bfloat16().float(), x
+        makes = partial(_makes, machine=machine)
+        right = makes(squared.mean(-1, keepdim=True), Tape.mean, squared)
+        right = right and all(makes(found, partial(_one_by_one, name), of) for name, (found, of) in alone.items())
         for name in BINARY:
             for pair in ((x, y), (x, column), (column, x)):
-                steps.append((partial(_two, name), getattr(torch, name)(*pair), list(pair)))
-        for write, expected, given in steps:
-            made = torch.empty_like(expected)
-            tape, tensors = Tape(), [made, *given]
-            out, *operands = (Seen(at, 0, tuple(one.shape), tuple(one.stride())) for at, one in enumerate(tensors))
-            if not write(tape, out, operands):
-                return False
-            addresses = np.array([one.data_ptr() for one in tensors], dtype=np.int64)
-            tape.finished({at: (at, 0) for at in range(len(tensors))}, machine)(addresses.ctypes.data)
-            if not torch.equal(made.view(torch.int32), expected.view(torch.int32)):
-                return False
+                right = right and makes(getattr(torch, name)(*pair), partial(_one_by_one, name), *pair)
+        if not right:
+            return False
     return True
 
 
-def _two(name: str, tape: Tape, out: Seen, given: list[Seen]) -> bool:
+def _one_by_one(name: str, tape: Tape, out: Seen, *given: Seen) -> bool:
     return tape.elementwise(name, out, *given)
 
 

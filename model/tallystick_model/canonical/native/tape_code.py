@@ -8,6 +8,8 @@ What a record's fields are is `tape.py`'s to say.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -93,7 +95,7 @@ def _elementwise(module: ir.Module, name: str, spread: tuple[bool, ...]) -> ir.F
     """spread: of each operand, whether one element serves for all that lie side by side."""
     code, record, bases = _begun(module, name + "".join("_one" if one else "_all" for one in spread))
     starts = [_place(code, record, bases, operand) for operand in range(1 + len(spread))]
-    with _Outer(code, record, starts) as places:
+    with _outer(code, record, starts) as places:
         out, *given = (code.bitcast(place, FLOATS) for place in places)
         count = code.field(record, FIRST_SIZE + DIMS - 1)
         fixed = [code.load(place) if one else None for place, one in zip(given, spread, strict=True)]
@@ -114,31 +116,19 @@ def _elementwise(module: ir.Module, name: str, spread: tuple[bool, ...]) -> ir.F
     return code.made
 
 
-class _Outer:
+@contextmanager
+def _outer(code: Code, record: Any, places: list[Any]) -> Iterator[list[Any]]:
     """Loops over all dimensions but the last; where each operand's last one begins."""
-
-    def __init__(self, code: Code, record: Any, starts: list[Any]) -> None:
-        self._code, self._record, self._places = code, record, starts
-        self._loops: list[Any] = []
-
-    def __enter__(self) -> list[Any]:
-        code = self._code
+    with ExitStack() as loops:
         for dim in range(DIMS - 1):
-            loop = code.counting(code.number(0), code.field(self._record, FIRST_SIZE + dim), code.number(1))
-            at = loop.__enter__()
-            self._loops.append(loop)
-            strides = [
-                code.field(self._record, FIRST_STRIDE + operand * (DIMS - 1) + dim)
-                for operand in range(len(self._places))
+            size = code.field(record, FIRST_SIZE + dim)
+            at = loops.enter_context(code.counting(code.number(0), size, code.number(1)))
+            strides = [FIRST_STRIDE + operand * (DIMS - 1) + dim for operand in range(len(places))]
+            places = [
+                code.plus(place, code.mul(at, code.field(record, stride)))
+                for place, stride in zip(places, strides, strict=True)
             ]
-            self._places = [
-                code.plus(place, code.mul(at, stride)) for place, stride in zip(self._places, strides, strict=True)
-            ]
-        return self._places
-
-    def __exit__(self, *error: Any) -> None:
-        for loop in reversed(self._loops):
-            loop.__exit__(*error)
+        yield places
 
 
 def _computed(code: Code, name: str, taken: list[Any], kind: Any) -> Any:
